@@ -1,0 +1,150 @@
+"""Command lines: what every script's parser has in common, and how a script ends on bad input."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from defaults import DEFAULTS
+
+
+class UserError(ValueError):
+    """Bad input. Its message is one line that names the flag, file or row, and what was expected."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with defaults in the help, no abbreviated flags, and arguments from a file.
+
+    `@recipe.args` reads arguments from a file as a shell would: several to a line, quotes, and comments after `#`.
+    """
+
+    def __init__(self, doc: str, script: str):
+        super().__init__(
+            prog=f"{script}.py",
+            description=doc,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+            fromfile_prefix_chars="@",
+        )
+        self.script = script
+
+    def error(self, message: str) -> None:
+        """Say in one line what is wrong, and leave with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def add_dataset(self) -> None:
+        """The flags that choose the data. Defaults of other flags follow the data set (`defaults.py`)."""
+        group = self.add_argument_group("data")
+        group.add_argument(
+            "--dataset",
+            default="digits",
+            choices=sorted(DEFAULTS),
+            help="data set; the defaults shown here are the chosen one's",
+        )
+        group.add_argument(
+            "--imb-ratio",
+            type=float,
+            metavar="RATIO",
+            help="images of the largest training class over those of the smallest",
+        )
+
+    def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        """Parse, after the flags have taken the chosen data set's defaults (so that `--help` shows those)."""
+        args = sys.argv[1:] if args is None else list(args)
+        if self.get_default("dataset"):
+            chooser = argparse.ArgumentParser(
+                add_help=False, allow_abbrev=False, fromfile_prefix_chars="@", exit_on_error=False
+            )
+            chooser.convert_arg_line_to_args = self.convert_arg_line_to_args
+            chooser.add_argument("--dataset", default=self.get_default("dataset"))
+            try:
+                dataset = chooser.parse_known_args(args)[0].dataset
+            except argparse.ArgumentError:  # the full parse below meets it again, and says it
+                dataset = None
+            shipped = DEFAULTS.get(dataset, {})
+            self.set_defaults(**shipped.get("data", {}), **shipped.get(self.script, {}))
+        return super().parse_args(args, namespace)
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or action.default is False or isinstance(action, argparse._HelpAction):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def level(text: str) -> int:
+    """A guidance level: whole percent, 0 (text only) to 100 (the real image)."""
+    return whole(0, 100)(text)
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The argparse type of whole numbers from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            expected = f"from {low} to {high}" if high is not None else f"of {low} or more"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number {expected}")
+        return int(text)
+
+    return parse
+
+
+def number(low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """The argparse type of numbers from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def existing_file(text: str) -> Path:
+    """The argparse type of a file that must be there."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return path
+
+
+def existing_folder(text: str) -> Path:
+    """The argparse type of a folder that must be there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return path
+
+
+def progress(total: int, what: str, unit: str):
+    """A tqdm bar on a terminal; a plain line every half minute where there is none."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True)
+    line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
+    return tqdm(total=total, desc=what, unit=unit, mininterval=30, maxinterval=60, bar_format=line)
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a script's main and leave with its exit code; bad input is one line and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)

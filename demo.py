@@ -1,0 +1,99 @@
+"""The whole road on the embedded benchmark `digits`, in about three minutes on two CPU cores.
+
+Finds the hard classes, draws a spectrum for their images with the tiny Stable Diffusion in assets/, filters it with the
+tiny CLIP beside it, trains with and without curricula over several seeds, and reports.
+
+Reads:  nothing but the project and scikit-learn's digits
+Writes: OUT/hard.csv, prompts.json, spectrum/, train/ (a run folder each, TensorBoard logs inside), table.md, table.csv,
+        spectrum.png, acceptance.png, curriculum.png
+
+    python demo.py --out runs/demo
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import cli
+import road
+
+ARMS = [
+    ("--loss", "ce", "--curriculum", "none"),
+    ("--loss", "ce", "--curriculum", "all"),
+    ("--loss", "ce", "--curriculum", "d2s"),
+    ("--loss", "bs", "--curriculum", "none"),
+    ("--loss", "bs", "--curriculum", "d2s"),
+    ("--loss", "bs", "--curriculum", "d2s", "--prior", "stage"),
+]
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, "demo")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="where everything goes")
+    parser.add_argument(
+        "--train-seeds",
+        type=cli.whole(0),
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="seeds that each row of the table is trained with",
+    )
+    parser.add_argument(
+        "--jobs", type=cli.whole(1), default=min(4, os.cpu_count() or 1), metavar="N", help="training runs at a time"
+    )
+    return parser
+
+
+def train_all(commands: list[list[str]], jobs: int) -> None:
+    """Run commands, `jobs` at a time, one CPU thread each.
+
+    Raises:
+        UserError: one of them failed; its output is printed.
+    """
+    waiting, running = list(commands), []
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with cli.progress(len(commands), "training", "run") as bar:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                process = subprocess.Popen(
+                    waiting.pop(0), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+                )
+                running.append(process)
+            finished = [process for process in running if process.poll() is not None]
+            for process in finished:
+                running.remove(process)
+                bar.update()
+                if process.returncode:
+                    for other in running:
+                        other.terminate()
+                    raise cli.UserError(f"training failed: {' '.join(process.args)}\n{process.stdout.read()}")
+            time.sleep(0.05)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    began = time.monotonic()
+    folder = road.make_spectrum(args.out, "digits", 30)
+    print(f"training {len(ARMS)} rows with {len(args.train_seeds)} seeds each", flush=True)
+    commands, folders = [], []
+    for arm in ARMS:
+        for seed in args.train_seeds:
+            name = "_".join(word for word in arm if not word.startswith("--"))
+            folders.append(args.out / "train" / f"{name}_seed{seed}")
+            commands.append(
+                road.command("train_lt.py", *arm, "--seed", seed, "--spectrum", folder, "--out", folders[-1])
+            )
+    train_all(commands, args.jobs)
+    road.run("report.py", "--runs", *folders, "--spectrum", folder, "--out", args.out)
+    print(
+        f"done in {time.monotonic() - began:.0f} s; look at {args.out / 'spectrum.png'}, "
+        f"and at the curves with: tensorboard --logdir {args.out / 'train'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

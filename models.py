@@ -1,0 +1,160 @@
+"""Classifiers, generators and CLIPs, built or loaded by name or path.
+
+torch is imported at the top; diffusers, transformers and open_clip take seconds to import and are
+imported where they load.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cli import UserError
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a parameter-free shortcut (He et al., 2016, option A)."""
+
+    def __init__(self, width_in: int, width: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride, self.extra = stride, width - width_in
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, 0, self.extra)))
+
+
+class CifarResNet(nn.Module):
+    """The ResNet for small images of He et al. (2016), section 4.2: 6n + 2 layers, widths 16, 32, 64.
+
+    Args:
+        depth: 8, 14, 20, 32, 44, 56, ...
+
+    Shapes: float (N, 3, H, W), normalised, to logits (N, num_classes).
+    """
+
+    def __init__(self, depth: int, num_classes: int):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        blocks, width_in = [], 16
+        for width, stride in ((16, 1), (32, 2), (64, 2)):
+            for i in range((depth - 2) // 6):
+                blocks.append(BasicBlock(width_in, width, stride if i == 0 else 1))
+                width_in = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(F.relu(self.bn(self.conv(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def build_classifier(name: str, num_classes: int) -> nn.Module:
+    """A classifier with fresh weights: `resnet8`, `resnet20`, `resnet32`, ... (6n + 2 layers, for small images).
+
+    Raises:
+        UserError: no such classifier.
+    """
+    match = re.fullmatch(r"resnet(\d+)", name)
+    if not match or int(match[1]) < 8 or (int(match[1]) - 2) % 6:
+        raise UserError(f"--model {name}: unknown; expected resnetN with N = 8, 14, 20, 32, 44, 56")
+    return CifarResNet(int(match[1]), num_classes)
+
+
+def load_generator(name_or_path: str, device: str, revision: str | None = None):
+    """An image-to-image diffusion pipeline by hub name or local folder, ready to draw on `device`.
+
+    No safety checker (it blacks out harmless images), no watermark, and no progress bar of its own.
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    _check_path("--generator", name_or_path, "model_index.json")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(
+            name_or_path, dtype=dtype, revision=revision, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"--generator {name_or_path}: cannot be loaded: {_first_line(error)}") from error
+    if getattr(pipe, "safety_checker", None) is not None:
+        pipe.safety_checker = None
+    if hasattr(pipe, "watermark"):
+        pipe.watermark = None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def load_clip(name_or_path: str, device: str):
+    """An open_clip model by `ARCHITECTURE:TAG` (`ViT-B-32:openai`) or local folder.
+
+    OpenAI's weights were trained with QuickGELU and are always loaded with it.
+
+    Returns:
+        model (in evaluation mode), preprocess (PIL image to float (3, H, W)), tokenizer (texts to int (N, length)).
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    import open_clip
+
+    try:
+        if Path(name_or_path).is_dir():
+            _check_path("--clip", name_or_path, "open_clip_config.json")
+            name = f"local-dir:{Path(name_or_path).resolve()}"
+            model, preprocess = open_clip.create_model_from_pretrained(name, device=device)
+        else:
+            name, _, tag = name_or_path.partition(":")
+            if not tag:
+                raise ValueError("expected a folder that exists, or ARCHITECTURE:TAG such as ViT-B-32:openai")
+            model, preprocess = open_clip.create_model_from_pretrained(
+                name, pretrained=tag, device=device, force_quick_gelu=tag == "openai"
+            )
+        tokenizer = open_clip.get_tokenizer(name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--clip {name_or_path}: cannot be loaded: {_first_line(error)}") from error
+    return model.eval(), preprocess, tokenizer
+
+
+def _check_path(flag: str, name: str, needed: str) -> None:
+    """Raise UserError where `name` can only be a local folder and is none, before a hub is asked for it."""
+    path = Path(name)
+    looks_local = path.is_absolute() or name.startswith(".") or name.count("/") != 1 or path.exists()
+    if looks_local and "/" in name and not (path / needed).is_file():
+        raise UserError(f"{flag} {name}: expected a folder that holds {needed}, or a name on the hub")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def pick_device(name: str) -> str:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here: {_first_line(error)}") from error
+    return name

@@ -1,0 +1,156 @@
+"""Run folders: what was run, checkpoints that survive a kill, and results."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from cli import UserError
+
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "numpy", "pillow")
+HERE = Path(__file__).resolve().parent
+
+
+def digest_int(*parts: Any) -> int:
+    """A whole number below 2^63 that depends on `parts` alone: the same in every process and on every machine."""
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def digest_files(paths: list[Path]) -> str:
+    """A digest of the contents of files, in the given order: 16 hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with path.open("rb") as file:
+            state.update(hashlib.file_digest(file, "blake2b").digest())
+    return state.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that at any moment either the old or the new content stands there, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: missing, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Save tensors and plain Python so that a kill at any moment leaves a whole checkpoint."""
+    import torch
+
+    beside = path.with_name(f".{path.name}.tmp")
+    torch.save(state, beside)
+    beside.replace(path)
+
+
+def load_checkpoint(path: Path, device: str) -> dict:
+    """What `save_checkpoint` saved. Nothing in the file is executed.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises a different class for each way in which a file is damaged
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it, or pass --overwrite, to start anew"
+        ) from error
+
+
+def environment() -> dict:
+    """Versions, machine and code that a result depends on."""
+    commit = subprocess.run(
+        ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "python": platform.python_version(),
+        "commit": commit or "unknown",
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bool:
+    """Make a run folder ready: new, to be resumed, or complete.
+
+    args.json records the effective arguments, the digests of the inputs, and versions. Where it already stands, the
+    arguments and inputs must be the same.
+
+    Returns:
+        True where the folder already holds results.json: there is nothing left to do.
+
+    Raises:
+        UserError: the folder holds a run with other arguments or inputs.
+    """
+    path = folder / "args.json"
+    effective = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in ("out", "overwrite", "device")
+    }
+    wanted = {"args": effective, "inputs": inputs}
+    if overwrite:
+        for name in ("args.json", "checkpoint.pt", "results.json", "predictions.npz"):
+            (folder / name).unlink(missing_ok=True)
+        for events in folder.glob("events.out.tfevents.*"):
+            events.unlink()
+    if path.exists():
+        stop_on_difference(path, {name: read_json(path).get(name) for name in wanted}, wanted, "--overwrite")
+    else:
+        write_json(path, wanted | {"environment": environment()})
+    return (folder / "results.json").exists()
+
+
+def stop_on_difference(path: Path, found: dict, wanted: dict, way_out: str) -> None:
+    """Raise UserError, naming each difference, where what stands in `path` is not what this command asks for."""
+
+    def flat(content: dict, prefix: str = "") -> dict:
+        items: dict = {}
+        for name, value in content.items():
+            items |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        return items
+
+    found, wanted = flat(found), flat(json.loads(json.dumps(wanted)))
+    different = [
+        f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise UserError(
+            f"{path} was written by a run with other settings: {'; '.join(different)}. "
+            f"Expected the same, another --out, or {way_out}"
+        )

@@ -1,0 +1,271 @@
+"""The files of a spectrum: hard.csv, prompts.json, the spectrum folder and scores.csv, read, checked and joined.
+
+A spectrum folder holds plan.json (everything that determines the images) and a folder for each shard: images and a
+metadata.jsonl with one row an image, as the Hugging Face imagefolder loader reads it. Levels are whole percents, 0
+(text only) to 100 (the real image). Classes go by index; their names are for prompts and people.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from cli import UserError
+from runs import digest_int, read_json
+
+HARD_COLUMNS = ["source", "label", "class_name", "reason", "score"]
+SCORE_COLUMNS = ["file_name", "text_score", "image_score", "kept", "reason"]
+ROW_FIELDS = {
+    "file_name": str,
+    "source": str,
+    "source_sha256": str,
+    "label": int,
+    "class_name": str,
+    "level": int,
+    "seed": int,
+    "redraws": int,
+    "prompt": str,
+    "text_guidance": float,
+    "steps": int,
+    "start_timestep": int,
+    "width": int,
+    "height": int,
+    "generator": str,
+    "revision": str,
+    "scheduler": str,
+}
+
+
+@dataclass(frozen=True)
+class Hard:
+    """A hard training image: a row of hard.csv."""
+
+    source: str
+    label: int
+    class_name: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A work unit: one image to draw. Its noise depends on these three and on nothing else."""
+
+    source: str
+    level: int
+    seed: int
+
+    def noise_seed(self, redraw: int = 0) -> int:
+        """The seed of the unit's noise; each redraw has another."""
+        return digest_int("noise", self.source, self.level, self.seed, redraw)
+
+    @property
+    def file_name(self) -> str:
+        """A name that holds no part of the source's, which may be no safe file name."""
+        source = hashlib.blake2b(self.source.encode(), digest_size=6).hexdigest()
+        return f"{source}_level{self.level:03d}_seed{self.seed:02d}.png"
+
+
+def write_hard(path: Path, rows: Iterable[dict]) -> None:
+    """Write hard.csv from dictionaries with HARD_COLUMNS."""
+    _write_csv(path, HARD_COLUMNS, rows)
+
+
+def read_hard(path: Path) -> list[Hard]:
+    """The hard images of hard.csv.
+
+    Raises:
+        UserError: no rows, a column missing, a label that is no whole number, an image named twice.
+    """
+    rows, seen = [], set()
+    for number, row in _read_csv(path, HARD_COLUMNS):
+        if not row["label"].isdecimal():
+            raise UserError(f"{path} row {number}: label {row['label']!r}: expected a class index")
+        if row["source"] in seen:
+            raise UserError(f"{path} row {number}: {row['source']} is there twice; expected each image once")
+        seen.add(row["source"])
+        rows.append(Hard(row["source"], int(row["label"]), row["class_name"]))
+    if not rows:
+        raise UserError(f"{path}: no hard images; expected at least one row")
+    return rows
+
+
+def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
+    """prompts.json by class index; each class has `class_name`, `score_prompt` and a list `prompts`.
+
+    Raises:
+        UserError: not as described, or one of `labels` has no prompt.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object with a class index for each key")
+    prompts = {}
+    for key, entry in content.items():
+        if not key.isdecimal() or not isinstance(entry, dict):
+            raise UserError(f"{path} key {key!r}: expected a class index and an object")
+        if not isinstance(entry.get("score_prompt"), str) or not isinstance(entry.get("class_name"), str):
+            raise UserError(f"{path} class {key}: expected texts class_name and score_prompt")
+        texts = entry.get("prompts")
+        if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise UserError(f"{path} class {key}: expected a list prompts of texts that are not empty")
+        prompts[int(key)] = entry
+    missing = sorted(label for label in set(labels) if not prompts.get(label, {}).get("prompts"))
+    if missing:
+        raise UserError(
+            f"{path}: no prompt for class {', '.join(map(str, missing[:5]))}"
+            f"{' and others' if len(missing) > 5 else ''}; run write_prompts.py"
+        )
+    return prompts
+
+
+def read_plan(folder: Path) -> dict:
+    """plan.json of a spectrum folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not (folder / "plan.json").is_file():
+        raise UserError(f"{folder}: no plan.json there; expected a spectrum folder made by generate_spectrum.py")
+    return read_json(folder / "plan.json")
+
+
+def read_rows(folder: Path, decode: bool = False) -> list[dict]:
+    """The rows of all shards; `file_name` is relative to `folder`.
+
+    A row whose image is missing (or, with `decode`, damaged) is no row, nor is a line that a kill left unfinished.
+    """
+    rows, seen = [], set()
+    for shard in sorted(folder.glob("shard-*/metadata.jsonl")):
+        for line in shard.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            path = shard.parent / Path(row["file_name"]).name
+            name = f"{shard.parent.name}/{path.name}"
+            if name not in seen and path.is_file() and not (decode and not decodes(path)):
+                seen.add(name)
+                rows.append(row | {"file_name": name})
+    return rows
+
+
+def decodes(path: Path) -> bool:
+    """Whether an image file is whole."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return True
+
+
+class RowWriter:
+    """Appends rows to a shard's metadata.jsonl, each batch flushed to the disk before the next is begun."""
+
+    def __init__(self, shard: Path):
+        shard.mkdir(parents=True, exist_ok=True)
+        path = shard / "metadata.jsonl"
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self.file = path.open("a", encoding="utf-8")
+        if torn:  # a killed run left half a line: end it, so that the next row does not join it
+            self.file.write("\n")
+
+    def append(self, rows: Iterable[dict]) -> None:
+        """Write rows, whose images must already stand under their final names."""
+        for row in rows:
+            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def write_scores(path: Path, rows: Iterable[dict]) -> None:
+    """Write scores.csv from dictionaries with SCORE_COLUMNS."""
+    _write_csv(path, SCORE_COLUMNS, rows)
+
+
+def read_scores(path: Path) -> dict[str, dict]:
+    """scores.csv by file name: floats `text_score` and `image_score`, bool `kept`, str `reason`.
+
+    Raises:
+        UserError: missing, a value that is no score, or a file named twice.
+    """
+    scores: dict[str, dict] = {}
+    for number, row in _read_csv(path, SCORE_COLUMNS):
+        if row["file_name"] in scores:
+            raise UserError(f"{path} row {number}: {row['file_name']} is there twice; expected one row a file")
+        try:
+            text, image = float(row["text_score"]), float(row["image_score"])
+        except ValueError:
+            raise UserError(f"{path} row {number}: expected numbers in text_score and image_score") from None
+        if row["kept"] not in ("0", "1"):
+            raise UserError(f"{path} row {number}: kept is {row['kept']!r}; expected 0 or 1")
+        scores[row["file_name"]] = {
+            "text_score": text,
+            "image_score": image,
+            "kept": row["kept"] == "1",
+            "reason": row["reason"],
+        }
+    return scores
+
+
+def kept_rows(folder: Path, levels: Iterable[int]) -> list[dict]:
+    """The rows of a filtered spectrum that training may use: those of `levels` that scores.csv keeps.
+
+    Raises:
+        UserError: not filtered yet, or a level without one kept image.
+    """
+    if not (folder / "scores.csv").is_file():
+        raise UserError(f"{folder}: no scores.csv there; run filter_clipscore.py --spectrum {folder}")
+    scores = read_scores(folder / "scores.csv")
+    wanted = set(levels)
+    made, rows = Counter(), []
+    for row in read_rows(folder):
+        made[row["level"]] += 1
+        if row["level"] in wanted and scores.get(row["file_name"], {}).get("kept"):
+            rows.append(row)
+    for level in sorted(wanted - {row["level"] for row in rows}):
+        raise UserError(
+            f"--levels {level}: {folder} has no accepted image of this level (of {made[level]} made); "
+            f"expected levels with accepted images, of {sorted(made)}"
+        )
+    return rows
+
+
+def _write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _read_csv(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
+    """Rows with their line's number in the table (the header is row 1)."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not a readable CSV file ({error})") from None
+    missing = [column for column in columns if column not in (reader.fieldnames or [])]
+    if missing:
+        raise UserError(f"{path}: no column {', '.join(missing)}; expected {','.join(columns)}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UserError(f"{path} row {number}: expected {len(reader.fieldnames)} values")
+    return list(enumerate(rows, 2))
