@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Callable
@@ -49,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         )
         group.add_argument(
             "--imb-ratio",
-            type=float,
+            type=number(1),
             metavar="RATIO",
             help="images of the largest training class over those of the smallest",
         )
@@ -57,6 +58,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """Parse, after the flags have taken the chosen data set's defaults (so that `--help` shows those)."""
         args = sys.argv[1:] if args is None else list(args)
+        try:
+            args = self._read_args_from_files(args)
+        except ValueError as error:  # an open quote, or no text at all
+            self.error(f"{' '.join(word for word in args if word.startswith('@'))}: {error}")
         if self.get_default("dataset"):
             chooser = argparse.ArgumentParser(
                 add_help=False, allow_abbrev=False, fromfile_prefix_chars="@", exit_on_error=False
@@ -104,7 +109,7 @@ def number(low: float, high: float = float("inf")) -> Callable[[str], float]:
             value = float(text)
         except ValueError:
             value = float("nan")
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text!r}: expected a number from {low:g} to {high:g}")
         return value
 
@@ -143,6 +148,11 @@ def run(main: Callable[[], int]) -> None:
         code = main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:  # a full disk, a folder where a file should be, no permission
+        if error.filename is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted; run the same command again to go on", file=sys.stderr)

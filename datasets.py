@@ -170,6 +170,12 @@ def load_digits(imb_ratio: float) -> LongTailed:
     split = digits_split()
     counts = long_tail_counts(LARGEST_CLASS, 10, imb_ratio)
     pool_labels = labels[split["pool"]]
+    for label, (wanted, there) in enumerate(zip(counts, np.bincount(pool_labels), strict=True)):
+        if not 1 <= wanted <= there:
+            raise UserError(
+                f"--imb-ratio {imb_ratio:g}: class {DIGIT_NAMES[label]} would have {wanted} training images, "
+                f"of {there} there are; expected a ratio from 1.1 to 60"
+            )
     train = np.concatenate([split["pool"][pool_labels == label][:count] for label, count in enumerate(counts)])
 
     def image_set(indices: np.ndarray) -> ImageSet:
@@ -210,9 +216,9 @@ def read_sources(names: list[str], train: ImageSet, data_root: Path | None) -> I
                 "expected one of the same --dataset and --imb-ratio, or a file below --data-root"
             )
         else:
-            path = data_root / name
-            if ".." in path.relative_to(data_root).parts or not path.resolve().is_relative_to(data_root.resolve()):
+            if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise UserError(f"source {name}: lies outside --data-root {data_root}")
+            path = data_root / name
             try:
                 content = path.read_bytes()
                 with Image.open(io.BytesIO(content)) as image:

@@ -20,10 +20,10 @@ DEFAULTS: dict[str, dict[str, dict]] = {
         "filter_clipscore": {"clip": str(ASSETS / "tiny_clip"), "threshold": 0.3},
         "train_lt": {
             "model": "resnet8",
-            "epochs": 60,
-            "curriculum_epochs": 48,
-            "undersample": 0.3,
-            "batch_size": 32,
+            "epochs": 80,
+            "curriculum_epochs": 64,
+            "undersample": 0.43,  # makes a curriculum epoch (184 images) as long as a real one
+            "batch_size": 16,
             "lr": 3e-3,
             "weight_decay": 0.05,
         },

@@ -13,7 +13,9 @@ Writes: OUT/hard.csv, prompts.json, spectrum/, train/ (a run folder each, Tensor
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -58,18 +60,17 @@ def train_all(commands: list[list[str]], jobs: int) -> None:
     with cli.progress(len(commands), "training", "run") as bar:
         while waiting or running:
             while waiting and len(running) < jobs:
-                process = subprocess.Popen(
-                    waiting.pop(0), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-                )
-                running.append(process)
-            finished = [process for process in running if process.poll() is not None]
-            for process in finished:
-                running.remove(process)
+                output = tempfile.TemporaryFile("w+")
+                process = subprocess.Popen(waiting.pop(0), stdout=output, stderr=subprocess.STDOUT, env=environment)
+                running.append((process, output))
+            for process, output in [pair for pair in running if pair[0].poll() is not None]:
+                running.remove((process, output))
                 bar.update()
                 if process.returncode:
-                    for other in running:
+                    for other, _ in running:
                         other.terminate()
-                    raise cli.UserError(f"training failed: {' '.join(process.args)}\n{process.stdout.read()}")
+                    output.seek(0)
+                    raise cli.UserError(f"training failed: {shlex.join(process.args)}\n{output.read()}")
             time.sleep(0.05)
 
 

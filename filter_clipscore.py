@@ -98,8 +98,8 @@ def score(rows: list[dict], prompts: dict[int, dict], args, scores: dict[str, di
                 embedded = embed(model, preprocess, [image for _, image in batch], device)
                 for (row, _), vector in zip(batch, embedded, strict=True):
                     scores[row["file_name"]] = {
-                        "text_score": float(vector @ texts[row["label"]]),
-                        "image_score": float(vector @ sources[row["source"]]),
+                        "text_score": round(float(vector @ texts[row["label"]]), 6),
+                        "image_score": round(float(vector @ sources[row["source"]]), 6),
                     }
             if time.monotonic() - saved > 30:
                 save()

@@ -1,7 +1,7 @@
 """Step 1: which training images are hard.
 
 In a long-tailed data set these are all images of the few-shot classes: those with fewer than --few-max training images
-(DisCL, section 3.1).
+(DisCL).
 
 Reads:  the training set
 Writes: hard.csv (source, label, class_name, reason, score): one row a hard image; the score is the class's image count
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             "source": source,
             "label": label,
             "class_name": data.class_names[label],
-            "reason": "few",
+            "reason": args.rule,
             "score": counts[label],
         }
         for source, label in zip(data.train.sources, data.train.labels.tolist(), strict=True)

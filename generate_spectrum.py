@@ -14,6 +14,7 @@ it was. A folder that was begun with other settings is left alone.
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def make_plan(args, hard: list[spectrum.Hard]) -> dict:
         "dataset": args.dataset,
         "imb_ratio": args.imb_ratio,
         "sources": len(hard),
+        "hard_classes": sorted({row.label for row in hard}),
         "hard_digest": runs.digest_files([args.hard]),
         "prompts_digest": runs.digest_files([args.prompts]),
         "levels": sorted(set(args.levels)),
@@ -218,20 +220,23 @@ def main(argv: list[str] | None = None) -> int:
     timesteps = pipe.scheduler.timesteps[:: pipe.scheduler.order].tolist()
 
     shard = args.out / "shard-00000"
+    for unfinished in shard.glob(".*.tmp"):  # what a killed run was writing
+        unfinished.unlink()
     writer = spectrum.RowWriter(shard)
     queue = sorted(todo, key=lambda unit: (unit.level, latents[unit.source][0].shape))  # stable: the plan's order
     redraws = dict.fromkeys(queue, 0)
     failed = []
+
+    def kind(unit: spectrum.Unit) -> tuple:
+        """What the units of one batch have in common."""
+        return unit.level, redraws[unit], latents[unit.source][0].shape
+
     with cli.progress(total_steps, "drawing", "step") as bar:
         while queue:
-            head = (queue[0].level, redraws[queue[0]], latents[queue[0].source][0].shape)
-            batch = [
-                unit
-                for unit in queue[: args.batch_size]
-                if (unit.level, redraws[unit], latents[unit.source][0].shape) == head
-            ]
+            (level, redraw, _), group = next(itertools.groupby(queue[: args.batch_size], kind))
+            batch = list(group)
             queue = queue[len(batch) :]
-            drawn = draw(pipe, batch, head[1], latents, [encoded[chosen[unit]] for unit in batch], args)
+            drawn = draw(pipe, batch, redraw, latents, [encoded[chosen[unit]] for unit in batch], args)
             rows = []
             for unit, image in zip(batch, drawn, strict=True):
                 if not is_good(image):
@@ -263,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
                     }
                 )
             writer.append(rows)
-            bar.update(len(rows) * steps_at(head[0], args.steps))
+            bar.update(len(rows) * steps_at(level, args.steps))
     writer.close()
     print(f"{args.out}: {len(units) - len(failed)} images, {sum(redraws.values())} redraws")
     if failed:

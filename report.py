@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -43,6 +42,12 @@ def build_parser() -> cli.Parser:
         help="run folders of train_lt.py; unfinished ones are named and left out",
     )
     parser.add_argument("--spectrum", type=cli.existing_folder, metavar="FOLDER", help="a filtered spectrum folder")
+    parser.add_argument(
+        "--data-root",
+        type=cli.existing_folder,
+        metavar="FOLDER",
+        help="folder that the spectrum's sources are relative to, where they are files",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="FOLDER", help="where the report goes")
     return parser
 
@@ -59,7 +64,7 @@ def read_runs(folders: list[Path]) -> dict[str, list[dict]]:
             print(f"{folder}: not finished, left out")
             continue
         args = runs.read_json(folder / "args.json")["args"]
-        history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+        history = runs.read_json_lines(folder / "history.jsonl")
         run = {"folder": folder, "args": args, "results": runs.read_json(folder / "results.json"), "history": history}
         row = rows.setdefault(row_name(args), [])
         for other in row:
@@ -167,12 +172,13 @@ def draw_curriculum(rows: dict[str, list[dict]], path: Path) -> None:
         axis.grid(alpha=0.3)
     others[-1].set_xlabel("epoch")
     others[0].legend(fontsize=8)
-    top.legend(fontsize=8)
+    if top.lines:
+        top.legend(fontsize=8)
     top.grid(alpha=0.3)
     save_figure(figure, path)
 
 
-def draw_spectrum(folder: Path, path: Path, rows_shown: int = 10) -> None:
+def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: int = 10) -> None:
     """A sheet: a row for each of some hard images, a column for each level and the source; rejected ones framed red."""
     plan = spectrum.read_plan(folder)
     rows = spectrum.read_rows(folder)
@@ -190,7 +196,7 @@ def draw_spectrum(folder: Path, path: Path, rows_shown: int = 10) -> None:
     shown.sort(key=lambda source: next(row["label"] for row in rows if row["source"] == source))
     cells = {(row["source"], row["level"]): row for row in rows if row["seed"] == 0}
     train = datasets.load(plan["dataset"], plan["imb_ratio"]).train
-    real = dict(zip(shown, (image for image, _ in datasets.read_sources(shown, train, None)), strict=True))
+    real = dict(zip(shown, (image for image, _ in datasets.read_sources(shown, train, data_root)), strict=True))
 
     columns = [*plan["levels"], 100]
     figure, axes = new_figure(len(shown), len(columns), figsize=(len(columns) * 1.05, len(shown) * 1.05), squeeze=False)
@@ -212,7 +218,7 @@ def draw_spectrum(folder: Path, path: Path, rows_shown: int = 10) -> None:
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for level, axis in zip(columns, axes[0], strict=True):
         axis.set_title({0: "text only\nlevel 0", 100: "real\n100"}.get(level, f"\n{level}"), fontsize=9)
-    figure.text(0.5, 0.06, "red frame: rejected by CLIPScore", ha="center", fontsize=9, color="red")
+    figure.text(0.5, 0.085, "red frame: rejected by CLIPScore", ha="center", fontsize=9, color="red")
     save_figure(figure, path)
 
 
@@ -257,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
         draw_curriculum(rows, args.out / "curriculum.png")
         written += ["table.md", "table.csv", "curriculum.png"]
     if args.spectrum is not None:
-        draw_spectrum(args.spectrum, args.out / "spectrum.png")
+        draw_spectrum(args.spectrum, args.data_root, args.out / "spectrum.png")
         written.append("spectrum.png")
         if (args.spectrum / "scores.csv").exists():
             draw_acceptance(args.spectrum, args.out / "acceptance.png")

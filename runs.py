@@ -63,6 +63,11 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The content of a file with one JSON value a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def save_checkpoint(path: Path, state: dict) -> None:
     """Save tensors and plain Python so that a kill at any moment leaves a whole checkpoint."""
     import torch
@@ -99,8 +104,15 @@ def environment() -> dict:
     return {
         "python": platform.python_version(),
         "commit": commit or "unknown",
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bool:

@@ -23,6 +23,7 @@ from runs import digest_int, read_json
 
 HARD_COLUMNS = ["source", "label", "class_name", "reason", "score"]
 SCORE_COLUMNS = ["file_name", "text_score", "image_score", "kept", "reason"]
+PLAN_KEYS = {"dataset", "imb_ratio", "hard_classes", "levels"}
 ROW_FIELDS = {
     "file_name": str,
     "source": str,
@@ -83,10 +84,15 @@ def read_hard(path: Path) -> list[Hard]:
     Raises:
         UserError: no rows, a column missing, a label that is no whole number, an image named twice.
     """
-    rows, seen = [], set()
+    rows, seen, names = [], set(), {}
     for number, row in _read_csv(path, HARD_COLUMNS):
         if not row["label"].isdecimal():
             raise UserError(f"{path} row {number}: label {row['label']!r}: expected a class index")
+        if names.setdefault(row["label"], row["class_name"]) != row["class_name"]:
+            raise UserError(
+                f"{path} row {number}: class {row['label']} is {row['class_name']!r} here, "
+                f"{names[row['label']]!r} above; expected one name a class"
+            )
         if row["source"] in seen:
             raise UserError(f"{path} row {number}: {row['source']} is there twice; expected each image once")
         seen.add(row["source"])
@@ -132,7 +138,11 @@ def read_plan(folder: Path) -> dict:
     """
     if not (folder / "plan.json").is_file():
         raise UserError(f"{folder}: no plan.json there; expected a spectrum folder made by generate_spectrum.py")
-    return read_json(folder / "plan.json")
+    plan = read_json(folder / "plan.json")
+    missing = PLAN_KEYS - set(plan) if isinstance(plan, dict) else PLAN_KEYS
+    if missing:
+        raise UserError(f"{folder / 'plan.json'}: lacks {', '.join(sorted(missing))}; expected a plan of this version")
+    return plan
 
 
 def read_rows(folder: Path, decode: bool = False) -> list[dict]:
@@ -142,10 +152,12 @@ def read_rows(folder: Path, decode: bool = False) -> list[dict]:
     """
     rows, seen = [], set()
     for shard in sorted(folder.glob("shard-*/metadata.jsonl")):
-        for line in shard.read_text(encoding="utf-8").splitlines():
+        for line in shard.read_bytes().split(b"\n"):  # not splitlines: a name may hold other line ends
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
+                row = json.loads(line.decode())
+            except ValueError:  # half a line, which may end within a letter
+                continue
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 continue
             path = shard.parent / Path(row["file_name"]).name
             name = f"{shard.parent.name}/{path.name}"
@@ -255,17 +267,17 @@ def _write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
 def _read_csv(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
     """Rows with their line's number in the table (the header is row 1)."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            rows = list(reader)
+            rows, found = list(reader), reader.fieldnames or []
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a readable CSV file ({error})") from None
-    missing = [column for column in columns if column not in (reader.fieldnames or [])]
+    missing = [column for column in columns if column not in found]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; expected {','.join(columns)}")
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
-            raise UserError(f"{path} row {number}: expected {len(reader.fieldnames)} values")
+            raise UserError(f"{path} row {number}: expected {len(found)} values")
     return list(enumerate(rows, 2))

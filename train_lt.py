@@ -75,8 +75,7 @@ def build_parser() -> cli.Parser:
         "--hard-share",
         type=cli.number(0, 0.99),
         metavar="SHARE",
-        help="share of few-shot images, real and synthetic, in a curriculum epoch "
-        "(default: few-shot classes / all classes)",
+        help="share of hard classes, real and synthetic, in a curriculum epoch (default: hard classes / all classes)",
     )
     group.add_argument(
         "--undersample",
@@ -134,19 +133,18 @@ def predict(model, images, batch_size: int = 512):
 
 def accuracies(logits, labels: np.ndarray, groups: dict[str, np.ndarray]) -> dict:
     """Accuracy in percent: overall, of each group of classes, and per class; None where there is no such image."""
-    from sklearn.metrics import confusion_matrix
+    classes = logits.shape[1]
+    count = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels[logits.argmax(1).numpy() == labels], minlength=classes)
 
-    table = confusion_matrix(labels, logits.argmax(1).numpy(), labels=np.arange(logits.shape[1]))
-    right, count = table.diagonal(), table.sum(1)
-
-    def share(classes: np.ndarray) -> float | None:
-        total = int(count[classes].sum())
-        return 100 * int(right[classes].sum()) / total if total else None
+    def share(chosen: np.ndarray) -> float | None:
+        total = int(count[chosen].sum())
+        return 100 * int(right[chosen].sum()) / total if total else None
 
     return {
-        "overall": share(np.arange(len(count))),
-        **{name: share(classes) for name, classes in groups.items()},
-        "per_class": [share(np.array([label])) for label in range(len(count))],
+        "overall": share(np.arange(classes)),
+        **{name: share(chosen) for name, chosen in groups.items()},
+        "per_class": [share(np.array([label])) for label in range(classes)],
     }
 
 
@@ -155,15 +153,14 @@ def learning_rate(base: float, progress: float) -> float:
     return base * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def epoch_data(args, epoch: int, levels: list[int], data: datasets.LongTailed, synthetic: dict) -> dict:
+def epoch_data(args, epoch: int, levels: list[int], labels: np.ndarray, is_hard: np.ndarray, synthetic: dict) -> dict:
     """What an epoch trains on: indices of real images, and (level, index) of synthetic ones, before shuffling."""
     if not levels:
-        return {"real": np.arange(len(data.train)), "synthetic": []}
+        return {"real": np.arange(len(labels)), "synthetic": []}
     pool = [(level, index) for level in levels for index in range(len(synthetic[level][1]))]
-    is_hard = np.isin(np.arange(len(data.class_names)), data.groups["few"])
     share = args.hard_share if args.hard_share is not None else is_hard.mean()
     rng = np.random.default_rng([args.seed, epoch])
-    real, drawn = datasets.stage_mix(data.train.labels, is_hard, len(pool), share, args.undersample, rng)
+    real, drawn = datasets.stage_mix(labels, is_hard, len(pool), share, args.undersample, rng)
     return {"real": real, "synthetic": [pool[index] for index in drawn]}
 
 
@@ -208,22 +205,23 @@ def train_epoch(args, epoch: int, model, optimizer, chosen: dict, real: tuple, s
     }
 
 
-def prepare_spectrum(args) -> list[int]:
-    """The levels that the curriculum may ask for, after making the default spectrum where it is not there."""
+def prepare_spectrum(args) -> tuple[list[int], list[int]]:
+    """The levels that the curriculum may ask for, and the hard classes; makes the default spectrum if it is missing."""
     if args.spectrum == DEFAULT_SPECTRUM and not (args.spectrum / "scores.csv").exists():
         print(f"{args.spectrum}: no finished spectrum there; making it first", flush=True)
         road.make_spectrum(args.spectrum.parent, args.dataset, args.imb_ratio)
     plan = spectrum.read_plan(args.spectrum)
-    return curricula.needed_levels(args.curriculum, args.levels or plan["levels"], args.fixed_level)
+    levels = curricula.needed_levels(args.curriculum, args.levels or plan["levels"], args.fixed_level)
+    return levels, plan["hard_classes"]
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     args.out = args.out or Path(f"runs/{args.dataset}_{args.loss}_{args.curriculum}_seed{args.seed}")
     data = datasets.load(args.dataset, args.imb_ratio)
-    levels, inputs, synthetic = [], {}, {}
+    levels, hard_classes, inputs, synthetic = [], [], {}, {}
     if args.curriculum != "none":
-        levels = prepare_spectrum(args)
+        levels, hard_classes = prepare_spectrum(args)
         curricula.epoch_levels(args.curriculum, 0, args.curriculum_epochs, levels, args.fixed_level, args.seed)
         synthetic = datasets.load_spectrum(args.spectrum, levels, data)
         inputs = {"spectrum": runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])}
@@ -239,11 +237,12 @@ def main(argv: list[str] | None = None) -> int:
     device = pick_device(args.device)
     torch.manual_seed(runs.digest_int("weights", args.seed))
     model = build_classifier(args.model, len(data.class_names)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     real, val = to_tensors(data.train, device), to_tensors(data.val, device)
     synthetic = {level: to_tensors(image_set, device) for level, image_set in synthetic.items()}
 
     state = {"epoch": 0, "history": [], "seconds": 0.0, "best": {"epoch": -1, "val_overall": -1.0, "model": {}}}
+    is_hard = np.isin(np.arange(len(data.class_names)), hard_classes)
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
         state = runs.load_checkpoint(checkpoint, device)
@@ -264,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
                 epoch,
                 model,
                 optimizer,
-                epoch_data(args, epoch, stage, data, synthetic),
+                epoch_data(args, epoch, stage, data.train.labels, is_hard, synthetic),
                 real,
                 synthetic,
                 len(data.class_names),
@@ -301,6 +300,7 @@ def log(writer, epoch: int, record: dict) -> None:
     for name, value in record.items():
         if name.startswith("val_") and value is not None:
             writer.add_scalar(f"val/{name[4:]}", value, epoch)
+    writer.flush()  # before the checkpoint: a resumed run writes no epoch twice, and misses none
 
 
 def finish(args, data: datasets.LongTailed, model, state: dict, writer, device: str) -> None:

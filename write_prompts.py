@@ -37,13 +37,18 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     names = {row.label: row.class_name for row in spectrum.read_hard(args.hard)}
     prompts = spectrum.read_prompts(args.out, []) if args.out.exists() else {}
-    new = sorted(names.keys() - prompts.keys())
+    for label in names.keys() & prompts.keys():
+        if prompts[label]["class_name"] != names[label]:
+            raise cli.UserError(
+                f"{args.out} class {label} is {prompts[label]['class_name']!r} there, {names[label]!r} in {args.hard}; "
+                "expected prompts of the same data set, or another --out"
+            )
+    new = sorted(label for label in names if not prompts.get(label, {}).get("prompts"))
     for label in new:
-        # Not str.format: a class name may hold braces.
-        texts = [template.replace("{}", names[label]) for template in TEMPLATES[args.dataset]]
+        texts = [template.format(names[label]) for template in TEMPLATES[args.dataset]]
         prompts[label] = {"class_name": names[label], "score_prompt": texts[0], "prompts": texts}
     runs.write_json(args.out, {str(label): prompts[label] for label in sorted(prompts)})
-    print(f"{args.out}: prompts for {len(prompts)} classes, {len(new)} of them new")
+    print(f"{args.out}: prompts for {len(prompts)} classes, {len(new)} of them new, from {args.source}")
     return 0
 
 

@@ -242,8 +242,7 @@ def step(optimizer, schedule, loss: torch.Tensor, bar) -> None:
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     schedule.step()
-    if bar.n % 50 == 0:
-        bar.set_postfix(loss=f"{loss.item():.4f}")
+    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
 
 
 def train_judge(web: Web, steps: int) -> torch.nn.Module:

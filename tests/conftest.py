@@ -1,0 +1,36 @@
+"""Fixtures that several test files share. No test needs the network."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# The smallest spectrum that every step accepts: 55 sources x 3 levels x 1 seed, four denoising steps.
+SMALL = ["--levels", "0", "50", "90", "--seeds", "1", "--steps", "4"]
+
+
+@pytest.fixture(scope="session")
+def road(tmp_path_factory):
+    """hard.csv, prompts.json and a filtered small spectrum, made by the scripts; tests never change it."""
+    import filter_clipscore
+    import find_hard
+    import generate_spectrum
+    import write_prompts
+
+    folder = tmp_path_factory.mktemp("road")
+    hard, prompts, spectrum = folder / "hard.csv", folder / "prompts.json", folder / "spectrum"
+    assert find_hard.main(["--out", str(hard)]) == 0
+    assert write_prompts.main(["--hard", str(hard), "--out", str(prompts)]) == 0
+    inputs = ["--hard", str(hard), "--prompts", str(prompts)]
+    assert generate_spectrum.main([*inputs, "--out", str(spectrum), *SMALL]) == 0
+    # Four steps make poor digits: the threshold is low, so that every level keeps some.
+    assert filter_clipscore.main(["--spectrum", str(spectrum), "--prompts", str(prompts), "--threshold", "0.1"]) == 0
+    return SimpleNamespace(folder=folder, hard=hard, prompts=prompts, spectrum=spectrum, inputs=inputs)

@@ -1,0 +1,261 @@
+"""The spectrum: the same images as diffusers draws them, whatever the batch, and after any kill."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from PIL import Image
+
+import datasets
+import generate_spectrum
+import models
+import spectrum
+from cli import UserError
+from defaults import ASSETS
+
+TINY = str(ASSETS / "tiny_sd")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every image of a spectrum folder by name."""
+    return {path.name: path.read_bytes() for path in folder.glob("shard-*/*.png")}
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    return {row["file_name"]: row for row in spectrum.read_rows(folder, decode=True)}
+
+
+def test_rows_describe_what_was_drawn(road):
+    rows = spectrum.read_rows(road.spectrum, decode=True)
+    assert len(rows) == 55 * 3
+    for row in rows:
+        assert set(row) == set(spectrum.ROW_FIELDS)
+        assert all(isinstance(row[name], kind) for name, kind in spectrum.ROW_FIELDS.items())
+        assert row["steps"] == {0: 4, 50: 2, 90: 1}[row["level"]]
+        assert row["prompt"] in [text.replace("{}", row["class_name"]) for text in datasets.TEMPLATES["digits"]]
+    starts = {row["level"]: row["start_timestep"] for row in rows}
+    assert starts[0] > starts[50] > starts[90]
+
+
+@pytest.mark.parametrize(
+    ("level", "steps", "expected"),
+    [(0, 50, 50), (10, 50, 45), (90, 50, 5), (80, 50, 10), (70, 20, 6), (99, 20, 1), (97, 50, 2), (50, 1, 1)],
+)
+def test_executed_steps_are_rounded_not_cut(level, steps, expected):
+    assert generate_spectrum.steps_at(level, steps) == expected
+
+
+@pytest.mark.parametrize("level", [0, 10, 90])
+def test_images_equal_a_plain_call_of_the_pipeline(level):
+    """One image a call, as diffusers' documentation has it, with the generator of the work unit."""
+    pipe = models.load_generator(TINY, "cpu")
+    data = datasets.load("digits", 30)
+    args = generate_spectrum.build_parser().parse_args(["--steps", "10"])
+    units = [spectrum.Unit(source, level, 1) for source in data.train.sources[-3:]]
+    images = [Image.fromarray(image) for image in data.train.images[-3:]]
+    texts = ["a photo of a nine", "a nine in red ink", "a nine in blue ink"]
+    latents = {
+        unit.source: generate_spectrum.encode_source(pipe, image) for unit, image in zip(units, images, strict=True)
+    }
+    encoded = generate_spectrum.encode_prompts(pipe, texts)
+    drawn = generate_spectrum.draw(pipe, units, 0, latents, [encoded[text] for text in texts], args)
+    for unit, image, text, ours in zip(units, images, texts, drawn, strict=True):
+        plain = pipe(
+            text,
+            image=image,
+            strength=1 if level == 0 else 1 - level / 100 + 1e-6,
+            num_inference_steps=10,
+            guidance_scale=args.text_guidance,
+            generator=torch.Generator().manual_seed(unit.noise_seed()),
+            output_type="pt",
+        ).images[0]
+        assert (ours - plain).abs().max() < 1e-4
+
+
+def test_the_batch_size_does_not_change_the_images(road, tmp_path):
+    generate_spectrum.main([*road.inputs, "--out", str(tmp_path / "s"), *SMALL, "--batch-size", "7"])
+    expected, found = contents(road.spectrum), contents(tmp_path / "s")
+    assert found.keys() == expected.keys()
+    for name in expected:
+        a, b = (np.asarray(Image.open(next(folder.glob(f"shard-*/{name}")))).astype(int)
+                for folder in (road.spectrum, tmp_path / "s"))  # fmt: skip
+        assert abs(a - b).max() <= 1
+
+
+def test_the_same_command_twice_draws_the_same_bytes_and_then_nothing(road, tmp_path, capsys):
+    command = [*road.inputs, "--out", str(tmp_path / "s"), *SMALL]
+    assert generate_spectrum.main(command) == 0
+    assert contents(tmp_path / "s") == contents(road.spectrum)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*.png")}
+    assert generate_spectrum.main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "s").rglob("*.png")} == before
+    assert "165 done, 0 to draw" in capsys.readouterr().out
+
+
+def test_a_changed_plan_stops_and_shows_the_difference(road, tmp_path):
+    generate_spectrum.main(
+        [*road.inputs, "--out", str(tmp_path / "s"), "--levels", "90", "--seeds", "1", "--steps", "4"]
+    )
+    before = contents(tmp_path / "s")
+    with pytest.raises(UserError, match=r"text_guidance is 3.0 there, 7.0 here"):
+        generate_spectrum.main(
+            [*road.inputs, "--out", str(tmp_path / "s"), "--levels", "90", "--seeds", "1", "--steps", "4",
+             "--text-guidance", "7"]
+        )  # fmt: skip
+    assert contents(tmp_path / "s") == before
+
+
+def test_missing_and_damaged_images_are_drawn_again(road, tmp_path):
+    command = [*road.inputs, "--out", str(tmp_path / "s"), *SMALL]
+    generate_spectrum.main(command)
+    images = sorted((tmp_path / "s").rglob("*.png"))
+    images[0].unlink()
+    images[1].write_bytes(images[1].read_bytes()[:60])
+    with (tmp_path / "s/shard-00000/metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "torn')
+    assert generate_spectrum.main(command) == 0
+    assert contents(tmp_path / "s") == contents(road.spectrum)
+    assert rows_of(tmp_path / "s").keys() == rows_of(road.spectrum).keys()
+
+
+@pytest.mark.slow
+def test_killed_five_times_the_folder_equals_an_undisturbed_one(road, tmp_path):
+    command = [sys.executable, str(ROOT / "generate_spectrum.py"), *road.inputs, "--out", str(tmp_path / "s"), *SMALL]
+    command += ["--batch-size", "5"]
+    rng = random.Random(0)
+    for _ in range(5):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(contents(tmp_path / "s"))
+        while process.poll() is None and len(contents(tmp_path / "s")) < before + rng.randrange(1, 30):
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert 0 < len(contents(tmp_path / "s"))
+    undisturbed = [*command]
+    undisturbed[undisturbed.index("--out") + 1] = str(tmp_path / "u")
+    assert subprocess.run(command, check=False).returncode == 0
+    assert subprocess.run(undisturbed, check=False).returncode == 0
+    killed, whole = rows_of(tmp_path / "s"), rows_of(tmp_path / "u")
+    assert killed == whole
+    for name in whole:
+        a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (tmp_path / "s", tmp_path / "u"))
+        assert abs(a - b).max() <= 1  # another batch composition may round the last bit the other way
+    assert not list((tmp_path / "s").rglob("*.tmp"))
+
+
+def test_blank_and_broken_images_are_not_good():
+    image = torch.rand(3, 8, 8)
+    assert generate_spectrum.is_good(image)
+    assert not generate_spectrum.is_good(torch.full((3, 8, 8), 0.5))
+    image[0, 0, 0] = float("nan")
+    assert not generate_spectrum.is_good(image)
+
+
+def test_a_generator_that_draws_nothing_but_black_fails_the_job_and_keeps_nothing(road, tmp_path, capsys):
+    """Its decoder's last layer is zero: every image is of one colour."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    pipe = StableDiffusionImg2ImgPipeline.from_pretrained(TINY)
+    torch.nn.init.zeros_(pipe.vae.decoder.conv_out.weight)
+    torch.nn.init.zeros_(pipe.vae.decoder.conv_out.bias)
+    pipe.save_pretrained(tmp_path / "black")
+    command = [*road.inputs, "--generator", str(tmp_path / "black"), "--out", str(tmp_path / "s")]
+    assert generate_spectrum.main([*command, "--levels", "90", "--seeds", "1", "--steps", "4"]) == 1
+    assert contents(tmp_path / "s") == {}
+    assert "55 images stayed blank" in capsys.readouterr().out
+
+
+def write_hard(path: Path, names: list[tuple[str, int, str]]) -> None:
+    spectrum.write_hard(
+        path,
+        [{"source": source, "label": label, "class_name": name, "reason": "few", "score": 1}
+         for source, label, name in names],
+    )  # fmt: skip
+
+
+def test_sources_may_be_files_of_any_size_and_hostile_class_names_survive(tmp_path):
+    names = ["a/b", "..", 'say "hi" {0}', "crème brûlée", "a/b"]
+    rng = np.random.default_rng(0)
+    for label in range(len(names)):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        pixels = rng.integers(0, 256, (17 + label, 21, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / str(label) / "x y.png")
+    write_hard(tmp_path / "hard.csv", [(f"{label}/x y.png", label, name) for label, name in enumerate(names)])
+    import filter_clipscore
+    import write_prompts
+
+    hard, prompts, out = tmp_path / "hard.csv", tmp_path / "prompts.json", tmp_path / "s"
+    write_prompts.main(["--hard", str(hard), "--out", str(prompts)])
+    root = ["--data-root", str(tmp_path / "images"), "--prompts", str(prompts)]
+    assert generate_spectrum.main(["--hard", str(hard), "--out", str(out), *root, *SMALL]) == 0
+    rows = spectrum.read_rows(out, decode=True)
+    assert {row["label"]: row["class_name"] for row in rows} == dict(enumerate(names))
+    assert {(row["label"], row["width"], row["height"]) for row in rows} == {
+        (0, 20, 16), (1, 20, 18), (2, 20, 18), (3, 20, 20), (4, 20, 20)
+    }  # fmt: skip
+    assert filter_clipscore.main(["--spectrum", str(out), *root]) == 0
+    assert len(spectrum.read_scores(out / "scores.csv")) == 15
+
+
+def test_an_unreadable_source_is_named_before_the_model_loads(road, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    write_hard(tmp_path / "hard.csv", [("broken.png", 3, "three")])
+    command = ["--hard", str(tmp_path / "hard.csv"), "--prompts", str(road.prompts), "--out", str(tmp_path / "s")]
+    with pytest.raises(UserError, match=r"source broken.png: not a readable image"):
+        generate_spectrum.main([*command, "--data-root", str(tmp_path)])
+    assert not (tmp_path / "s").exists()
+
+
+def test_bad_input_is_one_line_and_exit_code_2(road, tmp_path):
+    empty = tmp_path / "empty.csv"
+    empty.write_text("source,label,class_name,reason,score\n")
+    base = [
+        sys.executable,
+        str(ROOT / "generate_spectrum.py"),
+        "--prompts",
+        str(road.prompts),
+        "--out",
+        str(tmp_path / "s"),
+    ]
+    cases = {
+        "no hard images": ["--hard", str(empty)],
+        "--levels 100": ["--hard", str(road.hard), "--levels", "0", "100"],
+        "'101': expected a whole number": ["--hard", str(road.hard), "--levels", "101"],
+        "-1": ["--hard", str(road.hard), "--levels", "-1"],
+        "no such file": ["--hard", str(tmp_path / "none.csv")],
+        "--dataset": ["--hard", str(road.hard), "--dataset", "mnist"],
+        "--generator /no/such/model": ["--hard", str(road.hard), "--generator", "/no/such/model"],
+    }
+    for message, extra in cases.items():
+        done = subprocess.run([*base, *extra], capture_output=True, text=True, check=False)
+        assert done.returncode == 2, message
+        assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_public_imagefolder_loader_reads_a_filtered_spectrum(road, tmp_path):
+    script = (
+        "import json, sys, datasets\n"
+        "found = datasets.load_dataset('imagefolder', data_dir=sys.argv[1], split='train', cache_dir=sys.argv[2])\n"
+        "first = found[0]\n"
+        "print(json.dumps([len(found), sorted(found.column_names), first['image'].size, first['label']]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(road.spectrum), str(tmp_path)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, columns, size, label = json.loads(done.stdout.strip().splitlines()[-1])
+    assert count == 165 and size == [16, 16] and label in range(3, 10)
+    assert {"image", "source", "level", "seed", "prompt", "label"} <= set(columns)

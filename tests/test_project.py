@@ -1,0 +1,413 @@
+"""What holds for the project as a whole: flags, commands in the documents, imports, and what no file may contain."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import glob
+import importlib
+import json
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import cli
+import find_hard
+import spectrum
+import write_prompts
+
+TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
+
+
+def is_script(tree: ast.Module) -> bool:
+    return any(isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'" for node in tree.body)
+
+
+SCRIPTS = [name for name, tree in TREES.items() if is_script(tree)]
+HELPERS = [name for name in TREES if name not in SCRIPTS]
+# The steps in the order in which they run, and flags that make them cheap.
+STEPS = {
+    "find_hard": "",
+    "write_prompts": "",
+    "generate_spectrum": "--levels 0 50 --seeds 1 --steps 4",
+    "filter_clipscore": "--threshold -1",
+    "train_lt": "--epochs 3 --curriculum-epochs 2",
+    "report": "",
+}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Top-level names of all modules that are imported anywhere in a module."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def reads(tree: ast.Module) -> set[str]:
+    """Every NAME of `args.NAME` and `getattr(args, "NAME")` that is read, methods such as args.items() left out."""
+    nodes = list(ast.walk(tree))
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    names = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value) == "args"
+        and isinstance(node.ctx, ast.Load)
+        and id(node) not in called
+    }
+    for node in nodes:
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and ast.unparse(node.args[0]) == "args":
+            names |= {node.args[1].value} if isinstance(node.args[1], ast.Constant) else set()
+    return names
+
+
+def commands_in(text: str) -> list[str]:
+    """The lines `python SCRIPT.py ...` of a text, with or without `$` or `#` before them."""
+    text = text.replace("\\\n", " ")
+    return [
+        shlex.join(shlex.split(line, comments=True)) for line in re.findall(r"^[\s$#]*(python \w+\.py.*)$", text, re.M)
+    ]
+
+
+def documented_commands() -> list:
+    texts = {f"{name}.py": ast.get_docstring(TREES[name]) or "" for name in SCRIPTS}
+    for path in [ROOT / "README.md", *sorted((ROOT / "recipes").rglob("*"))]:
+        if path.is_file():
+            texts[str(path.relative_to(ROOT))] = path.read_text(encoding="utf-8")
+    return [
+        pytest.param(command, id=f"{place}: {command}")
+        for place, text in texts.items()
+        for command in commands_in(text)
+    ]
+
+
+def make_inputs(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Make, below the working directory, the files and folders that a command line takes for granted."""
+    make = None
+    for word in words:
+        if word.startswith("--"):
+            kind = parser._option_string_actions[word].type
+            make = {cli.existing_file: Path.touch, cli.existing_folder: Path.mkdir}.get(kind)
+        elif make:
+            path = Path(word.replace("*", "some"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make(path, exist_ok=True)
+
+
+def answer(cwd: Path, *arguments) -> tuple[subprocess.CompletedProcess, float]:
+    """Run Python in a folder, with no help from PYTHONPATH: what it did, and the CPU seconds it took itself."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    return done, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# flags
+
+
+def test_every_step_and_the_demo_is_a_script():
+    assert set(STEPS) | {"demo"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_read_is_declared_and_every_flag_declared_is_read(name):
+    parser = importlib.import_module(name).build_parser()
+    declared = {action.dest for action in parser._actions} - {"help"}
+    own = reads(TREES[name])
+    helpers = set().union(*(reads(TREES[helper]) for helper in imported(TREES[name]) & set(HELPERS)))
+    assert own - declared == set(), "read, but not declared"
+    assert declared - own - helpers == set(), "declared, but never read"
+
+
+def test_the_flag_check_sees_what_it_looks_for():
+    tree = ast.parse("args.out = args.seed\nprint(getattr(args, 'lr'), args.items(), other.args.no, process.args)")
+    assert reads(tree) == {"seed", "lr"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_flag_has_a_help_and_shows_its_default(name):
+    parser = importlib.import_module(name).build_parser()
+    defaults = vars(parser.parse_args([]))  # sets the data set's defaults, which the help shows
+    shown = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        assert action.help and action.help.strip(), action.dest
+        default = defaults.get(action.dest)
+        if default not in (None, False):
+            assert f"(default: {default})" in shown, action.dest
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_answers_within_three_seconds_from_another_folder(name, tmp_path):
+    done, seconds = answer(tmp_path, ROOT / f"{name}.py", "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: {name}.py") and "(default: " in done.stdout
+    assert ast.get_docstring(TREES[name]).splitlines()[0] in done.stdout
+    assert seconds < 3
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_bad_argument_is_one_line_within_three_seconds(name, tmp_path):
+    done, seconds = answer(tmp_path, ROOT / f"{name}.py", "--no-such-flag")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"{name}.py: error: unrecognized arguments: --no-such-flag (see --help)\n"
+    assert seconds < 3
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands in the documents
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_docstring_holds_a_command_of_its_own(name):
+    assert any(command.startswith(f"python {name}.py ") for command in commands_in(ast.get_docstring(TREES[name])))
+
+
+def test_every_recipe_is_used_by_a_command():
+    commands = " ".join(param.values[0] for param in documented_commands())
+    recipes = [str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.args")]
+    assert [recipe for recipe in recipes if f"@{recipe}" not in commands] == []
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_commands_parse(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if (ROOT / "recipes").is_dir():
+        (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    _, script, *words = shlex.split(command)
+    module = importlib.import_module(script.removesuffix(".py"))
+    make_inputs(module.build_parser(), [word for word in words if not word.startswith("@")])
+    words = [path for word in words for path in (glob.glob(word) if "*" in word else [word])]
+    module.build_parser().parse_args(words)
+
+
+def test_commands_are_found_in_a_text():
+    text = "\n    $ python a.py --x 1  # why\n# python b.py @c.args\n    python d.py --x \\\n        2\nnot python e.py"
+    assert commands_in(text) == ["python a.py --x 1", "python b.py @c.args", "python d.py --x 2"]
+
+
+@pytest.mark.slow
+def test_docstring_commands_run_one_after_another(tmp_path):
+    for name, cheaper in STEPS.items():
+        for command in commands_in(ast.get_docstring(TREES[name])):
+            # As typed, and by a shell, which expands runs/digits_*; but in an empty folder.
+            line = command.replace("python ", f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/", 1)
+            line = line.replace("'runs/digits_*'", "runs/digits_*")
+            done = subprocess.run(
+                f"{line} {cheaper}", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    made = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    run = "digits_bs_d2s_seed0"
+    assert {"hard.csv", "prompts.json", "spectrum/plan.json", "spectrum/scores.csv"} <= made
+    assert {f"{run}/args.json", f"{run}/checkpoint.pt", f"{run}/results.json", f"{run}/predictions.npz"} <= made
+    assert {f"report/{name}" for name in ("table.md", "table.csv", "curriculum.png", "spectrum.png")} <= made
+    assert "report/acceptance.png" in made
+    assert "| BS + d2s |" in (tmp_path / "runs/report/table.md").read_text(encoding="utf-8")
+    levels = [row["level"] for row in spectrum.read_rows(tmp_path / "runs/spectrum", decode=True)]
+    assert sorted(levels) == [0] * 55 + [50] * 55
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# imports
+
+# package in requirements.txt -> what to import; of transformers and diffusers the parts that look for other packages
+PACKAGES = {
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "diffusers": "from diffusers import AutoPipelineForImage2Image",
+    "transformers": "from transformers import CLIPTextModel, CLIPTokenizer",
+    "open_clip_torch": "open_clip",
+    "timm": "timm",
+    "submitit": "submitit",
+    "numpy": "numpy",
+    "pillow": "PIL",
+    "tensorboard": "from torch.utils.tensorboard import SummaryWriter",
+    "scikit-learn": "sklearn",
+    "matplotlib": "matplotlib",
+    "tqdm": "tqdm",
+    "safetensors": "safetensors",
+}
+
+
+def test_every_dependency_and_module_imports_from_the_root():
+    """Our datasets.py and models.py stand where transformers looks for packages of these names."""
+    required = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
+    assert set(required) == set(PACKAGES), "a package that this test does not know"
+    lines = [text if text.startswith("from ") else f"import {text}" for text in PACKAGES.values()]
+    lines += [f"import {name}" for name in TREES]
+    lines += ["from pathlib import Path", "assert Path(datasets.__file__).resolve() == Path('datasets.py').resolve()"]
+    done, _ = answer(ROOT, "-c", "\n".join(lines))
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_module_imports_from_another_folder_and_does_nothing(tmp_path):
+    lines = ["import sys", f"sys.path.insert(0, {str(ROOT)!r})", *(f"import {name}" for name in TREES)]
+    done, _ = answer(tmp_path, "-c", "\n".join(lines))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_scripts_import_torch_only_once_they_need_it():
+    slow = ("torch", "diffusers", "transformers", "open_clip", "sklearn", "matplotlib")
+    lines = ["import sys", *(f"import {name}" for name in SCRIPTS), f"print(*(set({slow!r}) & set(sys.modules)))"]
+    done, _ = answer(ROOT, "-c", "\n".join(lines))
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_no_module_imports_a_script(name):
+    assert imported(TREES[name]) & set(SCRIPTS) == set()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what no file may contain: (pattern, a line that it must find, a line that it must not find)
+FORBIDDEN = [
+    (r"\bpickle\b", "import pickle", "allow_unpickled"),
+    (r"allow_pickle\s*=\s*True", "np.load(path, allow_pickle=True)", "np.load(path, allow_pickle=False)"),
+    (r"weights_only\s*=\s*False", "torch.load(path, weights_only=False)", "torch.load(path, weights_only=True)"),
+    (r"torch\.load\((?!.*weights_only=True)", "torch.load(path)", "torch.load(path, weights_only=True)"),
+    (r"(?<![\w.])hash\(", "seed = hash(name) ^ 1", "file.hash(name)"),
+    (r"(?<![\w.])(eval|exec)\(", "x = eval(text)", "model.eval()"),
+    (r"(?<![\w.}])/(home|data|scratch|root|Users|mnt|work|checkpoint)\b", 'root = "/data/images"', '"runs/data/x"'),
+]
+
+
+def listed_files() -> list[Path]:
+    """Code, launchers and recipes, tests left out: what git knows or would add; without git, what is there."""
+    done = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        names = done.stdout.splitlines()
+    else:
+        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if ".venv" not in path.parts]
+    return [
+        ROOT / name
+        for name in names
+        if (ROOT / name).is_file()
+        and not name.startswith(("tests/", "runs/"))
+        and (name.endswith((".py", ".sh", ".sbatch", ".args")) or name in ("Makefile", ".ci/run"))
+    ]
+
+
+@pytest.mark.parametrize(("pattern", "bad", "good"), FORBIDDEN, ids=[bad for _, bad, _ in FORBIDDEN])
+def test_no_file_holds(pattern, bad, good):
+    assert re.search(pattern, bad) and not re.search(pattern, good)
+    files = listed_files()
+    assert {f"{name}.py" for name in TREES} <= {path.name for path in files}
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert found == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# class names
+
+CLASS_NAMES = [
+    "missile",
+    "missile",  # two ImageNet classes share a name
+    "bow/arrow",
+    "../../etc/passwd",
+    "/absolute",
+    'the "quoted" one',
+    "it's",
+    "a, b; c\td",
+    "{}",
+    "{name} %s %(x)d",
+    "two\nlines",
+    "two\r\nlines",
+    "a\u2028b\x85c",
+    "Łoś, żubr – 狐 🦊",
+    " spaces around ",
+    "-5",
+    "=1+1",
+]
+
+
+@pytest.fixture
+def odd_hard(tmp_path) -> Path:
+    """hard.csv with one image of each odd class; its sources are as odd as the names."""
+    rows = [
+        {"source": f"{name}/{label}.png", "label": label, "class_name": name, "reason": "few", "score": 1}
+        for label, name in enumerate(CLASS_NAMES)
+    ]
+    spectrum.write_hard(tmp_path / "hard.csv", rows)
+    return tmp_path / "hard.csv"
+
+
+def test_odd_class_names_survive_hard_csv(odd_hard):
+    found = [(row.source, row.label, row.class_name) for row in spectrum.read_hard(odd_hard)]
+    assert found == [(f"{name}/{label}.png", label, name) for label, name in enumerate(CLASS_NAMES)]
+
+
+def test_odd_class_names_survive_prompts_json(odd_hard, tmp_path):
+    out = tmp_path / "prompts.json"
+    assert write_prompts.main(["--hard", str(odd_hard), "--out", str(out)]) == 0
+    prompts = spectrum.read_prompts(out, range(len(CLASS_NAMES)))
+    assert [prompts[label]["class_name"] for label in range(len(CLASS_NAMES))] == CLASS_NAMES
+    assert list(json.loads(out.read_text(encoding="utf-8"))) == [str(label) for label in range(len(CLASS_NAMES))]
+    for label, name in enumerate(CLASS_NAMES):
+        assert prompts[label]["score_prompt"] == "a photo of a " + name
+        assert "a " + name + " in red ink" in prompts[label]["prompts"]
+
+
+def test_odd_class_names_survive_metadata(tmp_path):
+    from PIL import Image
+
+    (tmp_path / "shard-00000").mkdir()
+    rows = []
+    for label, name in enumerate(CLASS_NAMES):
+        unit = spectrum.Unit(f"{name}/{label}.png", 50, 0)
+        rows.append({"file_name": unit.file_name, "source": unit.source, "label": label, "class_name": name})
+        Image.new("RGB", (2, 2)).save(tmp_path / "shard-00000" / unit.file_name)
+    writer = spectrum.RowWriter(tmp_path / "shard-00000")
+    writer.append(rows)
+    writer.close()
+    found = spectrum.read_rows(tmp_path, decode=True)
+    assert [(row["source"], row["class_name"]) for row in found] == [(row["source"], row["class_name"]) for row in rows]
+
+
+def test_file_names_are_safe_and_distinct_whatever_the_source():
+    sources = [f"{name}/{label}.png" for label, name in enumerate(CLASS_NAMES)] + ["index:1", "index:11", "a/b", "a_b"]
+    units = [
+        spectrum.Unit(source, level, seed) for source in sources for level in (0, 5, 50, 99) for seed in (0, 1, 120)
+    ]
+    names = [unit.file_name for unit in units]
+    assert all(re.fullmatch(r"[A-Za-z0-9_]+\.png", name) for name in names)
+    assert len({name.lower() for name in names}) == len(units)
+
+
+def test_classes_that_share_a_name_stay_two_classes(odd_hard, tmp_path):
+    write_prompts.main(["--hard", str(odd_hard), "--out", str(tmp_path / "prompts.json")])
+    prompts = spectrum.read_prompts(tmp_path / "prompts.json", [0, 1])
+    assert prompts[0] == prompts[1] and len(prompts) == len(CLASS_NAMES)
+
+
+def test_find_hard_writes_what_write_prompts_reads(tmp_path):
+    find_hard.main(["--out", str(tmp_path / "hard.csv")])
+    write_prompts.main(["--hard", str(tmp_path / "hard.csv"), "--out", str(tmp_path / "prompts.json")])
+    assert sorted(spectrum.read_prompts(tmp_path / "prompts.json", range(3, 10))) == list(range(3, 10))

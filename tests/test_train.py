@@ -1,0 +1,204 @@
+"""Training: exact resumption, evaluation without side effects, and what it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import datasets
+import models
+import runs
+import spectrum
+import train_lt
+from cli import UserError
+
+SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8"]
+
+
+def train(road, out, *extra) -> int:
+    return train_lt.main(["--spectrum", str(road.spectrum), "--out", str(out), *SHORT, *extra])
+
+
+def test_the_same_command_gives_the_same_numbers(road, tmp_path):
+    for name in "ab":
+        assert train(road, tmp_path / name, "--loss", "bs", "--curriculum", "d2s") == 0
+    a, b = (np.load(tmp_path / name / "predictions.npz")["logits"] for name in "ab")
+    assert np.array_equal(a, b)
+    train(road, tmp_path / "c", "--loss", "bs", "--curriculum", "d2s", "--seed", "1")
+    assert not np.array_equal(a, np.load(tmp_path / "c" / "predictions.npz")["logits"])
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("curriculum", ["none", "d2s", "random"])
+def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatch, curriculum):
+    train(road, tmp_path / "whole", "--curriculum", curriculum)
+    log, calls = train_lt.log, []
+
+    def stop_in_the_third_epoch(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise Interrupted
+        log(*args)
+
+    monkeypatch.setattr(train_lt, "log", stop_in_the_third_epoch)
+    with pytest.raises(Interrupted):
+        train(road, tmp_path / "resumed", "--curriculum", curriculum)
+    assert not (tmp_path / "resumed/results.json").exists()
+    monkeypatch.setattr(train_lt, "log", log)
+    train(road, tmp_path / "resumed", "--curriculum", curriculum)
+    for name in ("model", "best"):
+        states = [runs.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu") for run in ("whole", "resumed")]
+        states = [state["model"] if name == "model" else state["best"]["model"] for state in states]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    results = [runs.read_json(tmp_path / run / "results.json") for run in ("whole", "resumed")]
+    assert all(results[0][name] == results[1][name] for name in ("last", "best_by_val", "images"))
+
+
+def test_a_finished_run_is_skipped_and_overwrite_starts_anew(road, tmp_path, capsys):
+    train(road, tmp_path / "r")
+    written = (tmp_path / "r/results.json").stat().st_mtime_ns
+    assert train(road, tmp_path / "r") == 0
+    assert "already complete" in capsys.readouterr().out
+    assert (tmp_path / "r/results.json").stat().st_mtime_ns == written
+    train(road, tmp_path / "r", "--overwrite")
+    assert (tmp_path / "r/results.json").stat().st_mtime_ns > written
+
+
+def test_evaluation_changes_nothing():
+    torch.manual_seed(0)
+    model = models.build_classifier("resnet8", 10).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train_lt.predict(model, torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_accuracies_by_hand():
+    logits = torch.eye(3)[[0, 0, 1, 2, 0, 1]]
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    groups = {"many": np.array([0]), "medium": np.array([], dtype=int), "few": np.array([1, 2])}
+    found = train_lt.accuracies(logits, labels, groups)
+    assert found["overall"] == 50 and found["many"] == pytest.approx(200 / 3) and found["medium"] is None
+    assert found["few"] == pytest.approx(100 / 3)
+    assert found["per_class"] == [pytest.approx(200 / 3), pytest.approx(100 / 3), None]
+
+
+def test_augmentation_shifts_each_image_by_at_most_an_eighth():
+    images = torch.zeros(64, 3, 16, 16, dtype=torch.uint8)
+    images[:, :, 8, 8] = 255
+    shifted = train_lt.augment(images, torch.Generator().manual_seed(0))
+    assert shifted.shape == images.shape and shifted.min() == -1 and shifted.max() == 1
+    places = [(image[0] == 1).nonzero()[0].tolist() for image in shifted]
+    assert {y for y, _ in places} == {x for _, x in places} == {6, 7, 8, 9, 10}
+
+
+def test_the_learning_rate_falls_by_a_cosine():
+    assert train_lt.learning_rate(2.0, 0) == 2
+    assert train_lt.learning_rate(2.0, 0.5) == pytest.approx(1)
+    assert train_lt.learning_rate(2.0, 1) == pytest.approx(0)
+
+
+def test_an_epochs_images_follow_the_curriculum(road, tmp_path):
+    """7 of 10 classes are hard: 39 of the 129 other images stay, 39 * 0.7 / 0.3 = 91 hard ones, 55 of them real."""
+    train(road, tmp_path / "r", "--curriculum", "d2s", "--undersample", "0.3")
+    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    assert [record["levels"] for record in history] == [[0], [50], [90], [100]]
+    assert [record["images"] for record in history] == [39 + 91] * 3 + [184]
+    assert [record["synthetic_share"] for record in history] == [pytest.approx(36 / 130)] * 3 + [0]
+
+
+def test_tensorboard_holds_every_epoch(road, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(road, tmp_path / "r", "--curriculum", "s2d")
+    events = EventAccumulator(str(tmp_path / "r"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("curriculum/level")] == [90, 50, 0, 100]
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
+    assert {"val/overall", "val/few", "test/few", "train/lr"} <= set(events.Tags()["scalars"])
+
+
+def test_results_hold_both_epochs_and_predictions_agree(road, tmp_path):
+    train(road, tmp_path / "r")
+    results = runs.read_json(tmp_path / "r/results.json")
+    predictions = np.load(tmp_path / "r/predictions.npz", allow_pickle=False)
+    assert predictions["logits"].shape == (500, 10)
+    right = predictions["logits"].argmax(1) == predictions["labels"]
+    assert results["last"]["overall"] == pytest.approx(100 * right.mean())
+    assert results["last"]["few"] == pytest.approx(100 * right[predictions["labels"] >= 3].mean())
+    assert results["best_by_val"]["epoch"] in range(4)
+
+
+def test_a_spectrum_made_for_other_data_is_refused(road, tmp_path):
+    with pytest.raises(UserError, match="made for other data"):
+        train(road, tmp_path / "r", "--curriculum", "d2s", "--imb-ratio", "60")
+
+
+def test_a_level_without_an_accepted_image_is_named(road, tmp_path):
+    shutil.copytree(road.spectrum, tmp_path / "s")
+    scores = spectrum.read_scores(tmp_path / "s/scores.csv")
+    spectrum.write_scores(
+        tmp_path / "s/scores.csv",
+        ({"file_name": name, **score, "kept": int("level050" not in name)} for name, score in scores.items()),
+    )
+    with pytest.raises(UserError, match="--levels 50: .* no accepted image of this level"):
+        train_lt.main(["--spectrum", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *SHORT, "--curriculum", "d2s"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--curriculum", "d2s", "--levels", "20"], "--levels 20: .* no accepted image"),
+        (["--curriculum", "fixed", "--fixed-level", "30"], "--levels 30"),
+        (["--curriculum", "d2s", "--curriculum-epochs", "2"], "--curriculum-epochs 2"),
+        (["--curriculum", "d2s", "--spectrum", "/no/such"], "/no/such"),
+        (["--model", "vgg"], "--model vgg"),
+        (["--device", "cuda:9"], "--device cuda:9"),
+    ],
+)
+def test_bad_input_names_the_flag(road, tmp_path, extra, message):
+    with pytest.raises(UserError, match=message):
+        train(road, tmp_path / "r", *extra)
+
+
+def test_a_folder_with_another_run_is_left_alone(road, tmp_path):
+    train(road, tmp_path / "r")
+    with pytest.raises(UserError, match=r"loss is 'ce' there, 'bs' here"):
+        train(road, tmp_path / "r", "--loss", "bs")
+
+
+def test_a_truncated_checkpoint_is_named(road, tmp_path):
+    train(road, tmp_path / "r")
+    (tmp_path / "r/results.json").unlink()
+    checkpoint = tmp_path / "r/checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(UserError, match="checkpoint.pt: not a readable checkpoint"):
+        train(road, tmp_path / "r")
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(road, tmp_path):
+    with pytest.raises(UserError, match="the loss is not finite"):
+        train(road, tmp_path / "r", "--lr", "1e30")
+
+
+@pytest.mark.slow
+def test_without_a_spectrum_the_default_one_is_made_first(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_lt.py"), "--loss", "bs", "--curriculum", "d2s"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "no finished spectrum there; making it first" in done.stdout
+    assert list((tmp_path / "runs/digits_bs_d2s_seed0").glob("events.out.tfevents.*"))
+    results = runs.read_json(tmp_path / "runs/digits_bs_d2s_seed0/results.json")
+    # Ten classes: a net that learned nothing is right in 10 % of the cases.
+    assert results["last"]["overall"] > 60
+    assert datasets.load("digits", 30).counts.tolist() == results["train_counts"]
