@@ -27,8 +27,9 @@ import spectrum
 LOSS_NAMES = {"ce": "CE", "bs": "BS"}
 CURRICULUM_NAMES = {"text_only": "text only", "all": "all levels"}
 GROUPS = ("many", "medium", "few", "overall")
-# Two figures share these colours; the order keeps neighbours apart for colour-blind readers.
+# Okabe and Ito's palette: told apart by colour-blind readers too.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = ("x", "s", "o", "+")
 
 
 def build_parser() -> cli.Parser:
@@ -150,15 +151,22 @@ def draw_curriculum(rows: dict[str, list[dict]], path: Path) -> None:
     """Level, and validation accuracy over all and over few-shot classes, by epoch: mean over the seeds."""
     panels = {"val_overall": "validation accuracy, all classes (%)", "val_few": "validation accuracy, few-shot (%)"}
     figure, (top, *others) = new_figure(3, 1, figsize=(8, 9), sharex=True, height_ratios=(2, 3, 3))
+    drawn = {}
     for colour, (name, row) in zip(COLOURS * len(rows), rows.items(), strict=False):
         history = row[0]["history"]
         epochs = [record["epoch"] + 1 for record in history]
-        if row[0]["args"]["curriculum"] != "none":
-            # An epoch that mixes levels has a point for each.
-            points = [
-                (epoch, level) for epoch, record in zip(epochs, history, strict=True) for level in record["levels"]
-            ]
-            top.plot(*zip(*points, strict=True), "s", markersize=3, color=colour, label=name)
+        # An epoch that mixes levels has a point for each; rows with the same curriculum share their points.
+        points = [(epoch, level) for epoch, record in zip(epochs, history, strict=True) for level in record["levels"]]
+        curriculum = row[0]["args"]["curriculum"]
+        if curriculum != "none" and points not in drawn.values():
+            drawn[name] = points
+            top.plot(
+                *zip(*points, strict=True),
+                MARKERS[len(drawn) % len(MARKERS)],
+                color=colour,
+                markersize=4,
+                label=curriculum,
+            )
         for panel, axis in zip(panels, others, strict=True):
             values = np.array([[record[panel] for record in run["history"]] for run in row], dtype=float).mean(0)
             # Few validation images make a jagged line: show it faintly, under its mean over five epochs.
@@ -171,9 +179,9 @@ def draw_curriculum(rows: dict[str, list[dict]], path: Path) -> None:
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     others[-1].set_xlabel("epoch")
-    others[0].legend(fontsize=8)
-    if top.lines:
-        top.legend(fontsize=8)
+    others[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if drawn:
+        top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     top.grid(alpha=0.3)
     save_figure(figure, path)
 
