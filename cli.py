@@ -6,7 +6,8 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from defaults import DEFAULTS
@@ -39,6 +40,13 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         return shlex.split(arg_line, comments=True)
 
+    def expand_files(self, args: list[str]) -> list[str]:
+        """Arguments with those of each @file in its place."""
+        try:
+            return self._read_args_from_files(args)
+        except ValueError as error:  # an open quote, or no text at all
+            self.error(f"{' '.join(word for word in args if word.startswith('@'))}: {error}")
+
     def add_dataset(self) -> None:
         """The flags that choose the data. Defaults of other flags follow the data set (`defaults.py`)."""
         group = self.add_argument_group("data")
@@ -57,11 +65,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """Parse, after the flags have taken the chosen data set's defaults (so that `--help` shows those)."""
-        args = sys.argv[1:] if args is None else list(args)
-        try:
-            args = self._read_args_from_files(args)
-        except ValueError as error:  # an open quote, or no text at all
-            self.error(f"{' '.join(word for word in args if word.startswith('@'))}: {error}")
+        args = self.expand_files(sys.argv[1:] if args is None else list(args))
         if self.get_default("dataset"):
             chooser = argparse.ArgumentParser(
                 add_help=False, allow_abbrev=False, fromfile_prefix_chars="@", exit_on_error=False
@@ -116,10 +120,24 @@ def number(low: float, high: float = float("inf")) -> Callable[[str], float]:
     return parse
 
 
+_paths_checked = True
+
+
+@contextmanager
+def paths_unchecked(unchecked: bool) -> Iterator[None]:
+    """Within it, a parser takes files and folders that are not there yet (an earlier job will write them)."""
+    global _paths_checked
+    before, _paths_checked = _paths_checked, not unchecked
+    try:
+        yield
+    finally:
+        _paths_checked = before
+
+
 def existing_file(text: str) -> Path:
     """The argparse type of a file that must be there."""
     path = Path(text)
-    if not path.is_file():
+    if _paths_checked and not path.is_file():
         raise argparse.ArgumentTypeError(f"{text}: no such file")
     return path
 
@@ -127,7 +145,7 @@ def existing_file(text: str) -> Path:
 def existing_folder(text: str) -> Path:
     """The argparse type of a folder that must be there."""
     path = Path(text)
-    if not path.is_dir():
+    if _paths_checked and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: no such folder")
     return path
 

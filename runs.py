@@ -95,12 +95,11 @@ def load_checkpoint(path: Path, device: str) -> dict:
 
 def environment() -> dict:
     """Versions, machine and code that a result depends on."""
-    commit = subprocess.run(
-        ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        commit = ""
     return {
         "python": platform.python_version(),
         "commit": commit or "unknown",

@@ -215,9 +215,19 @@ def prepare_spectrum(args) -> tuple[list[int], list[int]]:
     return levels, plan["hard_classes"]
 
 
+def finished(args) -> bool:
+    """Whether the run that these arguments name is complete."""
+    return (run_folder(args) / "results.json").is_file()
+
+
+def run_folder(args) -> Path:
+    """Where a run goes: --out, or a name that its main settings make."""
+    return args.out or Path(f"runs/{args.dataset}_{args.loss}_{args.curriculum}_seed{args.seed}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    args.out = args.out or Path(f"runs/{args.dataset}_{args.loss}_{args.curriculum}_seed{args.seed}")
+    args.out = run_folder(args)
     data = datasets.load(args.dataset, args.imb_ratio)
     levels, hard_classes, inputs, synthetic = [], [], {}, {}
     if args.curriculum != "none":

@@ -1,0 +1,187 @@
+"""The launcher: what it refuses and sends, and the same images and numbers through a real Slurm as without one.
+
+The tests that need Slurm run where one is up (`eval "$(tests/slurm-local start)"`), and say so where none is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL
+
+from cli import UserError
+
+spec = importlib.util.spec_from_file_location("submit", ROOT / "slurm/submit.py")
+submit = importlib.util.module_from_spec(spec)
+sys.modules["submit"] = submit
+spec.loader.exec_module(submit)
+
+TRAIN = ["train_lt.py", "--curriculum", "none", "--epochs", "2", "--curriculum-epochs", "0"]
+
+
+def slurm_is_up() -> bool:
+    try:
+        return subprocess.run(["sinfo", "-h"], capture_output=True, timeout=10, check=False).returncode == 0
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return False
+
+
+needs_slurm = pytest.mark.skipif(not slurm_is_up(), reason='no Slurm is up: eval "$(tests/slurm-local start)"')
+
+
+def launch(folder: Path, *words) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "slurm/submit.py"), *map(str, words)],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def wait_for_jobs(folder: Path, seconds: float = 240) -> list[str]:
+    """The job ids of a submission, once none of them is queued or running."""
+    ids = [task["job_id"] for task in json.loads((folder / "submission.json").read_text())["tasks"]]
+    end = time.monotonic() + seconds
+    main = ",".join(sorted({job_id.split("_")[0] for job_id in ids}))
+    while subprocess.run(["squeue", "-h", "-j", main], capture_output=True, text=True, check=False).stdout.strip():
+        assert time.monotonic() < end, "the jobs did not end in time"
+        time.sleep(0.5)
+    return ids
+
+
+def test_a_sweep_is_the_product_of_its_values_each_in_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = submit.expand_sweep(TRAIN, ["seed=0,1", "loss=ce,bs"])
+    assert [line[len(TRAIN) :] for line in lines] == [
+        ["--seed", seed, "--loss", loss, "--out", f"runs/train_lt/seed-{seed}_loss-{loss}"]
+        for seed in "01"
+        for loss in ("ce", "bs")
+    ]
+
+
+def test_the_command_line_is_split_at_scripts():
+    own, scripts, extra = submit.split_command_line(
+        ["--time", "5", "--slurm-nodelist", "a", "--slurm-mail-type=END", *TRAIN, "--then", "report.py"][:-2]
+    )
+    assert own == ["--time", "5"] and scripts == [TRAIN] and extra == {"nodelist": "a", "mail-type": "END"}
+    with pytest.raises(UserError, match="report.py: unknown script"):
+        submit.split_command_line([*TRAIN, "--then", "report.py"])
+    with pytest.raises(UserError, match="--slurm-nodelist: expected a value"):
+        submit.split_command_line(["--slurm-nodelist", *TRAIN])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train_lt.py", "--epochs", "0"], "--epochs"),
+        (["train_lt.py", "--no-such-flag"], "--no-such-flag"),
+        (["--sweep", "loss=ce,mse", "train_lt.py"], "--loss"),
+        (["--sweep", "loss", "train_lt.py"], "--sweep loss: expected FLAG=A,B"),
+        (["--shards", "2", "train_lt.py"], "only generate_spectrum.py has shards"),
+        (["/elsewhere/evil.py"], "unknown script"),
+        ([], "no script"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_submitted(tmp_path, words, message):
+    done = launch(tmp_path, *words)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_without_slurm_the_launcher_says_so(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "slurm/submit.py"), *TRAIN], cwd=tmp_path, capture_output=True, text=True,
+        check=False, env={**os.environ, "PATH": "/nowhere"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "no sbatch on this machine" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_local_sweep_runs_from_the_snapshot_and_finished_runs_are_skipped(tmp_path):
+    words = ["--cluster", "local", "--sweep", "seed=0,1", *TRAIN]
+    done = launch(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    [code] = (tmp_path / "runs/jobs/train_lt").glob("code-*")
+    assert (code / "train_lt.py").read_text() == (ROOT / "train_lt.py").read_text()
+    results = [json.loads((tmp_path / f"runs/train_lt/seed-{s}/results.json").read_text()) for s in (0, 1)]
+    assert results[0]["last"] != results[1]["last"]
+    again = launch(tmp_path, *words)
+    assert again.returncode == 0 and "nothing to submit" in again.stdout
+    status = launch(tmp_path, "--status", "runs/jobs/train_lt")
+    assert status.returncode == 0 and "2 completed" in status.stdout, status.stdout + status.stderr
+
+
+@needs_slurm
+def test_slurms_own_message_is_shown_for_an_unknown_partition(tmp_path):
+    done = launch(tmp_path, "--partition", "nowhere", *TRAIN)
+    assert done.returncode == 2 and "invalid partition" in done.stderr.lower(), done.stderr
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_a_sweep_through_slurm_gives_the_numbers_of_runs_without_it(tmp_path):
+    words = ["--partition", "cpu", "--cpus-per-task", "1", "--sweep", "seed=0,1", "--sweep", "loss=ce,bs", *TRAIN]
+    done = launch(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    wait_for_jobs(tmp_path / "runs/jobs/train_lt")
+    import train_lt
+
+    for seed in (0, 1):
+        for loss in ("ce", "bs"):
+            out = tmp_path / f"direct_{seed}_{loss}"
+            train_lt.main([*TRAIN[1:], "--seed", str(seed), "--loss", loss, "--out", str(out)])
+            through = np.load(tmp_path / f"runs/train_lt/seed-{seed}_loss-{loss}/predictions.npz")
+            direct = np.load(out / "predictions.npz")
+            assert np.abs(through["logits"] - direct["logits"]).max() < 1e-3  # other thread counts sum in another order
+    status = launch(tmp_path, "--status", "runs/jobs/train_lt")
+    assert "4 completed" in status.stdout, status.stdout
+    again = launch(tmp_path, *words)
+    assert "nothing to submit" in again.stdout
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_a_failed_task_shows_its_error_in_the_status(tmp_path):
+    done = launch(tmp_path, "--partition", "cpu", "--cpus-per-task", "1", *TRAIN, "--lr", "1e30")
+    assert done.returncode == 0, done.stderr
+    wait_for_jobs(tmp_path / "runs/jobs/train_lt")
+    status = launch(tmp_path, "--status", "runs/jobs/train_lt")
+    assert "FAILED" in status.stdout and "the loss is not finite" in status.stdout, status.stdout
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_a_generation_array_killed_and_requeued_draws_the_images_of_a_run_without_slurm(road, tmp_path):
+    for path in (road.hard, road.prompts):
+        shutil.copy(path, tmp_path)
+    generate = ["generate_spectrum.py", "--hard", "hard.csv", "--prompts", "prompts.json", "--out", "s", *SMALL]
+    words = ["--partition", "gpu", "--cpus-per-task", "1", "--shards", "4", "--max-parallel", "2", "--time", "30"]
+    filter_words = ["filter_clipscore.py", "--spectrum", "s", "--prompts", "prompts.json", "--threshold", "0.1"]
+    done = launch(tmp_path, *words, *generate, "--batch-size", "4", "--then", *filter_words)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs/jobs/generate_spectrum"
+    first = json.loads((folder / "submission.json").read_text())["tasks"][0]["job_id"]
+    end = time.monotonic() + 120
+    while not list((tmp_path / "s").glob("shard-*/*.png")):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    subprocess.run(["scancel", "--signal=USR2", first], check=False)  # what a preemption sends
+    wait_for_jobs(folder)
+    import spectrum
+
+    expected = {row["file_name"].split("/")[1]: row for row in spectrum.read_rows(road.spectrum, decode=True)}
+    found = {row["file_name"].split("/")[1]: row for row in spectrum.read_rows(tmp_path / "s", decode=True)}
+    assert found.keys() == expected.keys()
+    for name, row in found.items():
+        assert {**row, "file_name": ""} == {**expected[name], "file_name": ""}
+    scores = spectrum.read_scores(tmp_path / "s/scores.csv")  # the dependent job ran after the array
+    assert len(scores) == len(expected)
+    again = launch(tmp_path, *words, *generate, "--batch-size", "4")
+    assert "nothing to submit" in again.stdout, again.stdout + again.stderr
