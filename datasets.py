@@ -222,11 +222,23 @@ def read_sources(names: list[str], train: ImageSet, data_root: Path | None) -> I
             try:
                 content = path.read_bytes()
                 with Image.open(io.BytesIO(content)) as image:
-                    yield ImageOps.exif_transpose(image).convert("RGB"), hashlib.sha256(content).hexdigest()
+                    yield to_rgb(image), hashlib.sha256(content).hexdigest()
             except FileNotFoundError:
                 raise UserError(f"source {name}: no such file below --data-root {data_root}") from None
             except (OSError, ValueError, SyntaxError) as error:
                 raise UserError(f"source {name}: not a readable image ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as upright 8-bit RGB: 16 bits are scaled, not cut off; what is transparent becomes white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 that hold 16; convert() would clip at 255
+        grey = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.clip(grey / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def sha256_pixels(pixels: np.ndarray) -> str:

