@@ -20,8 +20,8 @@ DEFAULTS: dict[str, dict[str, dict]] = {
         "filter_clipscore": {"clip": str(ASSETS / "tiny_clip"), "threshold": 0.3},
         "train_lt": {
             "model": "resnet8",
-            "epochs": 80,
-            "curriculum_epochs": 64,
+            "epochs": 72,
+            "curriculum_epochs": 60,
             "undersample": 0.43,  # makes a curriculum epoch (184 images) as long as a real one
             "batch_size": 16,
             "lr": 3e-3,

@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from PIL import Image
 from cli import UserError
 from runs import digest_int, read_json
 
+PLAN_COLUMNS = ["source", "level", "seed", "prompt"]
+SHORT_COLUMNS = ["label", "class_name", "level", "made", "kept", "short"]
+DISTANCE_COLUMNS = ["level", "images", "count", "real_count", "mmd", "frechet", "frechet_floor"]
 HARD_COLUMNS = ["source", "label", "class_name", "reason", "score"]
 SCORE_COLUMNS = ["file_name", "text_score", "image_score", "kept", "reason"]
 PLAN_KEYS = {"dataset", "imb_ratio", "hard_classes", "levels"}
@@ -82,12 +87,15 @@ def read_hard(path: Path) -> list[Hard]:
     """The hard images of hard.csv.
 
     Raises:
-        UserError: no rows, a column missing, a label that is no whole number, an image named twice.
+        UserError: no rows, a column missing, a label that is no whole number, a class without a name, an image named
+            twice.
     """
     rows, seen, names = [], set(), {}
     for number, row in _read_csv(path, HARD_COLUMNS):
         if not row["label"].isdecimal():
             raise UserError(f"{path} row {number}: label {row['label']!r}: expected a class index")
+        if not row["class_name"].strip():
+            raise UserError(f"{path} row {number}: the class name of class {row['label']} is empty; expected a name")
         if names.setdefault(row["label"], row["class_name"]) != row["class_name"]:
             raise UserError(
                 f"{path} row {number}: class {row['label']} is {row['class_name']!r} here, "
@@ -117,6 +125,8 @@ def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
             raise UserError(f"{path} key {key!r}: expected a class index and an object")
         if not isinstance(entry.get("score_prompt"), str) or not isinstance(entry.get("class_name"), str):
             raise UserError(f"{path} class {key}: expected texts class_name and score_prompt")
+        if not entry["class_name"].strip() or not entry["score_prompt"].strip():
+            raise UserError(f"{path} class {key}: class_name or score_prompt is empty; expected texts")
         texts = entry.get("prompts")
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{path} class {key}: expected a list prompts of texts that are not empty")
@@ -199,6 +209,78 @@ class RowWriter:
         self.file.close()
 
 
+def read_made(folder: Path) -> list[dict]:
+    """What CLIPScore filtering needs of every row of all shards, also of those whose image is gone.
+
+    Each has `file_name` (relative to `folder`), `source`, `label`, `class_name`, `level`, `seed` and `prompt`. A file
+    with two rows counts once, as in `read_rows`; a line that a kill left unfinished is no row.
+
+    Raises:
+        UserError: a row lacks one of these, or two rows of one file disagree on them.
+    """
+    fields = ("source", "label", "class_name", "level", "seed", "prompt")
+    made: dict[str, dict] = {}
+    for shard in sorted(folder.glob("shard-*/metadata.jsonl")):
+        with shard.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                    continue
+                # Interned: 200,000 rows share few sources, names and prompts.
+                few = {
+                    field: sys.intern(value) if isinstance(value := row.get(field), str) else value for field in fields
+                }
+                if any(not isinstance(few[field], ROW_FIELDS[field]) for field in fields):
+                    wrong = next(field for field in fields if not isinstance(few[field], ROW_FIELDS[field]))
+                    raise UserError(
+                        f"{shard} row {number}: {wrong} is {few[wrong]!r}; expected a {ROW_FIELDS[wrong].__name__}, as "
+                        "in a spectrum of this version"
+                    )
+                few["file_name"] = f"{shard.parent.name}/{Path(row['file_name']).name}"
+                first = made.setdefault(few["file_name"], few)
+                if any(first[field] != few[field] for field in ("source", "label", "level", "seed")):
+                    raise UserError(
+                        f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level "
+                        "or seed; expected one row a file"
+                    )
+    return list(made.values())
+
+
+def write_top_up(path: Path, rows: Iterable[dict]) -> None:
+    """Write a plan of images to draw from dictionaries with PLAN_COLUMNS."""
+    _write_csv(path, PLAN_COLUMNS, rows)
+
+
+def read_top_up(path: Path) -> list[tuple[Unit, str]]:
+    """The images that a plan with PLAN_COLUMNS asks for, each with its prompt.
+
+    Raises:
+        UserError: a column missing, a level or seed that is no whole number, or an image asked for twice.
+    """
+    asked: dict[Unit, str] = {}
+    for number, row in _read_csv(path, PLAN_COLUMNS):
+        if not row["level"].isdecimal() or int(row["level"]) > 99 or not row["seed"].isdecimal():
+            raise UserError(f"{path} row {number}: expected a level from 0 to 99 and a seed, whole numbers")
+        unit = Unit(row["source"], int(row["level"]), int(row["seed"]))
+        if unit in asked:
+            raise UserError(f"{path} row {number}: the same image is asked for above; expected each once")
+        asked[unit] = row["prompt"]
+    return list(asked.items())
+
+
+def write_short(path: Path, rows: Iterable[dict]) -> None:
+    """Write short.csv from dictionaries with SHORT_COLUMNS."""
+    _write_csv(path, SHORT_COLUMNS, rows)
+
+
+def write_distances(path: Path, rows: Iterable[dict]) -> None:
+    """Write distance.csv from dictionaries with DISTANCE_COLUMNS."""
+    _write_csv(path, DISTANCE_COLUMNS, rows)
+
+
 def write_scores(path: Path, rows: Iterable[dict]) -> None:
     """Write scores.csv from dictionaries with SCORE_COLUMNS."""
     _write_csv(path, SCORE_COLUMNS, rows)
@@ -208,7 +290,7 @@ def read_scores(path: Path) -> dict[str, dict]:
     """scores.csv by file name: floats `text_score` and `image_score`, bool `kept`, str `reason`.
 
     Raises:
-        UserError: missing, a value that is no score, or a file named twice.
+        UserError: missing, a value that is no score, a kept image without a score, or a file named twice.
     """
     scores: dict[str, dict] = {}
     for number, row in _read_csv(path, SCORE_COLUMNS):
@@ -220,6 +302,11 @@ def read_scores(path: Path) -> dict[str, dict]:
             raise UserError(f"{path} row {number}: expected numbers in text_score and image_score") from None
         if row["kept"] not in ("0", "1"):
             raise UserError(f"{path} row {number}: kept is {row['kept']!r}; expected 0 or 1")
+        if not (math.isfinite(text) and math.isfinite(image)) and (row["kept"] == "1" or not row["reason"]):
+            raise UserError(
+                f"{path} row {number}: the score of {row['file_name']} is not finite; expected a number, or kept 0 and "
+                "a reason"
+            )
         scores[row["file_name"]] = {
             "text_score": text,
             "image_score": image,
