@@ -111,6 +111,32 @@ def read_hard(path: Path) -> list[Hard]:
     return rows
 
 
+def append_probabilities(path: Path, rows: Iterable[tuple[str, float | None]]) -> None:
+    """Append (source, probability in [0, 1], None where the image cannot be read) to JSON lines, and to the disk."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a killed run left half a line: end it, so that the next row does not join it
+                file.write(b"\n")
+        for source, value in rows:
+            row = {"source": source, "probability": value}
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_probabilities(path: Path) -> dict[str, float | None]:
+    """What `append_probabilities` wrote, by source; a later row replaces an earlier one, half a line is no row."""
+    found = {}
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line.decode())
+            found[row["source"]] = row["probability"]
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found
+
+
 def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
     """prompts.json by class index; each class has `class_name`, `score_prompt` and a list `prompts`.
 
