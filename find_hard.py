@@ -1,27 +1,50 @@
 """Step 1: which training images are hard.
 
-In a long-tailed data set these are all images of the few-shot classes: those with fewer than --few-max training images
-(DisCL).
+--rule few: in a long-tailed data set, all images of the few-shot classes, those with fewer than --few-max training
+images (DisCL). --rule confidence: images on which a model gives the true class a low probability, as in data of low
+quality (DisCL). The model is a run of train_lt.py (--checkpoint) or a CLIP, zero-shot or fine-tuned (--clip).
 
-Reads:  the training set
-Writes: hard.csv (source, label, class_name, reason, score): one row a hard image; the score is the class's image count
+Reads:  the training set; for confidence the model
+Writes: OUT (hard.csv: source, label, class_name, reason, score): one row a hard image; the score is the class's image
+        count, or the true class's probability
+        OUT with .png: the scores drawn, and where hard begins
+        for confidence: OUT with .probabilities.jsonl and .probabilities.json, the score of every training image and what
+        made it. Killed at any moment, the same command goes on after the last batch there
 
     python find_hard.py --dataset digits --out runs/hard.csv
 """
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 import cli
 import datasets
+import runs
 import spectrum
+
+SHOWN = 20  # classes or images that are listed one by one
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "find_hard")
     parser.add_dataset()
-    parser.add_argument("--rule", choices=["few"], default="few", help="few: all images of the few-shot classes")
+    parser.add_argument(
+        "--data-root",
+        type=cli.existing_folder,
+        metavar="FOLDER",
+        help="folder that the training images' names are relative to, where they are files",
+    )
+    parser.add_argument(
+        "--rule",
+        choices=["few", "confidence"],
+        default="few",
+        help="few: all images of the few-shot classes; confidence: images whose true class a model finds unlikely",
+    )
     parser.add_argument(
         "--few-max",
         type=cli.whole(1),
@@ -30,32 +53,270 @@ def build_parser() -> cli.Parser:
         help="a class is few-shot with fewer training images than this",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/hard.csv"), metavar="FILE", help="the table to write")
+    group = parser.add_argument_group("confidence")
+    rule = group.add_mutually_exclusive_group()
+    rule.add_argument(
+        "--fraction",
+        type=cli.number(0, 1),
+        default=0.1,
+        metavar="SHARE",
+        help="share of the training images that is hard: those with the lowest probabilities",
+    )
+    rule.add_argument(
+        "--threshold",
+        type=cli.number(0, 1),
+        metavar="PROBABILITY",
+        help="instead of --fraction: an image is hard with a lower probability than this",
+    )
+    model = group.add_mutually_exclusive_group()
+    model.add_argument("--checkpoint", type=cli.existing_folder, metavar="FOLDER", help="run folder of train_lt.py")
+    model.add_argument(
+        "--clip", metavar="NAME", help="open_clip model: ARCHITECTURE:TAG, ARCHITECTURE:FILE, hf-hub:NAME or folder"
+    )
+    group.add_argument(
+        "--templates",
+        nargs="+",
+        default=["a photo of a {}"],
+        metavar="TEXT",
+        help="what the CLIP's class names stand in, as {}; embeddings of more than one are averaged",
+    )
+    group.add_argument("--batch-size", type=cli.whole(1), default=256, metavar="N", help="images scored at once")
+    group.add_argument(
+        "--workers",
+        type=cli.whole(0),
+        metavar="N",
+        help="processes that decode images (default: a core each beside a GPU, 16 at most; none on a CPU)",
+    )
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
+
+
+def find_few(data: datasets.LongTailed, few_max: int) -> list[int]:
+    """Indices of the training images of few-shot classes.
+
+    Raises:
+        UserError: no class is.
+    """
+    if data.counts.min() >= few_max:
+        raise cli.UserError(
+            f"--few-max {few_max}: no class of {data.name} has fewer images; the smallest has {data.counts.min()}"
+        )
+    return [place for place, label in enumerate(data.train.labels.tolist()) if data.counts[label] < few_max]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# confidence
+
+
+def checkpoint_classifier(args, data: datasets.LongTailed):
+    """Logits of a train_lt.py checkpoint: a function of images uint8 (N, 3, H, W), and its device.
+
+    Raises:
+        UserError: the run is of other data, or its checkpoint does not fit its model.
+    """
+    from models import build_classifier, pick_device
+
+    trained = runs.read_json(args.checkpoint / "args.json")["args"]
+    for name in ("dataset", "imb_ratio"):
+        if trained[name] != getattr(args, name):
+            raise cli.UserError(
+                f"--checkpoint {args.checkpoint}: was trained with --{name.replace('_', '-')} {trained[name]}; "
+                f"expected {getattr(args, name)}"
+            )
+    device = pick_device(args.device)
+    model = build_classifier(trained["model"], len(data.class_names)).to(device).eval()
+    path = args.checkpoint / "checkpoint.pt"
+    if not path.is_file():
+        raise cli.UserError(f"--checkpoint {args.checkpoint}: no checkpoint.pt there; expected a run of train_lt.py")
+    try:
+        model.load_state_dict(runs.load_checkpoint(path, device)["model"])
+    except (KeyError, RuntimeError) as error:
+        raise cli.UserError(f"{path}: does not fit the model {trained['model']} of args.json") from error
+    return lambda images: model(images.float() / 127.5 - 1), device
+
+
+def checkpoint_batches(args, data: datasets.LongTailed, places: list[int]):
+    """Batches of (places, probabilities of all classes (n, C) or None, place -> what is wrong), by a checkpoint."""
+    import torch
+    from torchvision.transforms.functional import pil_to_tensor
+
+    import embeddings
+
+    classify, device = checkpoint_classifier(args, data)
+    workers = embeddings.default_workers(device) if args.workers is None else args.workers
+    read = embeddings.read_training_images(data.train, args.data_root)
+    names = [data.train.sources[place] for place in places]
+    for found, images, wrong in embeddings.batches(names, read, pil_to_tensor, args.batch_size, workers, device):
+        if images is None:
+            yield found, None, wrong
+            continue
+        with torch.inference_mode():
+            yield found, classify(images).float().softmax(1).cpu(), wrong
+
+
+def clip_batches(args, data: datasets.LongTailed, places: list[int]):
+    """As `checkpoint_batches`, by a CLIP: the softmax of the scaled cosines to each class's mean text embedding."""
+    import torch
+    from torch.nn import functional as F
+
+    import embeddings
+
+    clip = embeddings.Clip(args.clip, args.device, args.batch_size, args.workers)
+    texts = [clip.texts([template.replace("{}", name) for name in data.class_names]) for template in args.templates]
+    head = F.normalize(torch.stack(texts).mean(0), dim=-1)
+    scale = clip.model.logit_scale.exp().item()
+    read = embeddings.read_training_images(data.train, args.data_root)
+    for found, vectors, wrong in clip.images([data.train.sources[place] for place in places], read):
+        yield found, (scale * vectors @ head.T).softmax(1) if found else None, wrong
+
+
+def probabilities(args, data: datasets.LongTailed) -> np.ndarray:
+    """The true class's probability of every training image, float64 (N,); NaN where it cannot be read.
+
+    Raises:
+        UserError: the model gives a probability that is not finite, or the scores there are another model's.
+    """
+    model = args.checkpoint or Path(args.clip)
+    files = [model / "checkpoint.pt"] if args.checkpoint else sorted(model.glob("*")) if model.is_dir() else []
+    made_by = {
+        "dataset": args.dataset,
+        "imb_ratio": args.imb_ratio,
+        "images": len(data.train),
+        "model": model.name if model.is_dir() else args.clip,
+        "model_digest": runs.digest_files([file for file in files if file.is_file()]),
+        "templates": args.templates if args.clip else [],
+    }
+    path, note = args.out.with_suffix(".probabilities.jsonl"), args.out.with_suffix(".probabilities.json")
+    if note.exists() and path.exists():
+        runs.stop_on_difference(note, runs.read_json(note), made_by, f"delete {path}")
+    else:
+        path.unlink(missing_ok=True)
+        runs.write_json(note, made_by)
+    found = spectrum.read_probabilities(path) if path.exists() else {}
+    # Those that could not be read are tried again.
+    places = [place for place, name in enumerate(data.train.sources) if found.get(name) is None]
+    batches = (checkpoint_batches if args.checkpoint else clip_batches)(args, data, places) if places else ()
+    with cli.progress(len(places), "scoring", "image") as bar:
+        for inside, batch, wrong in batches:
+            rows = [(data.train.sources[places[i]], None) for i in wrong]
+            for i, row in zip(inside, batch if inside else (), strict=True):
+                value = row[data.train.labels[places[i]]].item()
+                if not math.isfinite(value):
+                    raise cli.UserError(
+                        f"{args.checkpoint or args.clip}: gives {data.train.sources[places[i]]} a probability that is "
+                        "not finite; expected another checkpoint"
+                    )
+                rows.append((data.train.sources[places[i]], value))
+            spectrum.append_probabilities(path, rows)
+            found |= rows
+            bar.update(len(rows))
+    print(f"{path}: the probability of {len(data.train)} images, {len(places)} newly scored")
+    return np.array([found[name] for name in data.train.sources], dtype=float)  # None becomes NaN
+
+
+def find_unlikely(scores: np.ndarray, fraction: float, threshold: float | None) -> list[int]:
+    """Indices of the images with the lowest probabilities, float (N,): those below `threshold` or, where it is None,
+    `fraction` of those that have one, rounded up; ties go to the earlier image."""
+    known = np.flatnonzero(~np.isnan(scores))
+    if threshold is not None:
+        return known[scores[known] < threshold].tolist()
+    most = math.ceil(fraction * len(known) - 1e-9)  # the small number keeps 0.1 * 30 at 3
+    return sorted(known[np.argsort(scores[known], kind="stable")][:most].tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_counts(counts: np.ndarray, few_max: int, path: Path) -> None:
+    """Training images of each class (C,), in descending order, few-shot classes in another colour."""
+    from figures import COLOURS, new_figure, save_figure
+
+    ordered = np.sort(counts)[::-1]
+    figure, axis = new_figure(figsize=(6, 3))
+    for colour, chosen, name in (
+        (COLOURS[0], ordered >= few_max, "others"),
+        (COLOURS[1], ordered < few_max, f"few-shot: fewer than {few_max}"),
+    ):
+        axis.bar(np.flatnonzero(chosen), ordered[chosen], width=1, color=colour, label=name)
+    axis.axhline(few_max, color="black", linewidth=0.8, linestyle="--")
+    axis.set(xlabel="classes, by training images", ylabel="training images")
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def draw_probabilities(scores: np.ndarray, hard: list[int], path: Path) -> None:
+    """A histogram of probabilities (N,), the hard ones in another colour."""
+    from figures import COLOURS, new_figure, save_figure
+
+    is_hard = np.zeros(len(scores), bool)
+    is_hard[hard] = True
+    figure, axis = new_figure(figsize=(6, 3))
+    axis.hist(
+        [scores[~is_hard & ~np.isnan(scores)], scores[is_hard]],
+        bins=np.linspace(0, 1, 51),
+        stacked=True,
+        color=COLOURS[:2],
+        label=["others", f"hard: up to {scores[is_hard].max():.3g}"],
+    )
+    axis.set(xlabel="probability of the true class", ylabel="training images", yscale="log")
+    axis.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def print_counts(hard: list[dict], data: datasets.LongTailed) -> None:
+    """Hard images of each class, most first."""
+    found = Counter(row["label"] for row in hard)
+    for label, number in found.most_common(SHOWN):
+        print(f"  {data.class_names[label]} ({label}): {number} of {data.counts[label]} images hard")
+    if len(found) > SHOWN:
+        print(f"  and {len(found) - SHOWN} more classes")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.rule == "confidence" and not (args.checkpoint or args.clip):
+        raise cli.UserError(
+            "--rule confidence: expected --checkpoint or --clip, the model that gives the probabilities"
+        )
+    if args.rule == "few" and (args.checkpoint or args.clip):
+        raise cli.UserError("--checkpoint and --clip: expected with --rule confidence only")
+    if args.clip and any("{}" not in template for template in args.templates):
+        raise cli.UserError("--templates: expected texts with {}, where the class name goes")
     data = datasets.load(args.dataset, args.imb_ratio)
-    counts = data.counts
+    picture = args.out.with_suffix(".png")
+    missing = []
+    if args.rule == "few":
+        places = find_few(data, args.few_max)
+        scores = data.counts[data.train.labels]
+        draw_counts(data.counts, args.few_max, picture)
+    else:
+        scores = probabilities(args, data)
+        places = find_unlikely(scores, args.fraction, args.threshold)
+        missing = [data.train.sources[place] for place in np.flatnonzero(np.isnan(scores))]
+        if not places:
+            limit = f"--fraction {args.fraction}" if args.threshold is None else f"--threshold {args.threshold}"
+            lowest = f"; the lowest probability is {np.nanmin(scores):.3g}" if len(missing) < len(scores) else ""
+            raise cli.UserError(f"{limit}: no image of {data.name} is hard{lowest}")
+        draw_probabilities(scores, places, picture)
     hard = [
         {
-            "source": source,
-            "label": label,
-            "class_name": data.class_names[label],
+            "source": data.train.sources[place],
+            "label": int(data.train.labels[place]),
+            "class_name": data.class_names[data.train.labels[place]],
             "reason": args.rule,
-            "score": counts[label],
+            "score": scores[place] if args.rule == "few" else f"{scores[place]:.6g}",
         }
-        for source, label in zip(data.train.sources, data.train.labels.tolist(), strict=True)
-        if counts[label] < args.few_max
+        for place in places
     ]
-    if not hard:
-        raise cli.UserError(
-            f"--few-max {args.few_max}: no class of {data.name} has fewer images; the smallest has {counts.min()}"
-        )
     spectrum.write_hard(args.out, hard)
     classes = {row["label"] for row in hard}
-    print(f"{args.out}: {len(hard)} hard images of {len(data.train)}, in {len(classes)} classes of {len(counts)}")
-    return 0
+    print(f"{args.out}: {len(hard)} hard images of {len(data.train)}, in {len(classes)} classes of {len(data.counts)}")
+    print_counts(hard, data)
+    for name in missing[:SHOWN]:
+        print(f"{name}: unreadable, left out")
+    if missing:
+        print(f"{len(missing)} images cannot be read and are left out; mend them and run the same command again")
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":

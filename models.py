@@ -193,34 +193,67 @@ def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
 
 
 def load_clip(name_or_path: str, device: str):
-    """An open_clip model by `ARCHITECTURE:TAG` (`ViT-B-32:openai`) or local folder.
+    """An open_clip model by `ARCHITECTURE:TAG` (`ViT-B-32:openai`), `ARCHITECTURE:FILE`, `hf-hub:NAME` or local folder.
 
-    OpenAI's weights were trained with QuickGELU and are always loaded with it.
+    OpenAI's weights, and all others that open_clip lists as trained with QuickGELU, are loaded with it. A file of
+    weights does not say so: name the architecture that they were trained with (`ViT-B-16-quickgelu:tuned.safetensors`).
 
     Returns:
         model (in evaluation mode), preprocess (PIL image to float (3, H, W)), tokenizer (texts to int (N, length)).
 
     Raises:
-        UserError: nothing of that name can be loaded.
+        UserError: nothing of that name can be loaded, or the weights are another architecture's.
     """
     import open_clip
 
     try:
         if Path(name_or_path).is_dir():
             _check_path("--clip", name_or_path, "open_clip_config.json")
-            name = f"local-dir:{Path(name_or_path).resolve()}"
-            model, preprocess = open_clip.create_model_from_pretrained(name, device=device)
+            name, tag = f"local-dir:{Path(name_or_path).resolve()}", None
+        elif name_or_path.startswith("hf-hub:"):
+            name, tag = name_or_path, None
         else:
             name, _, tag = name_or_path.partition(":")
             if not tag:
                 raise ValueError("expected a folder that exists, or ARCHITECTURE:TAG such as ViT-B-32:openai")
-            model, preprocess = open_clip.create_model_from_pretrained(
-                name, pretrained=tag, device=device, force_quick_gelu=tag == "openai"
-            )
+        quick_gelu = tag == "openai" or bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
+        model, preprocess = open_clip.create_model_from_pretrained(
+            name, pretrained=tag, device=device, force_quick_gelu=quick_gelu
+        )
         tokenizer = open_clip.get_tokenizer(name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # open_clip raises a different class for each way in which a model can be wrong
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        if lines and lines[0].startswith("Error(s) in loading state_dict"):
+            raise UserError(
+                f"--clip {name_or_path}: its checkpoint does not match its architecture: {lines[1][:200]}; "
+                "expected weights that were trained with this architecture"
+            ) from error
         raise UserError(f"--clip {name_or_path}: cannot be loaded: {_first_line(error)}") from error
     return model.eval(), preprocess, tokenizer
+
+
+def load_language_model(name_or_path: str, device: str):
+    """A causal language model of transformers by hub name or local folder, and its tokenizer, which pads on the left.
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _check_path("--llm", name_or_path, "config.json")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
+        model = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--llm {name_or_path}: cannot be loaded: {_first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return model.to(device).eval(), tokenizer
 
 
 def _check_path(flag: str, name: str, needed: str) -> None:

@@ -21,14 +21,14 @@ import numpy as np
 
 import cli
 import datasets
+import figures
 import runs
 import spectrum
+from figures import COLOURS, new_figure, save_figure
 
 LOSS_NAMES = {"ce": "CE", "bs": "BS"}
 CURRICULUM_NAMES = {"text_only": "text only", "all": "all levels"}
 GROUPS = ("many", "medium", "few", "overall")
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("x", "s", "o", "+")
 
 
@@ -129,24 +129,6 @@ def write_tables(rows: dict[str, list[dict]], out: Path) -> str:
     return markdown
 
 
-def new_figure(*args, **kwargs):
-    """A matplotlib figure that needs no display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(*args, **kwargs)
-
-
-def save_figure(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
-
-
 def draw_curriculum(rows: dict[str, list[dict]], path: Path) -> None:
     """Level, and validation accuracy over all and over few-shot classes, by epoch: mean over the seeds."""
     panels = {"val_overall": "validation accuracy, all classes (%)", "val_few": "validation accuracy, few-shot (%)"}
@@ -240,24 +222,7 @@ def draw_acceptance(folder: Path, path: Path) -> None:
         place = labels.index(row["label"]), levels.index(row["level"])
         made[place] += 1
         kept[place] += scores.get(row["file_name"], {}).get("kept", False)
-    share = 100 * kept / np.maximum(made, 1)
-    figure, axis = new_figure(figsize=(1.5 + len(levels), 1 + 0.45 * len(labels)))
-    axis.imshow(share, vmin=0, vmax=100, cmap="viridis", aspect="auto")
-    for (i, j), value in np.ndenumerate(share):
-        axis.text(
-            j,
-            i,
-            f"{value:.0f} %\n{kept[i, j]} of {made[i, j]}",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="black" if value > 60 else "white",
-        )
-    axis.set_xticks(range(len(levels)), levels)
-    axis.set_yticks(range(len(labels)), [names[label] for label in labels])
-    axis.set_xlabel("guidance level (%)")
-    axis.set_title("images that CLIPScore keeps", fontsize=10)
-    save_figure(figure, path)
+    figures.draw_acceptance([names[label] for label in labels], levels, made, kept, path)
 
 
 def main(argv: list[str] | None = None) -> int:

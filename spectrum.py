@@ -15,12 +15,15 @@ import csv
 import fcntl
 import hashlib
 import json
+import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +32,8 @@ from PIL import Image
 from cli import UserError
 from runs import digest_int, read_json
 
+SHORT_COLUMNS = ["label", "class_name", "level", "made", "kept", "short"]
+DISTANCE_COLUMNS = ["level", "images", "count", "real_count", "mmd", "frechet", "frechet_floor"]
 HARD_COLUMNS = ["source", "label", "class_name", "reason", "score"]
 EXTRA_COLUMNS = ["source", "level", "seed", "prompt"]
 SCORE_COLUMNS = ["file_name", "text_score", "image_score", "kept", "reason"]
@@ -91,12 +96,15 @@ def read_hard(path: Path) -> list[Hard]:
     """The hard images of hard.csv.
 
     Raises:
-        UserError: no rows, a column missing, a label that is no whole number, an image named twice.
+        UserError: no rows, a column missing, a label that is no whole number, a class without a name, an image named
+            twice.
     """
     rows, seen, names = [], set(), {}
     for number, row in _read_csv(path, HARD_COLUMNS):
         if not row["label"].isdecimal():
             raise UserError(f"{path} row {number}: label {row['label']!r}: expected a class index")
+        if not row["class_name"].strip():
+            raise UserError(f"{path} row {number}: the class name of class {row['label']} is empty; expected a name")
         if names.setdefault(row["label"], row["class_name"]) != row["class_name"]:
             raise UserError(
                 f"{path} row {number}: class {row['label']} is {row['class_name']!r} here, "
@@ -109,6 +117,32 @@ def read_hard(path: Path) -> list[Hard]:
     if not rows:
         raise UserError(f"{path}: no hard images; expected at least one row")
     return rows
+
+
+def append_probabilities(path: Path, rows: Iterable[tuple[str, float | None]]) -> None:
+    """Append (source, probability in [0, 1], None where the image cannot be read) to JSON lines, and to the disk."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a killed run left half a line: end it, so that the next row does not join it
+                file.write(b"\n")
+        for source, value in rows:
+            row = {"source": source, "probability": value}
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_probabilities(path: Path) -> dict[str, float | None]:
+    """What `append_probabilities` wrote, by source; a later row replaces an earlier one, half a line is no row."""
+    found = {}
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line.decode())
+            found[row["source"]] = row["probability"]
+        except (ValueError, TypeError, KeyError):
+            continue
+    return found
 
 
 def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
@@ -126,6 +160,8 @@ def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
             raise UserError(f"{path} key {key!r}: expected a class index and an object")
         if not isinstance(entry.get("score_prompt"), str) or not isinstance(entry.get("class_name"), str):
             raise UserError(f"{path} class {key}: expected texts class_name and score_prompt")
+        if not entry["class_name"].strip() or not entry["score_prompt"].strip():
+            raise UserError(f"{path} class {key}: class_name or score_prompt is empty; expected texts")
         texts = entry.get("prompts")
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{path} class {key}: expected a list prompts of texts that are not empty")
@@ -382,6 +418,90 @@ class RowWriter:
         self.file.close()
 
 
+def read_made(folder: Path) -> list[dict]:
+    """What CLIPScore filtering needs of every row of all shards, also of those whose image is gone.
+
+    Each has `file_name` (relative to `folder`), `source`, `label`, `class_name`, `level`, `seed` and `prompt`. A file
+    with two rows counts once, as in `read_rows`; a line that a kill left unfinished is no row.
+
+    Raises:
+        UserError: a row lacks one of these, or two rows of one file disagree on them.
+    """
+    fields = ("source", "label", "class_name", "level", "seed", "prompt")
+    values_of, kinds = itemgetter(*fields), [ROW_FIELDS[field] for field in fields]
+    made: dict[str, dict] = {}
+    for shard in sorted(folder.glob("shard-*/metadata.jsonl")):
+        for number, line in enumerate(shard.read_bytes().split(b"\n"), 1):  # as in read_rows
+            try:
+                row = json.loads(line.decode())
+            except ValueError:
+                continue
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                continue
+            name = f"{shard.parent.name}/{os.path.basename(row['file_name'])}"
+            try:
+                source, label, class_name, level, seed, prompt = values = values_of(row)
+            except KeyError as error:
+                raise UserError(
+                    f"{shard} row {number}: has no {error.args[0]}; expected a spectrum of this version"
+                ) from None
+            if list(map(type, values)) != kinds:
+                wrong = next(field for field, kind in zip(fields, kinds, strict=True) if type(row[field]) is not kind)
+                raise UserError(
+                    f"{shard} row {number}: {wrong} is {row[wrong]!r}; expected a {ROW_FIELDS[wrong].__name__}, as in "
+                    "a spectrum of this version"
+                )
+            first = made.get(name)
+            if first is None:
+                made[name] = {
+                    "file_name": name,
+                    "source": sys.intern(source),  # 200,000 rows share few sources, names and prompts
+                    "label": label,
+                    "class_name": sys.intern(class_name),
+                    "level": level,
+                    "seed": seed,
+                    "prompt": sys.intern(prompt),
+                }
+            elif any(first[field] != row[field] for field in ("source", "label", "level", "seed")):
+                raise UserError(
+                    f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level or "
+                    "seed; expected one row a file"
+                )
+    return list(made.values())
+
+
+def write_top_up(path: Path, rows: Iterable[dict]) -> None:
+    """Write a plan of images to draw from dictionaries with EXTRA_COLUMNS."""
+    _write_csv(path, EXTRA_COLUMNS, rows)
+
+
+def read_top_up(path: Path) -> list[tuple[Unit, str]]:
+    """The images that a plan with EXTRA_COLUMNS asks for, each with its prompt.
+
+    Raises:
+        UserError: a column missing, a level or seed that is no whole number, or an image asked for twice.
+    """
+    asked: dict[Unit, str] = {}
+    for number, row in _read_csv(path, EXTRA_COLUMNS):
+        if not row["level"].isdecimal() or int(row["level"]) > 99 or not row["seed"].isdecimal():
+            raise UserError(f"{path} row {number}: expected a level from 0 to 99 and a seed, whole numbers")
+        unit = Unit(row["source"], int(row["level"]), int(row["seed"]))
+        if unit in asked:
+            raise UserError(f"{path} row {number}: the same image is asked for above; expected each once")
+        asked[unit] = row["prompt"]
+    return list(asked.items())
+
+
+def write_short(path: Path, rows: Iterable[dict]) -> None:
+    """Write short.csv from dictionaries with SHORT_COLUMNS."""
+    _write_csv(path, SHORT_COLUMNS, rows)
+
+
+def write_distances(path: Path, rows: Iterable[dict]) -> None:
+    """Write distance.csv from dictionaries with DISTANCE_COLUMNS."""
+    _write_csv(path, DISTANCE_COLUMNS, rows)
+
+
 def write_scores(path: Path, rows: Iterable[dict]) -> None:
     """Write scores.csv from dictionaries with SCORE_COLUMNS."""
     _write_csv(path, SCORE_COLUMNS, rows)
@@ -391,24 +511,24 @@ def read_scores(path: Path) -> dict[str, dict]:
     """scores.csv by file name: floats `text_score` and `image_score`, bool `kept`, str `reason`.
 
     Raises:
-        UserError: missing, a value that is no score, or a file named twice.
+        UserError: missing, a value that is no score, a kept image without a score, or a file named twice.
     """
     scores: dict[str, dict] = {}
     for number, row in _read_csv(path, SCORE_COLUMNS):
-        if row["file_name"] in scores:
-            raise UserError(f"{path} row {number}: {row['file_name']} is there twice; expected one row a file")
+        name, kept, reason = row["file_name"], row["kept"], row["reason"]
+        if name in scores:
+            raise UserError(f"{path} row {number}: {name} is there twice; expected one row a file")
         try:
             text, image = float(row["text_score"]), float(row["image_score"])
         except ValueError:
             raise UserError(f"{path} row {number}: expected numbers in text_score and image_score") from None
-        if row["kept"] not in ("0", "1"):
-            raise UserError(f"{path} row {number}: kept is {row['kept']!r}; expected 0 or 1")
-        scores[row["file_name"]] = {
-            "text_score": text,
-            "image_score": image,
-            "kept": row["kept"] == "1",
-            "reason": row["reason"],
-        }
+        if kept not in ("0", "1"):
+            raise UserError(f"{path} row {number}: kept is {kept!r}; expected 0 or 1")
+        if not math.isfinite(text + image) and (kept == "1" or not reason):
+            raise UserError(
+                f"{path} row {number}: the score of {name} is not finite; expected a number, or kept 0 and a reason"
+            )
+        scores[name] = {"text_score": text, "image_score": image, "kept": kept == "1", "reason": sys.intern(reason)}
     return scores
 
 
@@ -439,28 +559,28 @@ def _write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     with beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([row[column] for column in columns] for row in rows)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
 
 
-def _read_csv(path: Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
+def _read_csv(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """Rows with their line's number in the table (the header is row 1)."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows, found = list(reader), reader.fieldnames or []
+            rows = [row for row in csv.reader(file) if row]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a readable CSV file ({error})") from None
+    found = rows[0] if rows else []
     missing = [column for column in columns if column not in found]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; expected {','.join(columns)}")
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) != len(found):
             raise UserError(f"{path} row {number}: expected {len(found)} values")
-    return list(enumerate(rows, 2))
+        yield number, dict(zip(found, row))  # noqa: B905  (as long as each other; strict costs a third more)

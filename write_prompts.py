@@ -1,20 +1,36 @@
 """Step 2: text prompts for each class that has hard images.
 
+--source template takes the data set's own phrasings; scenes writes descriptions offline, from a grammar; llm has any
+text-generation model of transformers write them; file takes yours. Descriptions by scenes and llm have 15 words or
+more and stand in the paper's frame, "a 8k real photo: {}" (DisCL).
+
 Reads:  hard.csv
 Writes: prompts.json: for each class index its name, the prompt that CLIPScore is taken against, and the prompts that
         the generator draws from. Classes that the file already holds are left as they are.
+        with --source llm: beside it prompts.answers.jsonl, all that the model was asked and answered
 
     python write_prompts.py --dataset digits --hard runs/hard.csv --out runs/prompts.json
 """
 
 from __future__ import annotations
 
+import csv
+import json
+import re
 from pathlib import Path
 
 import cli
 import runs
+import scenes
 import spectrum
 from datasets import TEMPLATES
+
+MOST_WORDS = 50  # CLIP reads 77 tokens
+QUESTION = (
+    "Write {count} different descriptions of photographs that show {article} {name}. Give one description a line, "
+    "numbered, and nothing else. Each has 15 to 30 words and contains the words '{name}'. Vary the place, the light, "
+    "the weather, the view and what is going on."
+)
 
 
 def build_parser() -> cli.Parser:
@@ -25,16 +41,174 @@ def build_parser() -> cli.Parser:
     )
     parser.add_argument(
         "--source",
-        choices=["template"],
+        choices=["template", "scenes", "llm", "file"],
         default="template",
-        help="template: the data set's own phrasings, with the class name in them",
+        help="template: the data set's own phrasings, with the class name in them; scenes: an offline grammar; "
+        "llm: a language model; file: your own prompts",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/prompts.json"), metavar="FILE", help="the file to write")
+    group = parser.add_argument_group("scenes and llm")
+    group.add_argument("--count", type=cli.whole(1), default=10, metavar="N", help="prompts of each class")
+    group.add_argument(
+        "--frame", default="a 8k real photo: {}", metavar="TEXT", help="what a description stands in, as {}"
+    )
+    group.add_argument("--llm", metavar="NAME", help="text-generation model: hub name or local folder")
+    group.add_argument("--tries", type=cli.whole(1), default=3, metavar="N", help="times that a class is asked for")
+    group.add_argument("--batch-size", type=cli.whole(1), default=16, metavar="N", help="classes asked for at once")
+    group.add_argument("--max-new-tokens", type=cli.whole(1), default=800, metavar="N", help="longest answer")
+    group.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the model's answers")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group = parser.add_argument_group("file")
+    group.add_argument(
+        "--file",
+        type=cli.existing_file,
+        metavar="FILE",
+        help="CSV with columns class and prompt, or JSON with a list of prompts for each class; a class is an index or "
+        "a name",
+    )
     return parser
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# llm
+
+
+def read_answer(text: str, class_name: str) -> list[str]:
+    """The descriptions in a model's answer that can be used: one a line, numbers, bullets and quotes taken off.
+
+    Kept are those of 15 to 50 words that name the class (in any case, at word borders), each once.
+    """
+    named = re.compile(rf"(?<!\w){re.escape(' '.join(class_name.split()))}(?!\w)", re.IGNORECASE)
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        line = re.sub(r"^\s*(?:\d+\s*[.):]|[-*•])\s*", "", line)
+        line = " ".join(line.strip().strip("\"'“”*").split())
+        if scenes.LEAST_WORDS <= len(line.split()) <= MOST_WORDS and named.search(line):
+            found.setdefault(line.casefold().rstrip("."), line)
+    return list(found.values())
+
+
+def ask(model, tokenizer, questions: list[str], seed: int, max_new_tokens: int) -> list[str]:
+    """A sampled answer to each question, through the model's chat template if it has one."""
+    import torch
+
+    if tokenizer.chat_template:
+        questions = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+            for question in questions
+        ]
+    # A chat template has put its own special tokens in.
+    inputs = tokenizer(questions, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template).to(
+        model.device
+    )
+    torch.manual_seed(seed)
+    with torch.inference_mode():
+        tokens = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=True,
+            temperature=0.9,
+            top_p=0.95,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def write_by_llm(labels: list[int], names: dict[int, str], args, add) -> None:
+    """Have the model describe each class, ask again for what is missing, and fill up from `scenes`.
+
+    Calls `add(label, descriptions, filled)` as soon as a class is done; `filled` are those that `scenes` gave.
+    """
+    from models import load_language_model, pick_device
+
+    model, tokenizer = load_language_model(args.llm, pick_device(args.device))
+    answers = args.out.with_suffix(".answers.jsonl")
+    answers.parent.mkdir(parents=True, exist_ok=True)
+    with cli.progress(len(labels), "asking", "class") as bar, answers.open("a", encoding="utf-8") as raw:
+        for start in range(0, len(labels), args.batch_size):
+            batch = labels[start : start + args.batch_size]
+            found: dict[int, dict[str, str]] = {label: {} for label in batch}
+            for attempt in range(args.tries):
+                open_labels = [label for label in batch if len(found[label]) < args.count]
+                if not open_labels:
+                    break
+                questions = [
+                    QUESTION.format(count=args.count - len(found[label]), article=article(names[label]), name=name)
+                    for label in open_labels
+                    for name in [" ".join(names[label].split())]
+                ]
+                seed = runs.digest_int("llm", args.seed, open_labels[0], attempt)
+                texts = ask(model, tokenizer, questions, seed, args.max_new_tokens)
+                for label, question, text in zip(open_labels, questions, texts, strict=True):
+                    for line in read_answer(text, names[label])[: args.count - len(found[label])]:
+                        found[label].setdefault(line.casefold().rstrip("."), line)
+                    row = {"label": label, "attempt": attempt, "model": args.llm, "question": question, "answer": text}
+                    raw.write(json.dumps(row, ensure_ascii=False) + "\n")
+                raw.flush()
+            for label in batch:
+                filled = scenes.describe(names[label], args.count - len(found[label]))
+                add(label, [*found[label].values(), *filled], filled)
+            bar.update(len(batch))
+
+
+def article(name: str) -> str:
+    """a or an, by the first letter."""
+    return "an" if name.strip()[0].lower() in "aeiou" else "a"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# file
+
+
+def read_own(path: Path, names: dict[int, str]) -> dict[int, list[str]]:
+    """The user's prompts by class index; classes that have no hard images are left out.
+
+    Raises:
+        UserError: neither CSV nor JSON as described, an empty prompt, or a name that two classes share.
+    """
+    if path.suffix == ".json":
+        content = runs.read_json(path)
+        if not isinstance(content, dict) or not all(isinstance(texts, list) for texts in content.values()):
+            raise cli.UserError(f"{path}: expected an object with a list of prompts for each class")
+        pairs = [(f"class {key!r}", key, text) for key, texts in content.items() for text in texts]
+    else:
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.DictReader(file, restval=""))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise cli.UserError(f"{path}: not a readable CSV file ({error})") from None
+        if not rows or not {"class", "prompt"} <= rows[0].keys():
+            raise cli.UserError(f"{path}: expected columns class and prompt, and at least one row")
+        pairs = [(f"row {number}", row["class"], row["prompt"]) for number, row in enumerate(rows, 2)]
+    by_name: dict[str, list[int]] = {}
+    for label, name in names.items():
+        by_name.setdefault(name, []).append(label)
+    prompts: dict[int, list[str]] = {}
+    for place, key, text in pairs:
+        if not isinstance(text, str) or not text.strip():
+            raise cli.UserError(f"{path} {place}: the prompt is empty or no text; expected a text")
+        labels = by_name.get(key, [int(key)] if key.isdecimal() else [])
+        if len(labels) > 1:
+            raise cli.UserError(f"{path} {place}: classes {labels} are all called {key!r}; expected a class index")
+        for label in labels:
+            if label in names and text not in prompts.setdefault(label, []):
+                prompts[label].append(text)
+    return prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    for source in ("llm", "file"):
+        if (args.source == source) != (getattr(args, source) is not None):
+            raise cli.UserError(f"--source {args.source}: expected --{source} with --source {source}, and only with it")
+    if args.frame.count("{}") != 1:
+        raise cli.UserError(f"--frame {args.frame!r}: expected a text with one {{}}, where the description goes")
     names = {row.label: row.class_name for row in spectrum.read_hard(args.hard)}
     prompts = spectrum.read_prompts(args.out, []) if args.out.exists() else {}
     for label in names.keys() & prompts.keys():
@@ -44,11 +218,49 @@ def main(argv: list[str] | None = None) -> int:
                 "expected prompts of the same data set, or another --out"
             )
     new = sorted(label for label in names if not prompts.get(label, {}).get("prompts"))
-    for label in new:
-        texts = [template.format(names[label]) for template in TEMPLATES[args.dataset]]
-        prompts[label] = {"class_name": names[label], "score_prompt": texts[0], "prompts": texts}
-    runs.write_json(args.out, {str(label): prompts[label] for label in sorted(prompts)})
+    templates = TEMPLATES[args.dataset]
+
+    def add(label: int, texts: list[str], source: str, **marks) -> None:
+        score_prompt = prompts.get(label, {}).get("score_prompt") or templates[0].replace("{}", names[label])
+        entry = {"class_name": names[label], "score_prompt": score_prompt, "prompts": texts, "source": source}
+        prompts[label] = entry | marks
+
+    def save() -> None:
+        runs.write_json(args.out, {str(label): prompts[label] for label in sorted(prompts)})
+
+    def add_described(label: int, described: list[str], filled: list[str]) -> None:
+        texts = {text: args.frame.replace("{}", text) for text in described}
+        add(label, list(texts.values()), f"llm {args.llm}", filled_from_scenes=[texts[text] for text in filled])
+        save()
+
+    if args.source == "template":
+        for label in new:
+            add(label, [template.replace("{}", names[label]) for template in templates], "template")
+    elif args.source == "scenes":
+        for label in new:
+            described = scenes.describe(names[label], args.count)
+            add(label, [args.frame.replace("{}", text) for text in described], "scenes")
+    elif args.source == "llm" and new:
+        write_by_llm(new, names, args, add_described)
+    elif args.source == "file":
+        own = read_own(args.file, names)
+        missing = [label for label in new if label not in own]
+        if missing:
+            raise cli.UserError(
+                f"{args.file}: no prompt for class {missing[0]} ({names[missing[0]]})"
+                f"{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}; expected one or more for each class"
+            )
+        for label in new:
+            add(label, own[label], f"file {args.file.name}")
+    save()
     print(f"{args.out}: prompts for {len(prompts)} classes, {len(new)} of them new, from {args.source}")
+    filled = {label: len(prompts[label].get("filled_from_scenes", [])) for label in new}
+    if any(filled.values()):
+        short = [label for label in new if filled[label]]
+        print(
+            f"{sum(filled.values())} prompts of {len(short)} classes are from scenes, as {args.tries} answers had too "
+            f"few that could be used; the first class is {names[short[0]]}. They are marked filled_from_scenes"
+        )
     return 0
 
 
