@@ -23,8 +23,8 @@ def sheet(images: list[np.ndarray], captions: list[tuple[str, str]]) -> np.ndarr
     return np.asarray(page)
 
 
-def confusion_figure(counts: np.ndarray, hard: np.ndarray, class_names: list[str]):
-    """A figure of what the test images of the hard classes were taken for, in shares of each class.
+def draw_confusion(counts: np.ndarray, hard: np.ndarray, class_names: list[str], path: Path) -> None:
+    """Write a PNG of what the test images of the hard classes were taken for, in shares of each class.
 
     Args:
         counts: int (C, C), of evaluation.confusion.
@@ -35,23 +35,15 @@ def confusion_figure(counts: np.ndarray, hard: np.ndarray, class_names: list[str
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    classes = counts.shape[1]
     rows = counts[hard] / np.maximum(1, counts[hard].sum(1, keepdims=True))
-    figure, axes = pyplot.subplots(
-        figsize=(min(20, 2 + 0.2 * counts.shape[1]), min(20, 1.5 + 0.22 * len(hard))), layout="constrained"
-    )
+    figure, axes = pyplot.subplots(figsize=(min(20, 2 + 0.2 * classes), min(20, 1.5 + 0.22 * len(hard))))
     drawn = axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    if counts.shape[1] <= 100:
-        axes.set_xticks(range(counts.shape[1]), class_names, rotation=90, fontsize=6)
+    if classes <= 100:
+        axes.set_xticks(range(classes), class_names, rotation=90, fontsize=6)
     if len(hard) <= 100:
         axes.set_yticks(range(len(hard)), [class_names[label] for label in hard], fontsize=6)
     axes.set(xlabel="taken for", ylabel="few-shot class", title="Test images of the few-shot classes")
-    figure.colorbar(drawn, label="share of the class's test images")
-    return figure
-
-
-def save_figure(figure, path: Path) -> None:
-    """Write a figure as PNG and close it."""
-    from matplotlib import pyplot
-
-    figure.savefig(path, dpi=120)
+    figure.colorbar(drawn, label="share of the class")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)

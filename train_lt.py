@@ -778,11 +778,10 @@ def finish(trainer: Trainer, state: dict, writer) -> None:
     if len(data.groups["few"]):
         import pictures
 
-        figure = pictures.confusion_figure(
-            evaluation.confusion(logits, data.test.labels), data.groups["few"], data.class_names
-        )
-        writer.add_figure("test/confusion", figure, args.epochs - 1, close=False)
-        pictures.save_figure(figure, args.out / "confusion.png")
+        counts = evaluation.confusion(logits, data.test.labels)
+        pictures.draw_confusion(counts, data.groups["few"], data.class_names, args.out / "confusion.png")
+        picture = np.asarray(datasets.read_image(args.out / "confusion.png"))
+        writer.add_image("test/confusion", picture, args.epochs - 1, dataformats="HWC")
     figures = {f"test/{name}": last[name] for name in ("overall", *data.groups) if last[name] is not None}
     for name, value in figures.items():
         writer.add_scalar(name, value, args.epochs - 1)
