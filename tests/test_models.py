@@ -129,7 +129,9 @@ def test_weights_are_taken_from_checkpoints_of_the_same_model_alone(tmp_path):
         other = models.build_classifier("resnet8", 10)
         models.load_weights(other, tmp_path / name)
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    with pytest.raises(UserError, match=r"weights of another model: 2 differ, the first head.bias \(10,\), here \(7,\)"):
+    with pytest.raises(
+        UserError, match=r"weights of another model: 2 differ, the first head.bias \(10,\), here \(7,\)"
+    ):
         models.load_weights(models.build_classifier("resnet8", 7), tmp_path / "run.pt")
     with pytest.raises(UserError, match="weights of another model"):
         models.load_weights(models.build_classifier("resnet14", 10), tmp_path / "run.pt")
