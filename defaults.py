@@ -6,6 +6,34 @@ from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
+CIFAR = {
+    "model": "resnet32",
+    "epochs": 200,
+    "curriculum_epochs": 160,
+    "undersample": 0.3,
+    "batch_size": 128,
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "weight_decay": 2e-4,
+    "schedule": "steps",
+    "warmup_epochs": 5,
+    "augment": "crop_flip",
+    "memory_format": "channels_last",
+}
+LARGE = {
+    "model": "resnet10",
+    "epochs": 65,
+    "curriculum_epochs": 60,
+    "undersample": 0.3,
+    "batch_size": 128,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "weight_decay": 1e-5,
+    "augment": "resized_crop",
+    "color_jitter": 0.4,
+    "memory_format": "channels_last",
+}
+
 # data set -> "data" (the flags that all scripts share) or the script -> flag -> value
 DEFAULTS: dict[str, dict[str, dict]] = {
     "digits": {
@@ -23,9 +51,18 @@ DEFAULTS: dict[str, dict[str, dict]] = {
             "epochs": 72,
             "curriculum_epochs": 60,
             "undersample": 0.43,  # makes a curriculum epoch (184 images) as long as a real one
+            "progress_images": 10,
+            "real_pass_images": 64,
             "batch_size": 16,
             "lr": 3e-3,
             "weight_decay": 0.05,
         },
     },
+    # The trainer's recipes for CIFAR are those of Bag of Tricks (Zhang et al., 2021); for the large sets the paper's.
+    "cifar10_lt": {"data": {"imb_ratio": 100.0}, "train_lt": CIFAR},
+    "cifar100_lt": {"data": {"imb_ratio": 100.0}, "train_lt": CIFAR},
+    "imagefolder": {"train_lt": LARGE},
+    "imagenet_lt": {"train_lt": LARGE},
+    "inat2018": {"train_lt": LARGE},
+    "places_lt": {"train_lt": LARGE},
 }

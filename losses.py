@@ -1,4 +1,8 @@
-"""Losses of long-tailed classification. All take logits (N, C), labels (N,) and return the mean over the batch."""
+"""Losses of long-tailed classification, each with its source.
+
+All take logits float (N, C) and labels, and return the loss of each image, float (N,). Labels are int64 (N,), or, where
+images were mixed, probabilities float (N, C); `focal` and `ldam` take whole labels alone.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,118 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # torch takes seconds to import; a trainer's --help needs the names of the losses alone
     import torch
 
-LOSSES = ("ce", "bs")
+LOSSES = ("ce", "bs", "focal", "ldam", "la")
+MIXABLE = ("ce", "bs", "la")  # those that are defined for mixed labels
+LDAM_SCALE = 30.0  # of the cosines that LDAM takes for logits, as its authors train it
 
 
 def balanced_softmax(logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Balanced Softmax (Ren et al., 2020, equation 4): cross-entropy of logits + log class count.
+    """Balanced Softmax (Ren et al., 2020): cross-entropy of logits + log class count.
 
     Args:
         counts: training images of each class, (C,). A class that the counts lack is taken to have one image.
     """
     from torch.nn import functional as F
 
-    return F.cross_entropy(logits + counts.clamp(min=1).to(logits.dtype).log(), labels)
+    return F.cross_entropy(logits + counts.clamp(min=1).to(logits.dtype).log(), labels, reduction="none")
 
 
-def loss_by_name(name: str, logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The loss called `name` (one of LOSSES)."""
+def logit_adjusted(logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, tau: float) -> torch.Tensor:
+    """The logit-adjusted loss (Menon et al., 2021): cross-entropy of logits + tau * log class share.
+
+    With tau 1 it is Balanced Softmax. A class that the counts lack is taken to have one image.
+    """
     from torch.nn import functional as F
 
-    return balanced_softmax(logits, labels, counts) if name == "bs" else F.cross_entropy(logits, labels)
+    prior = counts.clamp(min=1).to(logits.dtype)
+    return F.cross_entropy(logits + tau * (prior / prior.sum()).log(), labels, reduction="none")
+
+
+def focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:
+    """The focal loss (Lin et al., 2017) over a softmax: -(1 - p)^gamma log p, p the true class's probability."""
+    log_p = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
+    return -((1 - log_p.exp()) ** gamma) * log_p
+
+
+def ldam(
+    logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, max_margin: float, scale: float = LDAM_SCALE
+) -> torch.Tensor:
+    """Label-distribution-aware margin loss (Cao et al., 2019): the true class's logit must win by its margin.
+
+    Args:
+        logits: cosines, in [-1, 1]: those of a model with `models.CosineHead`.
+        counts: training images of each class, (C,); a class's margin is proportional to count^(-1/4).
+        max_margin: margin of the smallest class.
+    """
+    from torch.nn import functional as F
+
+    margins = counts.clamp(min=1).to(logits.dtype) ** -0.25
+    margins = margins * (max_margin / margins.max())
+    shifted = logits - F.one_hot(labels, logits.shape[1]) * margins[labels, None]
+    return F.cross_entropy(scale * shifted, labels, reduction="none")
+
+
+def class_balanced_weights(counts: torch.Tensor, beta: float = 0.9999) -> torch.Tensor:
+    """Weights of classes by their effective number of images, (1 - beta) / (1 - beta^count) (Cui et al., 2019).
+
+    LDAM's deferred re-weighting uses them.
+
+    Args:
+        counts: training images of each class, (C,). A class that the counts lack is taken to have one image.
+
+    Returns:
+        float64 (C,), their mean 1.
+    """
+    weights = (1 - beta) / (1 - beta ** counts.clamp(min=1).double())
+    return weights / weights.mean()
+
+
+def per_image(args, logits: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The loss called `args.loss` (one of LOSSES) of each image, (N,); its constants are `args`' too."""
+    from torch.nn import functional as F
+
+    if args.loss == "bs":
+        return balanced_softmax(logits, labels, counts)
+    if args.loss == "la":
+        return logit_adjusted(logits, labels, counts, args.la_tau)
+    if args.loss == "focal":
+        return focal(logits, labels, args.focal_gamma)
+    if args.loss == "ldam":
+        return ldam(logits, labels, counts, args.ldam_margin)
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def image_weights(
+    labels: torch.Tensor,
+    synthetic: torch.Tensor,
+    class_weights: torch.Tensor | None,
+    real_weight: float | None,
+) -> torch.Tensor | None:
+    """What each image of a batch counts for in the batch's loss, sum(weight * loss) / sum(weight).
+
+    Args:
+        labels: int64 (N,).
+        synthetic: whether an image is synthetic, bool (N,).
+        class_weights: (C,), or None for equal ones.
+        real_weight: lambda of DataDream: the batch's loss is lambda * mean over its real images + (1 - lambda) * mean
+            over its synthetic ones; a batch of one kind alone has that kind's mean. None weighs all images alike.
+
+    Returns:
+        float (N,), or None where all images weigh the same.
+    """
+    import torch
+
+    if class_weights is None and real_weight is None:
+        return None
+    weights = torch.ones(len(labels), device=labels.device)
+    if class_weights is not None:
+        weights = class_weights.to(weights.dtype)[labels]
+    if real_weight is not None and bool(synthetic.any()) and not bool(synthetic.all()):
+        of_real, of_synthetic = weights[~synthetic].sum(), weights[synthetic].sum()
+        weights = weights * torch.where(synthetic, (1 - real_weight) / of_synthetic, real_weight / of_real)
+    return weights
+
+
+def batch_mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The loss of a batch from those of its images (N,) and their weights (N,)."""
+    return values.mean() if weights is None else (values * weights).sum() / weights.sum()

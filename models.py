@@ -39,7 +39,7 @@ class CifarResNet(nn.Module):
     """The ResNet for small images of He et al. (2016), section 4.2: 6n + 2 layers, widths 16, 32, 64.
 
     Args:
-        depth: 8, 14, 20, 32, 44, 56, ...
+        depth: 6n + 2: 8, 14, 20, 32, 44, 56, 110.
 
     Shapes: float (N, 3, H, W), normalised, to logits (N, num_classes).
     """
@@ -64,16 +64,119 @@ class CifarResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def build_classifier(name: str, num_classes: int) -> nn.Module:
-    """A classifier with fresh weights: `resnet8`, `resnet20`, `resnet32`, ... (6n + 2 layers, for small images).
+class CosineHead(nn.Module):
+    """A last layer whose logits are cosines of features and class weights, in [-1, 1], as LDAM takes them.
+
+    Shapes: float (N, D) to (N, num_classes).
+    """
+
+    def __init__(self, features: int, num_classes: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes, features))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+
+
+# The same word means two families in the literature: by these depths a name is one for small or for large images.
+SMALL_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
+LARGE_DEPTHS = (10, 18, 34, 50, 101, 152)
+
+
+def build_classifier(
+    name: str,
+    num_classes: int,
+    image_size: int | None = None,
+    pretrained: bool = False,
+    cosine_head: bool = False,
+) -> nn.Module:
+    """A classifier, with fresh weights unless `pretrained`.
+
+    Args:
+        name: `resnet8`, `resnet14`, `resnet20`, `resnet32`, `resnet44`, `resnet56`, `resnet110`: He et al.'s for small
+            images. `resnet10`, `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152`: torchvision's for large
+            ones (resnet10 has one block a stage, as in the long-tail literature). `timm:NAME`: any model of timm.
+        image_size: side of the images in pixels, for models of timm that are built for one size.
+        pretrained: start from timm's weights for that name, with a new last layer.
+        cosine_head: end in a CosineHead instead of a linear layer.
 
     Raises:
-        UserError: no such classifier.
+        UserError: no such classifier, or one without pre-trained weights.
     """
     match = re.fullmatch(r"resnet(\d+)", name)
-    if not match or int(match[1]) < 8 or (int(match[1]) - 2) % 6:
-        raise UserError(f"--model {name}: unknown; expected resnetN with N = 8, 14, 20, 32, 44, 56")
-    return CifarResNet(int(match[1]), num_classes)
+    depth = int(match[1]) if match else 0
+    if pretrained and not name.startswith("timm:"):
+        raise UserError(f"--pretrained with --model {name}: expected a model of timm, such as timm:resnet50")
+    if depth in SMALL_DEPTHS:
+        model: nn.Module = CifarResNet(depth, num_classes)
+    elif depth in LARGE_DEPTHS:
+        from torchvision.models import resnet
+
+        if depth == 10:
+            model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+        else:
+            model = getattr(resnet, name)(num_classes=num_classes)
+    elif name.startswith("timm:"):
+        model = _build_timm(name, num_classes, image_size, pretrained)
+    else:
+        raise UserError(
+            f"--model {name}: unknown; expected resnetN with N of {SMALL_DEPTHS} for small images or {LARGE_DEPTHS} "
+            "for large ones, or timm:NAME"
+        )
+    if cosine_head:
+        place, last = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+        parent, _, attribute = place.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, CosineHead(last.in_features, last.out_features))
+    return model
+
+
+def _build_timm(name: str, num_classes: int, image_size: int | None, pretrained: bool) -> nn.Module:
+    import timm
+
+    plain = name.removeprefix("timm:")
+    if not timm.is_model(plain):
+        raise UserError(f"--model {name}: timm has no model of that name; expected one of timm.list_models()")
+    config = timm.get_pretrained_cfg(plain)
+    sized = {"img_size": image_size} if image_size and config is not None and config.fixed_input_size else {}
+    try:
+        return timm.create_model(plain, pretrained=pretrained, num_classes=num_classes, **sized)
+    except Exception as error:  # no network, no weights, a size that the model cannot have: each its own class
+        raise UserError(f"--model {name}: cannot be built: {_first_line(error)}") from error
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Start a classifier from a checkpoint: one of train_lt.py (its last epoch), or a file of weights alone.
+
+    Raises:
+        UserError: not readable, or the weights of another architecture or number of classes.
+    """
+    import runs
+
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"--init-checkpoint {path}: not readable ({_first_line(error)})") from error
+    else:
+        content = runs.load_checkpoint(path, "cpu")
+        weights = content.get("model", content)
+    wanted = model.state_dict()
+    different = [name for name in sorted(weights.keys() ^ wanted.keys())]
+    different += [
+        f"{name} {tuple(weights[name].shape)}, here {tuple(wanted[name].shape)}"
+        for name in sorted(weights.keys() & wanted.keys())
+        if weights[name].shape != wanted[name].shape
+    ]
+    if different:
+        raise UserError(
+            f"--init-checkpoint {path}: weights of another model: {len(different)} differ, the first {different[0]}; "
+            "expected the same --model, --loss kind and classes"
+        )
+    model.load_state_dict(weights)
 
 
 @dataclass(frozen=True)

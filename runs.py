@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 from argparse import Namespace
 from pathlib import Path
@@ -16,6 +17,9 @@ from cli import UserError
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "numpy", "pillow")
 HERE = Path(__file__).resolve().parent
+RESUMABLE = 75  # exit code of a run that a signal stopped: its checkpoint is written, the same command goes on
+# Arguments that may differ when a run is taken up again: they change where and how fast it runs, not its result.
+FREE = ("out", "overwrite", "device", "workers", "data_root")
 
 
 def digest_int(*parts: Any) -> int:
@@ -69,12 +73,42 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
-    """Save tensors and plain Python so that a kill at any moment leaves a whole checkpoint."""
+    """Save tensors and plain Python so that a kill at any moment leaves a whole checkpoint.
+
+    The checkpoint before it stays, under `previous_checkpoint(path)`.
+    """
     import torch
 
     beside = path.with_name(f".{path.name}.tmp")
-    torch.save(state, beside)
+    with beside.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        path.replace(previous_checkpoint(path))
     beside.replace(path)
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Where `save_checkpoint` leaves the checkpoint before the last."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def load_latest_checkpoint(path: Path, device: str) -> dict | None:
+    """The last checkpoint that can be read: that at `path`, else, saying so, the previous one. None if there is none.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read.
+    """
+    previous = previous_checkpoint(path)
+    if path.exists():
+        try:
+            return load_checkpoint(path, device)
+        except UserError as error:
+            if not previous.exists():
+                raise
+            print(f"{error}; going on from the previous one, {previous.name}", flush=True)
+    return load_checkpoint(previous, device) if previous.exists() else None
 
 
 def load_checkpoint(path: Path, device: str) -> dict:
@@ -91,6 +125,27 @@ def load_checkpoint(path: Path, device: str) -> dict:
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); delete it, or pass --overwrite, to start anew"
         ) from error
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and SIGUSR2 (what Slurm sends before it takes a machine away) are only noted.
+
+    A training loop looks at `received` between two batches, so no signal can cut a step or the writing of a file short.
+    """
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR2)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name
 
 
 def environment() -> dict:
@@ -128,13 +183,11 @@ def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bo
     """
     path = folder / "args.json"
     effective = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in ("out", "overwrite", "device")
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE
     }
     wanted = {"args": effective, "inputs": inputs}
     if overwrite:
-        for name in ("args.json", "checkpoint.pt", "results.json", "predictions.npz"):
+        for name in ("args.json", "checkpoint.pt", "checkpoint.previous.pt", "results.json", "predictions.npz"):
             (folder / name).unlink(missing_ok=True)
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+import check_data
 import datasets
 from cli import UserError
 
@@ -108,3 +114,345 @@ def test_sources_outside_the_data_root_are_refused(tmp_path):
     for name in ("../secret.png", str(tmp_path / "secret.png")):
         with pytest.raises(UserError, match="outside --data-root"):
             list(datasets.read_sources([name], train, tmp_path / "root"))
+
+
+def test_balanced_mix_by_hand():
+    # 20 of the 40 others stay; 20 * 0.5 / 0.5 = 20 hard images are wanted, 10 of each hard class. Class 1 has 4 real
+    # ones and 3 synthetic: 6 more are each of the three twice. Class 2 has 12 real ones: it keeps them, and gets none.
+    labels = np.array([0] * 40 + [1] * 4 + [2] * 12)
+    real, drawn = datasets.balanced_mix(
+        labels, np.array([False, True, True]), np.array([2, 1, 1, 2, 1]), 0.5, 0.5, np.random.default_rng(0)
+    )
+    assert np.bincount(labels[real]).tolist() == [20, 4, 12]
+    assert np.bincount(drawn, minlength=5).tolist() == [0, 2, 2, 0, 2]
+
+
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=2, max_size=6),
+    synthetic=st.lists(st.integers(0, 5), max_size=40),
+    share=st.floats(0, 0.9),
+    seed=st.integers(0, 9),
+)
+def test_balanced_mix_keeps_its_promises(counts, synthetic, share, seed):
+    is_hard = np.arange(len(counts)) > 0
+    labels = np.repeat(np.arange(len(counts)), counts)
+    synthetic = np.array([label for label in synthetic if 0 < label < len(counts)], dtype=int)
+    real, drawn = datasets.balanced_mix(labels, is_hard, synthetic, share, 1.0, np.random.default_rng(seed))
+    assert sorted(real.tolist()) == list(range(len(labels)))
+    sizes = np.bincount(np.concatenate([labels, synthetic[drawn]]), minlength=len(counts))
+    wanted = round(counts[0] * share / (1 - share))
+    for label in range(1, len(counts)):
+        if (synthetic == label).any() and sizes[label] > counts[label]:
+            assert sizes[label] in (wanted // (len(counts) - 1), wanted // (len(counts) - 1) + 1)
+        else:
+            assert sizes[label] == counts[label]
+    times = np.bincount(drawn, minlength=len(synthetic))
+    for label in set(synthetic.tolist()):
+        assert np.ptp(times[synthetic == label]) <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CIFAR, in small: its layouts with 10 images a class
+
+
+def small_cifar(root, classes=10, per_class=10, ending="png"):
+    for part in ("train", "test"):
+        for label in range(classes):
+            folder = root / part / f"class{label:02d}"
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = np.random.default_rng([label, i, part == "test"]).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.{ending}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def cifar_root(tmp_path_factory):
+    return small_cifar(tmp_path_factory.mktemp("cifar"))
+
+
+def test_cifar_lt_from_a_folder(cifar_root):
+    data = datasets.load("cifar10_lt", 10, cifar_root)
+    # int(10 * 10^(-k/9)), by hand.
+    assert data.counts.tolist() == [10, 7, 5, 4, 3, 2, 2, 1, 1, 1]
+    assert data.train.images.shape == (36, 32, 32, 3) and len(data.test) == 100
+    assert np.bincount(data.val.labels, minlength=10).tolist() == [0, 3, 5, 6, 7, 8, 8, 9, 9, 9]
+    assert not set(data.train.sources) & set(data.val.sources)
+    pixels = np.asarray(Image.open(cifar_root / data.train.sources[20]))
+    assert np.array_equal(data.train.images[20], pixels)
+
+
+def test_a_subset_depends_on_the_seed_alone_and_larger_ratios_keep_a_part(cifar_root):
+    first, again, other = (datasets.load("cifar10_lt", 5, cifar_root, seed).train.sources for seed in (0, 0, 1))
+    assert first == again and set(first) != set(other)
+    assert set(datasets.load("cifar10_lt", 10, cifar_root).train.sources) < set(first)
+
+
+def test_folder_zip_and_parquet_hold_the_same_data_set(cifar_root, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (tmp_path / "hf").mkdir()
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        for path in sorted(cifar_root.glob("*/*/*.png")):
+            archive.write(path, path.relative_to(cifar_root))
+    for part in ("train", "test"):
+        paths = sorted((cifar_root / part).glob("*/*.png"))
+        table = {
+            "img": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+            "label": [int(path.parent.name[-2:]) for path in paths],
+        }
+        parquet.write_table(pyarrow.table(table), tmp_path / f"hf/{part}-00000-of-00001.parquet")
+    folder = datasets.load("cifar10_lt", 5, cifar_root)
+    for root in (tmp_path / "c.zip", tmp_path / "hf"):
+        data = datasets.load("cifar10_lt", 5, root)
+        for part in ("train", "val", "test"):
+            assert np.array_equal(getattr(data, part).images, getattr(folder, part).images)
+            assert np.array_equal(getattr(data, part).labels, getattr(folder, part).labels)
+
+
+def test_torchvisions_folder_is_read_after_its_checksums(tmp_path, monkeypatch):
+    import hashlib
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    files = {
+        "data_batch_1": {"data": rng.integers(0, 256, (100, 3072), dtype=np.uint8), "labels": list(range(10)) * 10},
+        "test_batch": {"data": rng.integers(0, 256, (10, 3072), dtype=np.uint8), "labels": list(range(10))},
+        "batches.meta": {"label_names": [f"name{label}" for label in range(10)]},
+    }
+    sums = {}
+    for name, content in files.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    with pytest.raises(UserError, match="not found or corrupted"):  # torchvision's checksums are the real CIFAR's
+        datasets.load("cifar10_lt", 5, tmp_path)
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    data = datasets.load("cifar10_lt", 5, tmp_path)
+    assert data.class_names[3] == "name3" and data.counts[0] == 10
+    place = int(data.train.sources[5].removeprefix("index:"))
+    assert np.array_equal(
+        data.train.images[5], files["data_batch_1"]["data"][place].reshape(3, 32, 32).transpose(1, 2, 0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("dataset", "ratio", "message"),
+    [
+        ("cifar100_lt", 10, "10 classes in train, 10 in test; expected the same 100"),
+        ("cifar10_lt", 1, "leaves no image for validation"),
+        ("cifar10_lt", 1000, "would have 0 training images"),
+        ("cifar10_lt", None, "expected --imb-ratio"),
+        ("imagenet_lt", 10, "has its own class counts"),
+    ],
+)
+def test_bad_ratios_and_classes_are_named(cifar_root, dataset, ratio, message):
+    with pytest.raises(UserError, match=message):
+        datasets.load(dataset, ratio, cifar_root)
+
+
+@pytest.mark.parametrize("dataset", sorted(datasets.LOADERS))
+def test_a_missing_root_and_a_wrong_layout_are_named(dataset, tmp_path):
+    ratio = 10 if dataset.startswith("cifar") else None
+    with pytest.raises(UserError, match="expected --data-root"):
+        datasets.load(dataset, ratio)
+    with pytest.raises(UserError, match="no such folder; expected"):
+        datasets.load(dataset, ratio, tmp_path / "none")
+    with pytest.raises(UserError, match=f"{tmp_path}.*(no train|no folder train|no such file)"):
+        datasets.load(dataset, ratio, tmp_path)
+
+
+def test_a_damaged_cifar_image_is_named(tmp_path):
+    small_cifar(tmp_path, per_class=2)
+    (tmp_path / "train/class00/0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="train/class00/0.png: not a readable 32x32 image"):
+        datasets.load("cifar10_lt", 2, tmp_path)
+    (tmp_path / "c.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="not a readable zip file"):
+        datasets.load("cifar10_lt", 2, tmp_path / "c.zip")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# large images stay in their files
+
+
+def draw_files(root, names):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10), (i % 256, 0, 0)).save(root / name)
+
+
+def test_imagefolder_holds_out_one_in_twenty(tmp_path):
+    draw_files(tmp_path, [f"train/{c}/{i}.jpg" for c, n in (("a", 45), ("b", 6), ("c", 4)) for i in range(n)])
+    draw_files(tmp_path, [f"test/{c}/{i}.jpg" for c in "abc" for i in range(2)])
+    data = datasets.load("imagefolder", None, tmp_path)
+    assert data.class_names == ["a", "b", "c"]
+    assert data.counts.tolist() == [43, 5, 4] and np.bincount(data.val.labels).tolist() == [2, 1]
+    assert data.held_out.tolist() == [2, 1, 0] and "held out" in data.note
+    assert not data.train.in_memory and data.train.images[0].is_file()
+    assert data.train.read(0)[0].size == (20, 10)
+    assert not set(data.train.sources) & set(data.val.sources)
+    (tmp_path / "val").mkdir()
+    draw_files(tmp_path, ["val/a/0.jpg"])
+    data = datasets.load("imagefolder", None, tmp_path)
+    assert data.counts.tolist() == [45, 6, 4] and len(data.val) == 1
+
+
+def test_groups_go_by_the_counts_before_images_were_held_out(tmp_path):
+    draw_files(tmp_path, [f"train/{c}/{i}.jpg" for c, n in (("a", 20), ("b", 19)) for i in range(n)])
+    draw_files(tmp_path, [f"test/{c}/0.jpg" for c in "ab"])
+    data = datasets.load("imagefolder", None, tmp_path)
+    assert data.counts.tolist() == [19, 18]
+    assert {name: classes.tolist() for name, classes in data.groups.items()} == {"many": [], "medium": [0], "few": [1]}
+
+
+def test_imagefolder_made_long_tailed(tmp_path):
+    draw_files(tmp_path, [f"{part}/{c}/{i}.png" for part in ("train", "val", "test") for c in "abc" for i in range(9)])
+    data = datasets.load("imagefolder", 9, tmp_path)
+    assert data.counts.tolist() == [9, 3, 1]
+    with pytest.raises(UserError, match="--imb-ratio 20"):
+        datasets.load("imagefolder", 20, tmp_path)
+    draw_files(tmp_path, ["test/d/0.png"])
+    with pytest.raises(UserError, match="test/d is no class of train"):
+        datasets.load("imagefolder", None, tmp_path)
+    (tmp_path / "train/e").mkdir()
+    with pytest.raises(UserError, match="train/e holds no image"):
+        datasets.load("imagefolder", None, tmp_path)
+
+
+WNIDS = ["n01440764", "n01443537"]  # tench, goldfish
+
+
+def imagenet_lt(root, nested_list, nested_disk):
+    train = [f"train/{wnid}/{wnid}_{i}.JPEG" for wnid in WNIDS for i in range(3)]
+    val = [f"train/{wnid}/{wnid}_9.JPEG" for wnid in WNIDS]
+
+    def test_names(nested):
+        folders = WNIDS if nested else [""] * 2
+        return [str(Path("val") / folder / f"ILSVRC2012_val_{i}.JPEG") for i, folder in enumerate(folders)]
+
+    draw_files(root, [*train, *val, *test_names(nested_disk)])
+    rows = {"train": train, "val": val, "test": test_names(nested_list)}
+    for part, names in rows.items():
+        labels = [0, 0, 0, 1, 1, 1] if part == "train" else [0, 1]
+        lines = [f"{name} {label}\n" for name, label in zip(names, labels, strict=True)]
+        (root / f"ImageNet_LT_{part}.txt").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("nested_list", [True, False])
+@pytest.mark.parametrize("nested_disk", [True, False])
+def test_imagenet_lt_in_both_layouts_of_its_test_list(tmp_path, nested_list, nested_disk):
+    imagenet_lt(tmp_path, nested_list, nested_disk)
+    data = datasets.load("imagenet_lt", None, tmp_path)
+    assert len(data.class_names) == 1000 and data.class_names[:2] == ["tench", "goldfish"]
+    assert data.counts[:3].tolist() == [3, 3, 0]
+    assert data.test.labels.tolist() == [0, 1] and all(path.is_file() for path in data.test.images)
+    assert data.test.read(1)[0].size == (20, 10)
+
+
+def test_a_list_that_names_absent_images_is_refused(tmp_path):
+    imagenet_lt(tmp_path, True, True)
+    (tmp_path / "train/n01440764/n01440764_1.JPEG").unlink()
+    with pytest.raises(UserError, match=r"ImageNet_LT_train.txt: lists 1 images of 6 .* train/n01440764/n01440764_1"):
+        datasets.load("imagenet_lt", None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train/a.JPEG", "line 7"),
+        ("train/a.JPEG 1000", "a label below 1000"),
+        ("train/a.JPEG x", "line 7"),
+        ("../a.JPEG 0", "below --data-root"),
+        ("/etc/a.JPEG 0", "below --data-root"),
+    ],
+)
+def test_bad_list_rows_are_named(tmp_path, line, message):
+    imagenet_lt(tmp_path, True, True)
+    with (tmp_path / "ImageNet_LT_train.txt").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=message):
+        datasets.load("imagenet_lt", None, tmp_path)
+
+
+def test_places_lt_takes_class_names_from_its_paths(tmp_path):
+    rows = {
+        "train": [("data_256/a/art_school/1.jpg", 0), ("data_256/b/barn/indoor/1.jpg", 1)],
+        "val": [("val_256/1.jpg", 0)],
+        "test": [("val_256/2.jpg", 1)],
+    }
+    for part, some in rows.items():
+        draw_files(tmp_path, [name for name, _ in some])
+        (tmp_path / f"Places_LT_{part}.txt").write_text("".join(f"{name} {label}\n" for name, label in some))
+    data = datasets.load("places_lt", None, tmp_path)
+    assert data.class_names[:3] == ["art school", "barn/indoor", "2"]
+    assert (len(data.train), len(data.val), len(data.test)) == (2, 1, 1)
+
+
+def inat2018(root, names_by_part):
+    for part, rows in names_by_part.items():
+        content = {
+            "images": [{"id": i, "file_name": name} for i, (name, _) in enumerate(rows)],
+            "annotations": [{"image_id": i, "category_id": label} for i, (_, label) in enumerate(rows)],
+            "categories": [{"id": 1, "name": "lynx"}, {"id": 0, "name": "elk"}],
+        }
+        (root / f"{part}2018.json").write_text(json.dumps(content))
+
+
+def test_inat2018_tests_on_val2018_and_holds_validation_out(tmp_path):
+    train = [(f"train_val2018/Mammalia/{label}/{i}.jpg", label) for label in range(2) for i in range(6)]
+    val = [("train_val2018/Mammalia/0/99.jpg", 0)]
+    draw_files(tmp_path, [name for name, _ in train + val])
+    inat2018(tmp_path, {"train": train, "val": val})
+    data = datasets.load("inat2018", None, tmp_path)
+    assert data.class_names == ["elk", "lynx"] and data.test.sources == [val[0][0]]
+    assert data.counts.tolist() == [5, 5] and (data.counts + data.held_out).tolist() == [6, 6]
+    (tmp_path / train[3][0]).unlink()
+    with pytest.raises(UserError, match="train2018.json: lists 1 images of 12"):
+        datasets.load("inat2018", None, tmp_path)
+    (tmp_path / "train2018.json").write_text('{"images": 3}')
+    with pytest.raises(UserError, match="not an iNaturalist annotation file"):
+        datasets.load("inat2018", None, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# check_data.py
+
+
+def test_the_check_of_the_embedded_benchmark_finds_nothing(capsys):
+    assert check_data.main([]) == 0
+    assert "all as expected" in capsys.readouterr().out
+
+
+def test_the_check_names_counts_and_checksums(tmp_path, capsys):
+    imagenet_lt(tmp_path, True, True)
+    (tmp_path / "train/n01440764/n01440764_2.JPEG").write_bytes(b"no image")
+    assert check_data.main(["--dataset", "imagenet_lt", "--data-root", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "train: 6 found, 115846 expected" in said and "998 classes without an image" in said
+    assert "ImageNet_LT_train.txt: another file than the published one" in said
+    assert "n01440764_2.JPEG: not a readable image" in said
+
+
+def test_the_check_finds_images_in_two_splits(tmp_path, capsys):
+    imagenet_lt(tmp_path, True, True)
+    with (tmp_path / "ImageNet_LT_val.txt").open("a") as file:
+        file.write("train/n01440764/n01440764_0.JPEG 0\n")
+    check_data.main(["--dataset", "imagenet_lt", "--data-root", str(tmp_path)])
+    assert (
+        "1 images are both in train and in val, the first train/n01440764/n01440764_0.JPEG" in capsys.readouterr().out
+    )
+
+
+def test_the_checksum_is_gits(tmp_path):
+    import subprocess
+
+    (tmp_path / "f").write_bytes(b"some list\n")
+    git = subprocess.run(["git", "hash-object", str(tmp_path / "f")], capture_output=True, text=True, check=True)
+    assert check_data.git_checksum(tmp_path / "f") == git.stdout.strip()

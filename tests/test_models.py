@@ -27,7 +27,121 @@ def test_resnet20_counted_by_hand():
     assert sum(p.numel() for p in models.build_classifier("resnet20", 10).parameters()) == expected
 
 
-@pytest.mark.parametrize("name", ["resnet9", "resnet2", "vgg", "resnet"])
+# Parameters as torchvision's documentation and timm's results list them, at 1,000 classes; ResNet-10 by hand: the stem,
+# four blocks of two 3x3 convolutions (three with a 1x1 shortcut), BatchNorm's two per channel, and the last layer.
+def counted_resnet10() -> int:
+    total, width_in = 3 * 64 * 49 + 2 * 64, 64
+    for width in (64, 128, 256, 512):
+        total += 9 * width_in * width + 9 * width * width + 4 * width
+        total += width_in * width + 2 * width if width != width_in else 0
+        width_in = width
+    return total + 512 * 1000 + 1000
+
+
+PUBLISHED = {
+    "resnet10": counted_resnet10(),
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet152": 60_192_808,
+    "timm:resnet26": 15_995_176,  # not the CIFAR network of 26 layers
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_large_models_have_the_published_sizes(name):
+    with torch.device("meta"):
+        model = models.build_classifier(name, 1000)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+# Multiplications of one forward pass, in billions: torchvision's documentation, and He et al. (2016) for CIFAR
+# (ResNet-20: 41 million, as 3 * 9 * 16 * 32^2 + ... by hand).
+@pytest.mark.parametrize(
+    ("name", "size", "billions"),
+    [("resnet18", 224, 1.81), ("resnet34", 224, 3.66), ("resnet50", 224, 4.09), ("resnet152", 224, 11.51)],
+)
+def test_large_models_have_the_published_flops(name, size, billions):
+    assert multiplications(name, size) / 1e9 == pytest.approx(billions, abs=0.006)
+
+
+def multiplications(name, size):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        model, images = models.build_classifier(name, 1000), torch.zeros(1, 3, size, size)
+    with FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops() / 2
+
+
+def test_the_flops_of_resnet20_counted_by_hand():
+    # Each stage halves the side and doubles the width, so that all 3x3 convolutions but the first of a stage cost the
+    # same: 9 * 16 * 16 * 32 * 32; the first ones of stages two and three cost half of it.
+    one = 9 * 16 * 16 * 32 * 32
+    assert multiplications("resnet20", 32) == 9 * 3 * 16 * 32 * 32 + 16 * one + 2 * one // 2 + 64 * 1000
+
+
+def test_depths_that_two_families_share_are_named_apart():
+    # 50 and 152 are 6n + 2 as well: by these names they are the networks for large images.
+    assert not set(models.SMALL_DEPTHS) & set(models.LARGE_DEPTHS)
+    assert type(models.build_classifier("resnet50", 3)).__module__.startswith("torchvision")
+    assert isinstance(models.build_classifier("resnet44", 3), models.CifarResNet)
+
+
+def test_models_of_timm_are_built_for_the_size_of_the_images():
+    model = models.build_classifier("timm:test_vit", 7, image_size=32)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    with pytest.raises(UserError, match="--model timm:no_such: timm has no model"):
+        models.build_classifier("timm:no_such", 7)
+    with pytest.raises(UserError, match="expected a model of timm"):
+        models.build_classifier("resnet50", 7, pretrained=True)
+
+
+def test_pretrained_weights_that_cannot_be_had_are_an_error(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="--model timm:test_vit: cannot be built"):
+        models.build_classifier("timm:test_vit", 7, pretrained=True)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet10", "timm:test_vit"])
+def test_a_cosine_head_gives_cosines(name):
+    torch.manual_seed(0)
+    model = models.build_classifier(name, 5, 32, cosine_head=True).eval()
+    images = torch.randn(4, 3, 32, 32)
+    logits = model(images)
+    assert logits.shape == (4, 5) and logits.abs().max() <= 1 + 1e-5
+    head = next(layer for layer in model.modules() if isinstance(layer, models.CosineHead))
+    with torch.no_grad():
+        head.weight.mul_(7)
+    assert torch.allclose(model(images), logits, atol=1e-5)
+
+
+def test_weights_are_taken_from_checkpoints_of_the_same_model_alone(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    one, other = (models.build_classifier("resnet8", 10) for _ in range(2))
+    torch.save({"model": one.state_dict(), "epoch": 3}, tmp_path / "run.pt")
+    torch.save(one.state_dict(), tmp_path / "weights.pt")
+    save_file(one.state_dict(), tmp_path / "weights.safetensors")
+    for name in ("run.pt", "weights.pt", "weights.safetensors"):
+        other = models.build_classifier("resnet8", 10)
+        models.load_weights(other, tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    with pytest.raises(
+        UserError, match=r"weights of another model: 2 differ, the first head.bias \(10,\), here \(7,\)"
+    ):
+        models.load_weights(models.build_classifier("resnet8", 7), tmp_path / "run.pt")
+    with pytest.raises(UserError, match="weights of another model"):
+        models.load_weights(models.build_classifier("resnet14", 10), tmp_path / "run.pt")
+    for name in ("bad.pt", "bad.safetensors"):
+        (tmp_path / name).write_bytes(b"nothing")
+        with pytest.raises(UserError, match=f"{name}.*not.* readable"):
+            models.load_weights(one, tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet2", "vgg", "resnet", "resnet26"])
 def test_unknown_classifiers_are_named(name):
     with pytest.raises(UserError, match=f"--model {name}"):
         models.build_classifier(name, 10)

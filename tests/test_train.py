@@ -5,14 +5,19 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
+import augmentations
+import batches
 import datasets
+import evaluation
 import models
+import optimization
 import runs
 import spectrum
 import train_lt
@@ -77,7 +82,9 @@ def test_evaluation_changes_nothing():
     torch.manual_seed(0)
     model = models.build_classifier("resnet8", 10).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    train_lt.predict(model, torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8))
+    data = datasets.load("digits", 30)
+    store = batches.build([data.val], "cpu", 16, 0, "contiguous")
+    evaluation.predict(model, store, np.arange(9), data, "cpu")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -85,25 +92,83 @@ def test_accuracies_by_hand():
     logits = torch.eye(3)[[0, 0, 1, 2, 0, 1]]
     labels = np.array([0, 0, 0, 1, 1, 1])
     groups = {"many": np.array([0]), "medium": np.array([], dtype=int), "few": np.array([1, 2])}
-    found = train_lt.accuracies(logits, labels, groups)
+    found = evaluation.accuracies(logits, labels, groups)
     assert found["overall"] == 50 and found["many"] == pytest.approx(200 / 3) and found["medium"] is None
     assert found["few"] == pytest.approx(100 / 3)
     assert found["per_class"] == [pytest.approx(200 / 3), pytest.approx(100 / 3), None]
 
 
-def test_augmentation_shifts_each_image_by_at_most_an_eighth():
-    images = torch.zeros(64, 3, 16, 16, dtype=torch.uint8)
-    images[:, :, 8, 8] = 255
-    shifted = train_lt.augment(images, torch.Generator().manual_seed(0))
-    assert shifted.shape == images.shape and shifted.min() == -1 and shifted.max() == 1
-    places = [(image[0] == 1).nonzero()[0].tolist() for image in shifted]
-    assert {y for y, _ in places} == {x for _, x in places} == {6, 7, 8, 9, 10}
+@pytest.mark.parametrize("kind", ["shift", "crop_flip"])
+def test_augmentation_shifts_each_image_by_at_most_an_eighth(kind):
+    images = torch.full((64, 3, 16, 16), 9, dtype=torch.uint8)
+    images[:, :, 8, 7] = 255
+    args = SimpleNamespace(augment=kind, color_jitter=0)
+    shifted = augmentations.augment(args, images, torch.Generator().manual_seed(0), 64)
+    assert shifted.shape == images.shape and shifted.dtype == torch.uint8 and shifted.max() == 255
+    places = [(image[0] == 255).nonzero()[0].tolist() for image in shifted]
+    assert {y for y, _ in places} == {6, 7, 8, 9, 10}
+    # Mirrored, column 7 is column 8: with crop_flip one more column can be met.
+    assert {x for _, x in places} == ({5, 6, 7, 8, 9} if kind == "shift" else {5, 6, 7, 8, 9, 10})
+    assert shifted.min() == (9 if kind == "shift" else 0)
 
 
-def test_the_learning_rate_falls_by_a_cosine():
-    assert train_lt.learning_rate(2.0, 0) == 2
-    assert train_lt.learning_rate(2.0, 0.5) == pytest.approx(1)
-    assert train_lt.learning_rate(2.0, 1) == pytest.approx(0)
+def test_shifted_pixels_are_those_of_padding_and_cropping():
+    from torch.nn import functional as F
+
+    images = torch.randint(1, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    top, left = torch.randint(5, (2, 5), generator=torch.Generator().manual_seed(0))
+    for edge, mode in ((True, "replicate"), (False, "constant")):
+        shifted = augmentations.shift(images, torch.Generator().manual_seed(0), 5, slice(None), False, edge)
+        padded = F.pad(images.float(), (2, 2, 2, 2), mode=mode)
+        for i in range(5):
+            assert torch.equal(shifted[i].float(), padded[i, :, top[i] : top[i] + 16, left[i] : left[i] + 16])
+
+
+@pytest.mark.parametrize("kind", ["shift", "crop_flip", "resized_crop"])
+def test_a_process_augments_its_share_as_one_process_would(kind):
+    images = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8)
+    args = SimpleNamespace(augment=kind, color_jitter=0.4)
+    whole = augmentations.augment(args, images, torch.Generator().manual_seed(3), 7)
+    for rank in range(2):
+        rows = slice(rank, None, 2)
+        own = augmentations.augment(args, images[rows], torch.Generator().manual_seed(3), 7, rows)
+        assert torch.equal(own, whole[rows])
+
+
+def test_color_jitter_agrees_with_torchvision():
+    from torchvision.transforms.v2 import functional as V
+
+    images = torch.randint(256, (4, 3, 8, 8)).float()
+    factors = 1 + 0.4 * (2 * torch.rand(3, 4, generator=torch.Generator().manual_seed(5)) - 1)
+    found = augmentations.color_jitter(images, 0.4, torch.Generator().manual_seed(5), 4, slice(None))
+    for i in range(4):
+        expected = V.adjust_brightness(images[i] / 255, factors[0, i].item())
+        expected = V.adjust_contrast(expected, factors[1, i].item())
+        expected = V.adjust_saturation(expected, factors[2, i].item())
+        assert torch.allclose(found[i] / 255, expected, atol=2e-3)
+
+
+def test_normalising_takes_out_mean_and_deviation():
+    images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(augmentations.normalise(images, (0.5,) * 3, (0.5,) * 3), images.float() / 127.5 - 1)
+    found = augmentations.normalise(images, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert torch.allclose(found[:, 2], (images[:, 2] / 255 - 0.3) / 0.6, atol=1e-5)
+
+
+def rates(schedule, epochs, **flags):
+    args = SimpleNamespace(lr=2.0, schedule=schedule, epochs=200, warmup_epochs=0, step_epochs=[160, 180])
+    vars(args).update(step_factor=0.01, **flags)
+    return [optimization.learning_rate(args, epoch, 0.25) for epoch in epochs]
+
+
+def test_learning_rates_by_hand():
+    assert rates("cosine", [0, 100, 200]) == pytest.approx([2, 1, 0])
+    # Five epochs of warm-up: the first of four steps is at 0.25 / 5. Then a cosine over the 195 epochs left.
+    assert rates("cosine", [0, 2.5, 5, 102.5], warmup_epochs=5) == pytest.approx([0.1, 1.1, 2, 1])
+    # CIFAR-LT's common schedule: 5 epochs of warm-up, a hundredth at 160 and again at 180.
+    assert rates("steps", [0, 5, 159.9, 160, 179.9, 180], warmup_epochs=5) == pytest.approx(
+        [0.1, 2, 2, 0.02, 0.02, 0.0002]
+    )
 
 
 def test_an_epochs_images_follow_the_curriculum(road, tmp_path):
@@ -175,12 +240,24 @@ def test_a_folder_with_another_run_is_left_alone(road, tmp_path):
         train(road, tmp_path / "r", "--loss", "bs")
 
 
-def test_a_truncated_checkpoint_is_named(road, tmp_path):
+def test_of_a_truncated_checkpoint_the_previous_one_is_used_to_the_same_end(road, tmp_path, capsys):
     train(road, tmp_path / "r")
+    logits = np.load(tmp_path / "r/predictions.npz")["logits"]
     (tmp_path / "r/results.json").unlink()
     checkpoint = tmp_path / "r/checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(UserError, match="checkpoint.pt: not a readable checkpoint"):
+    train(road, tmp_path / "r")
+    said = capsys.readouterr().out
+    assert "checkpoint.pt: not a readable checkpoint" in said and "going on after epoch 3 of 4" in said
+    assert np.array_equal(logits, np.load(tmp_path / "r/predictions.npz")["logits"])
+
+
+def test_two_truncated_checkpoints_are_named(road, tmp_path):
+    train(road, tmp_path / "r")
+    (tmp_path / "r/results.json").unlink()
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (tmp_path / "r" / name).write_bytes(b"PK nothing")
+    with pytest.raises(UserError, match="checkpoint.previous.pt: not a readable checkpoint"):
         train(road, tmp_path / "r")
 
 

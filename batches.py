@@ -1,0 +1,175 @@
+"""The images of batches: small ones live on the device, large ones are decoded by workers at the size that is needed.
+
+Both kinds give uint8 batches (n, 3, H, W) on the device, and both depend on the seed and the images' places alone, not
+on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cli import UserError
+from datasets import ImageSet
+
+EVALUATION_ZOOM = 256 / 224  # the shorter side of a test image, over the side of the centre crop
+
+
+def build(
+    sets: list[ImageSet], device: str, image_size: int, workers: int, memory_format: str, randaugment: bool = False
+):
+    """The images of several sets, one after another, as one store of images (InMemory or Decoded)."""
+    if sets[0].in_memory:
+        return InMemory(np.concatenate([one.images for one in sets]), device, memory_format, randaugment)
+    return Decoded([path for one in sets for path in one.images], device, image_size, workers, randaugment)
+
+
+class InMemory:
+    """Images that live on the device as uint8.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        memory_format: channels_last or contiguous: their order in memory, which should be the network's.
+    """
+
+    def __init__(self, images: np.ndarray, device: str, memory_format: str, randaugment: bool = False):
+        images = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+        self.images = images if memory_format == "channels_last" else images.contiguous()
+        self.randaugment = randaugment
+
+    def training(self, batches: list[torch.Tensor], keys: list[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+        """Batches of the images at the given places, int64 (n,) each; `keys` number the images of an epoch."""
+        for places, numbers in zip(batches, keys, strict=True):
+            images = self.images[places.to(self.images.device)]
+            if self.randaugment:
+                pairs = zip(images, numbers.tolist(), strict=True)
+                images = torch.stack([randaugmented(image, seed, number) for image, number in pairs])
+            yield images
+
+    def evaluation(self, places: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
+        """Batches of the images at `places`, int (n,), in that order."""
+        for part in torch.from_numpy(places).split(batch_size):
+            yield self.images[part.to(self.images.device)]
+
+
+class Decoded:
+    """Image files, decoded, cropped and resized by worker processes, in time for their batch."""
+
+    def __init__(self, paths: list[Path], device: str, image_size: int, workers: int, randaugment: bool = False):
+        self.paths, self.device, self.image_size, self.workers = paths, device, image_size, workers
+        self.randaugment = randaugment
+
+    def training(self, batches: list[torch.Tensor], keys: list[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+        """As InMemory's; each image is a random crop, drawn from the seed and the image's number in the epoch."""
+        jobs = [
+            [(place, (seed, number)) for place, number in zip(places.tolist(), numbers.tolist(), strict=True)]
+            for places, numbers in zip(batches, keys, strict=True)
+        ]
+        yield from self._load(jobs)
+
+    def evaluation(self, places: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
+        """As InMemory's; each image is the centre crop."""
+        jobs = [
+            [(place, None) for place in places[start : start + batch_size].tolist()]
+            for start in range(0, len(places), batch_size)
+        ]
+        yield from self._load(jobs)
+
+    def _load(self, jobs: list[list[tuple]]) -> Iterator[torch.Tensor]:
+        pinned = str(self.device).startswith("cuda")
+        loader = torch.utils.data.DataLoader(
+            _Files(self.paths, self.image_size, self.randaugment),
+            batch_sampler=jobs,
+            num_workers=self.workers,
+            collate_fn=_stack,
+            generator=torch.Generator(),  # its draws are not the training's
+            pin_memory=pinned,
+            prefetch_factor=4 if self.workers else None,
+        )
+        try:
+            for images in loader:
+                yield images.to(self.device, non_blocking=pinned).permute(0, 3, 1, 2)
+        except UserError as error:  # a worker's comes with its traceback
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("cli.UserError: ")) from None
+
+
+class _Files(torch.utils.data.Dataset):
+    def __init__(self, paths: list[Path], image_size: int, randaugment: bool):
+        self.paths, self.image_size, self.randaugment = paths, image_size, randaugment
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, job: tuple[int, tuple[int, int] | None]) -> np.ndarray:
+        place, key = job
+        rng = None if key is None else np.random.default_rng(key)
+        pixels = decode(self.paths[place], self.image_size, rng)
+        if key is not None and self.randaugment:
+            image = randaugmented(torch.from_numpy(pixels).permute(2, 0, 1), *key)
+            pixels = image.permute(1, 2, 0).numpy()
+        return pixels
+
+
+def _stack(images: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images))
+
+
+def randaugmented(image: torch.Tensor, seed: int, number: int) -> torch.Tensor:
+    """torchvision's RandAugment of one image uint8 (3, H, W), by draws of its own."""
+    from torchvision.transforms import v2
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed + number * 0x9E3779B97F4A7C15) % 2**63)
+        return v2.RandAugment()(image)
+
+
+def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """The crop of RandomResizedCrop (Inception): 8 to 100 % of the area, aspect ratio 3/4 to 4/3; in pixels."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    # What torchvision falls back to: as much of the image as the aspect ratios allow, from its centre.
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
+
+
+def centre_box(width: int, height: int) -> tuple[float, float, float, float]:
+    """The part of an image that is left by resizing its shorter side to 256 and taking the central 224 x 224."""
+    side = min(width, height) / EVALUATION_ZOOM
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def decode(path: Path, size: int, rng: np.random.Generator | None) -> np.ndarray:
+    """An image file, cropped (at random, or the centre without `rng`) and resized: uint8 (size, size, 3).
+
+    A JPEG is decoded at a half, a quarter or an eighth where that still holds every pixel that is needed, and the crop
+    and the resizing are one step.
+
+    Raises:
+        UserError: it does not decode.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            box = random_box(width, height, rng) if rng is not None else centre_box(width, height)
+            needed = size / (box[2] - box[0]), size / (box[3] - box[1])
+            image.draft("RGB", (math.ceil(width * needed[0]), math.ceil(height * needed[1])))
+            x, y = image.size[0] / width, image.size[1] / height
+            image = image if image.mode == "RGB" else image.convert("RGB")
+            box = (box[0] * x, box[1] * y, min(box[2] * x, image.size[0]), min(box[3] * y, image.size[1]))
+            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({error})") from None

@@ -1,0 +1,113 @@
+"""Before training: is a data set on the disk what it should be?
+
+Checks the layout, the counts of images and classes against the published ones, missing files, that no image is in two
+splits, the checksums of official list files, and that a sample of the images decodes.
+
+Reads:  the data set
+Writes: nothing; exit code 0 where all is well, 1 where something is not
+
+    python check_data.py --dataset digits
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import datasets
+
+# Published numbers of images (train, validation, test) and classes; validation that is held out is counted in train.
+KNOWN = {
+    "imagenet_lt": {"train": 115846, "val": 20000, "test": 50000, "classes": 1000},
+    "places_lt": {"train": 62500, "val": 7300, "test": 36500, "classes": 365},
+    "inat2018": {"train": 437513, "test": 24426, "classes": 8142},
+    "cifar10_lt": {"test": 10000, "classes": 10},
+    "cifar100_lt": {"test": 10000, "classes": 100},
+}
+CIFAR100_LT_TRAIN = {10: 19573, 50: 12608, 100: 10847}  # by imbalance ratio
+# Beginnings of git's own checksums (git hash-object) of the list files. The test list is in use in two versions.
+CHECKSUMS = {
+    "ImageNet_LT_train.txt": ("a063f095fcd475db4cf8b0658c4b73955535bbf9",),
+    "ImageNet_LT_val.txt": ("3ed3188b",),
+    "ImageNet_LT_test.txt": ("76a2fb97", "0b447ac5"),
+}
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, "check_data")
+    parser.add_dataset()
+    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder (for CIFAR also a zip) of the images")
+    parser.add_argument("--data-seed", type=cli.whole(0), default=0, metavar="N", help="as that of train_lt.py")
+    parser.add_argument(
+        "--decode", type=cli.whole(0), default=200, metavar="N", help="images of each split that are decoded"
+    )
+    return parser
+
+
+def git_checksum(path: Path) -> str:
+    """What `git hash-object` says of a file: 40 hexadecimal digits."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def problems_of(data: datasets.LongTailed, imb_ratio: float | None, decode: int) -> list[str]:
+    """What is wrong with a data set that could be loaded, a line each."""
+    problems = []
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    known = dict(KNOWN.get(data.name, {}))
+    if data.name == "cifar100_lt" and imb_ratio in CIFAR100_LT_TRAIN:
+        known["train"] = CIFAR100_LT_TRAIN[imb_ratio]
+    found = {name: len(part) for name, part in parts.items()} | {"classes": len(data.class_names)}
+    found["train"] += int(np.sum(data.held_out))
+    problems += [
+        f"{name}: {found[name]} found, {expected} expected"
+        for name, expected in known.items()
+        if found[name] != expected
+    ]
+    for name, part in parts.items():
+        empty = np.flatnonzero(np.bincount(part.labels, minlength=len(data.class_names)) == 0)
+        if len(empty) and name != "val":
+            problems.append(f"{name}: {len(empty)} classes without an image, the first {data.class_names[empty[0]]}")
+        if len(set(part.sources)) < len(part):
+            problems.append(f"{name}: {len(part) - len(set(part.sources))} images are listed twice")
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        # CIFAR in arrays numbers train and test images each from 0.
+        if "test" in (one, other) and parts[one].sources[0].startswith("index:") and data.name != "digits":
+            continue
+        shared = set(parts[one].sources) & set(parts[other].sources)
+        if shared:
+            problems.append(f"{len(shared)} images are both in {one} and in {other}, the first {min(shared)}")
+    for path in data.files:
+        expected = CHECKSUMS.get(path.name)
+        if expected and not git_checksum(path).startswith(expected):
+            problems.append(f"{path}: another file than the published one (checksum {git_checksum(path)[:8]})")
+    for part in parts.values():
+        for place in np.random.default_rng(0).permutation(len(part))[: 0 if part.in_memory else decode]:
+            try:
+                part.read(int(place))
+            except cli.UserError as error:
+                problems.append(str(error))
+    return problems
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
+    groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
+    print(f"{data.name}: {len(data.class_names)} classes ({groups})")
+    print(f"train {len(data.train)}, val {len(data.val)}, test {len(data.test)} images")
+    print(f"training images a class: {data.counts.max()} down to {data.counts.min()}")
+    if data.note:
+        print(data.note)
+    problems = problems_of(data, args.imb_ratio, args.decode)
+    for problem in problems:
+        print(f"problem: {problem}")
+    print(f"{len(problems)} problems" if problems else "all as expected")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,104 @@
+"""Several processes on one training run, as `torchrun` starts them; or one, where it does not."""
+
+from __future__ import annotations
+
+import os
+
+from cli import UserError
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device: str) -> str:
+    """Join the other processes, where torchrun started several.
+
+    Returns:
+        The device of this process: with CUDA one for each process of a machine.
+
+    Raises:
+        UserError: --device names one device for several processes.
+    """
+    import torch
+
+    if world() == 1:
+        return device
+    if device.startswith("cuda:"):
+        raise UserError(f"--device {device}: expected cuda or auto with torchrun, which gives each process a device")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+    return device
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    import torch
+
+    if world() > 1:
+        torch.distributed.destroy_process_group()
+
+
+def synchronised(model, device: str):
+    """The model with BatchNorm statistics over the whole batch, where it is on GPUs.
+
+    On the CPU torch has no such layer: there each process normalises by its own share of the batch.
+    """
+    import torch
+
+    return model if world() == 1 or device == "cpu" else torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def wrap(model, device: str):
+    """The model whose gradients are averaged over the processes."""
+    import torch
+
+    if world() == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=None if device == "cpu" else [device])
+
+
+def share(count: int) -> slice:
+    """Which of the `count` images of a batch are this process's: each gets every world-th.
+
+    A batch of fewer images than processes goes to all of them whole, as does every batch of a single process.
+    """
+    return slice(None) if world() == 1 or count < world() else slice(rank(), None, world())
+
+
+def any_of(flag: bool, device: str) -> bool:
+    """Whether the flag is set in any process. All must ask together."""
+    import torch
+
+    if world() == 1:
+        return flag
+    found = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
+
+
+def total(value, device: str):
+    """The sum of a tensor over all processes."""
+    import torch
+
+    if world() > 1:
+        value = value.to(device)
+        torch.distributed.all_reduce(value)
+    return value
+
+
+def same_buffers(model) -> None:
+    """Give every process the first one's BatchNorm statistics."""
+    import torch
+
+    if world() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)

@@ -1,0 +1,64 @@
+"""Looking at a model without changing it: logits, accuracies by group of classes, and what classes are taken for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import distributed
+from augmentations import normalise
+
+
+def predict(model, store, places: np.ndarray, data, device: str, precision: str = "fp32", batch_size: int = 512):
+    """Logits, float (N, C), on the CPU; the model is left as it was, in evaluation mode.
+
+    Several processes share the work, and each has the whole result.
+
+    Args:
+        model: not wrapped: each process looks at images of its own.
+        store: the images (batches.py), of which those at `places`, int (N,), are looked at.
+        data: the data set, for its channels' mean and standard deviation and the number of classes.
+    """
+    model.eval()
+    mine = np.arange(distributed.rank(), len(places), distributed.world())
+    logits = torch.zeros(len(places), len(data.class_names))
+    with torch.inference_mode(), torch.autocast(device.split(":")[0], torch.bfloat16, precision == "bf16"):
+        parts = [
+            model(normalise(images, data.mean, data.std)).float().cpu()
+            for images in store.evaluation(places[mine], batch_size)
+        ]
+    if parts:
+        logits[mine] = torch.cat(parts)
+    return distributed.total(logits, device).cpu()
+
+
+def accuracies(logits, labels: np.ndarray, groups: dict[str, np.ndarray]) -> dict:
+    """Accuracy in percent: overall, of each group of classes, and per class; None where there is no such image."""
+    classes = logits.shape[1]
+    count = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels[logits.argmax(1).numpy() == labels], minlength=classes)
+
+    def share(chosen: np.ndarray) -> float | None:
+        total = int(count[chosen].sum())
+        return 100 * int(right[chosen].sum()) / total if total else None
+
+    return {
+        "overall": share(np.arange(classes)),
+        **{name: share(chosen) for name, chosen in groups.items()},
+        "per_class": [share(np.array([label])) for label in range(classes)],
+    }
+
+
+def true_class_probability(logits, labels: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """The softmax probability of each image's own class, in [0, 1], (N,).
+
+    Args:
+        scale: what logits are multiplied by first: LDAM's, where they are cosines.
+    """
+    return (logits * scale).softmax(1).numpy()[np.arange(len(labels)), labels]
+
+
+def confusion(logits, labels: np.ndarray) -> np.ndarray:
+    """How many images of each class (rows) were taken for each class (columns), int (C, C)."""
+    classes = logits.shape[1]
+    return np.bincount(labels * classes + logits.argmax(1).numpy(), minlength=classes**2).reshape(classes, classes)

@@ -1,0 +1,418 @@
+"""Training runs: signals, the adaptive curriculum, several processes, large images, and every loss."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import batches
+import datasets
+import losses
+import models
+import runs
+import train_lt
+from cli import UserError
+
+SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8"]
+
+
+def train(road, out, *extra) -> int:
+    return train_lt.main(["--spectrum", str(road.spectrum), "--out", str(out), *SHORT, *extra])
+
+
+def logits_of(folder):
+    return np.load(folder / "predictions.npz")["logits"]
+
+
+def count_steps(monkeypatch, at: int, act) -> list[int]:
+    """Call `act` before the `at`-th batch of the process is augmented."""
+    import augmentations
+
+    steps, augment = [], augmentations.augment
+
+    def counting(*args):
+        steps.append(1)
+        if len(steps) == at:
+            act()
+        return augment(*args)
+
+    monkeypatch.setattr(augmentations, "augment", counting)
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("number", "extra"),
+    [
+        (signal.SIGTERM, ["--curriculum", "d2s", "--optimizer", "sgd"]),
+        (signal.SIGUSR2, ["--curriculum", "adaptive", "--ema", "0.9"]),
+        (signal.SIGTERM, ["--model", "timm:test_vit", "--randaugment", "--mix", "mixup"]),
+    ],
+)
+def test_a_signal_in_an_epoch_leaves_a_checkpoint_that_goes_on_to_the_same_end(
+    road, tmp_path, monkeypatch, capsys, number, extra
+):
+    train(road, tmp_path / "whole", *extra)
+    count_steps(monkeypatch, 20, lambda: os.kill(os.getpid(), number))
+    assert train(road, tmp_path / "r", *extra) == runs.RESUMABLE
+    assert f"{number.name} came; checkpoint written in epoch" in capsys.readouterr().out
+    assert not (tmp_path / "r/results.json").exists()
+    partial = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["partial"]
+    assert partial["batches"] > 0
+    assert train(road, tmp_path / "r", *extra) == 0
+    assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
+    histories = [runs.read_json_lines(tmp_path / run / "history.jsonl") for run in ("whole", "r")]
+    for whole, resumed in zip(*histories, strict=True):
+        assert {**whole, "images_per_second": 0} == {**resumed, "images_per_second": 0}
+
+
+def test_a_signal_while_a_checkpoint_is_written_is_answered_after_it(road, tmp_path, monkeypatch):
+    save, written = torch.save, []
+
+    def save_under_fire(state, file):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(state, file)
+        written.append(state["epoch"])
+
+    monkeypatch.setattr(torch, "save", save_under_fire)
+    assert train(road, tmp_path / "r") == runs.RESUMABLE
+    assert written == [1]
+    assert runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["epoch"] == 1
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(road, tmp_path, monkeypatch):
+    train(road, tmp_path / "whole")
+    save, calls = torch.save, []
+
+    def die_in_the_third(state, file):
+        calls.append(1)
+        if len(calls) == 3:
+            file.write(b"half a checkp")
+            raise KeyboardInterrupt
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", die_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        train(road, tmp_path / "r")
+    monkeypatch.setattr(torch, "save", save)
+    assert runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["epoch"] == 2
+    train(road, tmp_path / "r")
+    assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with runs.StopSignals():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# adaptive
+
+
+def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_looks_at(road, tmp_path, monkeypatch):
+    passes, pools, train_pass = [], [], train_lt.Trainer.train
+
+    def record(self, epoch, places, purpose="epoch", start=None):
+        passes.append((epoch, purpose, places))
+        pools.append(self.pool)
+        return train_pass(self, epoch, places, purpose, start)
+
+    monkeypatch.setattr(train_lt.Trainer, "train", record)
+    train(road, tmp_path / "r", "--curriculum", "adaptive", "--progress-images", "5", "--real-pass-images", "32")
+    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    for entry in history[:3]:
+        best = max(entry["progress"], key=lambda level: entry["progress"][level])
+        assert entry["levels"] == [int(best)]
+    assert history[3]["levels"] == [100] and "progress" not in history[3]
+    assert [(epoch, purpose) for epoch, purpose, _ in passes] == [
+        (0, "real pass"), (0, "epoch"), (1, "real pass"), (1, "epoch"), (2, "real pass"), (2, "epoch"), (3, "epoch")
+    ]  # fmt: skip
+    pool = pools[0]
+    looked_at = np.concatenate(list(pool.looks.values()))
+    assert sorted(pool.looks) == [0, 50, 90] and all(len(places) == 5 for places in pool.looks.values())
+    for epoch, purpose, places in passes:
+        assert not set(places.tolist()) & set(looked_at.tolist())
+        if epoch < 3:
+            assert not pool.held[places].any()
+        if purpose == "real pass":
+            assert (pool.levels[places] == 100).all() and len(places) == len(set(places.tolist())) == 32
+    assert len(passes[-1][2]) == 184  # the real-only epoch has all real images
+
+
+def test_looking_changes_no_weight_and_no_statistics(road, tmp_path, monkeypatch):
+    look, states = train_lt.Trainer.look, []
+
+    def compare(self):
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        found = look(self)
+        states.append(all(torch.equal(before[name], value) for name, value in self.model.state_dict().items()))
+        assert all(0 <= p <= 1 for values in found.values() for p in values)
+        return found
+
+    monkeypatch.setattr(train_lt.Trainer, "look", compare)
+    train(road, tmp_path / "r", "--curriculum", "adaptive")
+    assert states == [True] * 4  # before training, and in each of three epochs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# losses and flags
+
+
+@pytest.mark.parametrize("loss", losses.LOSSES)
+def test_every_loss_trains(road, tmp_path, loss):
+    extra = ["--drw", "--drw-epoch", "2"] if loss in ("ce", "ldam") else []
+    assert train(road, tmp_path / "r", "--curriculum", "all", "--loss", loss, "--real-weight", "0.8", *extra) == 0
+    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    assert history[-1]["loss"] < history[0]["loss"] or extra
+
+
+@pytest.mark.parametrize("curriculum", ["cyclic", "s2d"])
+def test_balanced_epochs_fill_every_hard_class_up(road, tmp_path, monkeypatch, curriculum):
+    seen, chosen = [], train_lt.epoch_data
+
+    def record(args, epoch, stage, pool, is_hard):
+        places = chosen(args, epoch, stage, pool, is_hard)
+        seen.append(np.bincount(pool.labels[places], minlength=10))
+        return places
+
+    monkeypatch.setattr(train_lt, "epoch_data", record)
+    train(road, tmp_path / "r", "--curriculum", curriculum, "--balanced", "--undersample", "0.3", "--hard-share", "0.8")
+    for sizes in seen[:3]:  # 39 others stay, 39 * 0.8 / 0.2 = 156 hard ones, 22 or 23 of each of seven classes
+        assert sizes[:3].sum() == 39 and set(sizes[3:].tolist()) <= {22, 23} and sizes[3:].sum() == 156
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--batch-size", "185"], "--batch-size 185: expected at most the 184 training images"),
+        (["--mix", "cutmix", "--loss", "focal"], "--mix cutmix"),
+        (["--mix", "mixup", "--real-weight", "0.5"], "--mix mixup"),
+        (["--mix", "mixup", "--drw"], "--mix mixup"),
+        (["--drw", "--loss", "bs"], "--drw: --loss bs"),
+        (["--warmup-epochs", "4"], "--warmup-epochs 4"),
+        (["--level-shares", "1", "2"], "--level-shares: --curriculum none"),
+        (["--curriculum", "d2s", "--level-shares", "1", "2"], "--level-shares: 2 given"),
+        (["--dataset", "cifar10_lt"], "--dataset cifar10_lt: expected --data-root"),
+        (["--pretrained"], "--pretrained with --model resnet8"),
+    ],
+)
+def test_bad_flags_are_named(road, tmp_path, extra, message):
+    with pytest.raises(UserError, match=message):
+        train(road, tmp_path / "r", *extra)
+    assert not (tmp_path / "r/results.json").exists()
+
+
+def test_a_checkpoint_of_another_architecture_is_named_and_one_of_the_same_is_taken(road, tmp_path):
+    train(road, tmp_path / "a")
+    checkpoint = str(tmp_path / "a/checkpoint.pt")
+    with pytest.raises(UserError, match="--init-checkpoint .*: weights of another model"):
+        train(road, tmp_path / "b", "--model", "resnet14", "--init-checkpoint", checkpoint)
+    train(road, tmp_path / "c", "--init-checkpoint", checkpoint, "--lr", "0")
+    # A learning rate of 0 leaves the weights, though not BatchNorm's statistics, as they were.
+    states = [runs.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu")["model"] for run in "ac"]
+    assert torch.equal(states[0]["head.weight"], states[1]["head.weight"])
+
+
+def test_a_loss_that_is_not_finite_in_a_later_epoch_keeps_the_checkpoint_before(road, tmp_path, monkeypatch):
+    per_image, epochs = losses.per_image, []
+
+    def spoil(*args):
+        epochs.append(1)
+        return per_image(*args) * (float("nan") if len(epochs) > 15 else 1)
+
+    monkeypatch.setattr(losses, "per_image", spoil)
+    with pytest.raises(UserError, match="epoch 1: the loss is not finite"):
+        train(road, tmp_path / "r")
+    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
+    assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_the_moving_average_is_that_of_the_weights(road, tmp_path):
+    train(road, tmp_path / "r", "--ema", "0")  # keeps nothing: the average is the weights
+    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
+    for name, value in state["model"].items():
+        assert torch.equal(value, state["average"][f"module.{name}"])
+
+
+def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(road, tmp_path / "r", "--curriculum", "d2s")
+    events = EventAccumulator(str(tmp_path / "r"))
+    events.Reload()
+    assert [event.step for event in events.Images("train/images")] == [0, 1, 2, 3]  # a stage an epoch here
+    assert len(events.Images("test/confusion")) == 1 and (tmp_path / "r/confusion.png").is_file()
+    plugin = events.SummaryMetadata("_hparams_/session_start_info").plugin_data
+    assert plugin.plugin_name == "hparams"
+    assert len(list((tmp_path / "r").glob("events.out.tfevents.*"))) == 1
+    assert not [path for path in (tmp_path / "r").iterdir() if path.is_dir()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+import train_lt
+raise SystemExit(train_lt.main(sys.argv[1:]))
+"""
+
+
+def launch(tmp_path, processes, *flags):
+    script = tmp_path / "launch.py"
+    script.write_text(SCRIPT.format(root=str(ROOT)))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script]
+        + [*flags],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", [["--batch-size", "16"], ["--batch-size", "15", "--real-weight", "0.8"]])
+def test_two_processes_have_the_loss_curve_of_one(road, tmp_path, extra):
+    """A vision transformer, which has no BatchNorm: its statistics would be each process's own on the CPU."""
+    flags = ["--spectrum", str(road.spectrum), "--curriculum", "adaptive", "--epochs", "4", "--curriculum-epochs", "3"]
+    flags += ["--model", "timm:test_vit", "--device", "cpu", "--loss", "bs", "--optimizer", "sgd", "--lr", "0.01"]
+    flags += extra
+    assert train_lt.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    done = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (runs.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
+    assert [entry["levels"] for entry in one] == [entry["levels"] for entry in two]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["images"] == b["images"] and a["val_overall"] == b["val_overall"]
+    assert np.allclose(logits_of(tmp_path / "one"), logits_of(tmp_path / "two"), atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# large images
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Three classes of JPEGs that differ in colour; sides 60 to 100 pixels."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for part, counts in (("train", (24, 8, 5)), ("test", (4, 4, 4))):
+        for label, count in enumerate(counts):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 120, (*rng.integers(60, 100, 2), 3))
+                pixels[..., label] += 130
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.jpg")
+    return root
+
+
+def test_large_images_train_the_same_with_any_number_of_workers_and_after_a_signal(photographs, tmp_path, monkeypatch):
+    flags = ["--dataset", "imagefolder", "--data-root", str(photographs), "--model", "resnet8", "--image-size", "32"]
+    flags += ["--epochs", "3", "--batch-size", "8", "--lr", "0.01"]
+    assert train_lt.main([*flags, "--workers", "0", "--out", str(tmp_path / "a")]) == 0
+    count_steps(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train_lt.main([*flags, "--workers", "0", "--out", str(tmp_path / "b")]) == runs.RESUMABLE
+    assert train_lt.main([*flags, "--workers", "2", "--out", str(tmp_path / "b")]) == 0
+    assert np.array_equal(logits_of(tmp_path / "a"), logits_of(tmp_path / "b"))
+    results = runs.read_json(tmp_path / "a/results.json")
+    assert "held out of the training set" in results["validation"]
+    assert results["train_counts"] == [23, 7, 4]
+
+
+def test_a_large_image_that_does_not_decode_is_one_line(photographs, tmp_path):
+    import shutil
+
+    shutil.copytree(photographs, tmp_path / "p")
+    (tmp_path / "p/train/class1/3.jpg").write_bytes(b"no image")
+    flags = ["--dataset", "imagefolder", "--data-root", str(tmp_path / "p"), "--model", "resnet8", "--batch-size", "8"]
+    with pytest.raises(UserError, match=r"^\S*train/class1/3.jpg: not a readable image \(.*\)$"):
+        train_lt.main([*flags, "--image-size", "32", "--workers", "2", "--out", str(tmp_path / "r")])
+
+
+def test_decoding_is_the_centre_crop_of_torchvision(tmp_path):
+    from torchvision.transforms import v2
+
+    # Smooth, so that where exactly a pixel is sampled matters little.
+    y, x = np.mgrid[:90, :120]
+    Image.fromarray(np.stack([y * 2, x * 2, 100 + y - x / 2], -1).astype(np.uint8)).save(tmp_path / "a.png")
+    theirs = v2.Compose([v2.Resize(64), v2.CenterCrop(56)])(Image.open(tmp_path / "a.png"))
+    ours = batches.decode(tmp_path / "a.png", 56, None)
+    assert np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= 2
+
+
+def test_decoding_a_jpeg_at_a_part_of_its_size_changes_little(tmp_path):
+    y, x = np.mgrid[:400, :600]
+    image = Image.fromarray(np.stack([y / 2, x / 3, (y + x) / 5], -1).astype(np.uint8))
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
+    for seed in range(5):
+        fast, slow = (
+            batches.decode(tmp_path / name, 32, np.random.default_rng(seed)).astype(int) for name in ("a.jpg", "a.png")
+        )
+        assert np.abs(fast - slow).max() <= 6
+
+
+def test_random_boxes_are_those_of_inception():
+    rng = np.random.default_rng(0)
+    boxes = np.array([batches.random_box(500, 375, rng) for _ in range(600)])
+    width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
+    assert boxes.min() >= 0 and boxes[:, 2].max() <= 500 and boxes[:, 3].max() <= 375
+    share, ratio = width * height / (500 * 375), width / height
+    assert 0.075 < share.min() < 0.11 and share.max() > 0.9 and 0.74 < ratio.min() and ratio.max() < 1.35
+    # An image far too long for any of the boxes: its middle, as wide as 4/3 of its height.
+    assert batches.random_box(4000, 3, rng) == (1998.0, 0.0, 2002.0, 3.0)
+
+
+def test_a_cifar_run_writes_its_subset_beside_its_results(tmp_path):
+    from test_datasets import small_cifar
+
+    root = small_cifar(tmp_path / "cifar", per_class=6)
+    flags = ["--dataset", "cifar10_lt", "--data-root", str(root), "--imb-ratio", "5", "--epochs", "2"]
+    flags += ["--batch-size", "8", "--model", "resnet8", "--warmup-epochs", "1"]
+    train_lt.main([*flags, "--out", str(tmp_path / "r")])
+    rows = (tmp_path / "r/subset.csv").read_text().splitlines()
+    data = datasets.load("cifar10_lt", 5, root)
+    assert rows[0] == "split,source,label"
+    assert [row.split(",")[1] for row in rows if row.startswith("train,")] == data.train.sources
+    assert runs.read_json(tmp_path / "r/args.json")["args"]["optimizer"] == "sgd"
+    with pytest.raises(UserError, match="data is"):  # the same flags on other images
+        (next(root.glob("test/*/*.png"))).unlink()
+        train_lt.main([*flags, "--out", str(tmp_path / "r")])
+
+
+def test_a_spectrum_of_another_data_set_is_refused(road, tmp_path):
+    from test_datasets import small_cifar
+
+    root = small_cifar(tmp_path / "cifar", per_class=6)
+    with pytest.raises(UserError, match="made for --dataset digits; expected a spectrum of cifar10_lt"):
+        train(road, tmp_path / "r", "--dataset", "cifar10_lt", "--data-root", str(root), "--imb-ratio", "5",
+              "--curriculum", "d2s", "--batch-size", "8")  # fmt: skip
+
+
+def test_channels_last_compile_and_bf16_are_flags_of_the_same_run(road, tmp_path):
+    train(road, tmp_path / "a", "--epochs", "2", "--curriculum-epochs", "0")
+    train(road, tmp_path / "b", "--epochs", "2", "--curriculum-epochs", "0", "--memory-format", "channels_last")
+    assert np.allclose(logits_of(tmp_path / "a"), logits_of(tmp_path / "b"), atol=0.05)
+    train(road, tmp_path / "c", "--epochs", "2", "--curriculum-epochs", "0", "--precision", "bf16", "--clip-grad", "1")
+    assert np.isfinite(logits_of(tmp_path / "c")).all()
+
+
+def test_models_and_batches_agree_on_names():
+    import augmentations
+
+    parser = train_lt.build_parser()
+    choices = next(action.choices for action in parser._actions if action.dest == "augment")
+    assert tuple(choices) == augmentations.AUGMENTATIONS and models.SMALL_DEPTHS[0] == 8
+    assert Path(train_lt.__file__).parent == ROOT
