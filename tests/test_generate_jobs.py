@@ -452,3 +452,73 @@ def test_known_generators_say_what_they_were_made_for():
     actions = {action.dest: action for action in parser._actions}
     assert set(actions["scheduler"].choices) == set(models.SCHEDULERS)
     assert set(actions["dtype"].choices) == {"auto", *models.DTYPES}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+PLACE = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
+
+
+def save_lora(path: Path, pipe, place: str = PLACE, scale: float = 1.0) -> torch.Tensor:
+    """A LoRA of rank 2 on one projection of the UNet, and what it adds to that projection's weight."""
+    from safetensors.torch import save_file
+
+    weight = pipe.unet.get_submodule(PLACE).weight
+    seed = torch.Generator().manual_seed(0)
+    down = torch.randn(2, weight.shape[1], generator=seed)
+    up = torch.randn(weight.shape[0], 2, generator=seed) * scale
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"unet.{place}.lora_A.weight": down, f"unet.{place}.lora_B.weight": up}, path)
+    return up @ down
+
+
+def test_a_lora_draws_what_its_merged_weights_draw(tmp_path):
+    source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    merged = models.load_generator(TINY, "cpu")
+    plain = draw_one(generators.Generator(merged, steps=4, text_guidance=3.0), 50, source)
+    added = save_lora(tmp_path / "lora/pytorch_lora_weights.safetensors", merged)
+    merged.unet.get_submodule(PLACE).weight.data += added
+    expected = draw_one(generators.Generator(merged, steps=4, text_guidance=3.0), 50, source)
+    adapted = models.load_generator(TINY, "cpu")
+    models.load_loras(adapted, models.find_loras(tmp_path / "lora", None))
+    drawn = draw_one(generators.Generator(adapted, steps=4, text_guidance=3.0), 50, source)
+    assert (drawn - expected).abs().max() < 1e-4
+    assert (drawn - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("place", "scale"), [(PLACE, 0.0), ("text_model.other.to_v", 1.0)], ids=["untrained", "no such layer"]
+)
+def test_a_lora_that_changes_nothing_stops_the_job(few, tmp_path, place, scale):
+    save_lora(tmp_path / "a.safetensors", models.load_generator(TINY, "cpu"), place, scale)
+    with pytest.raises(UserError, match="a.safetensors: (changes nothing|not a LoRA of this generator)"):
+        draw(few, tmp_path / "s", "--lora", tmp_path / "a.safetensors")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_missing_lora_is_named(few, tmp_path):
+    with pytest.raises(UserError, match="--lora .*none: expected a .safetensors file"):
+        draw(few, tmp_path / "s", "--lora", tmp_path / "none")
+    with pytest.raises(UserError, match="--lora-by-class .*: no adapter for class 3; expected 3.safetensors"):
+        draw(few, tmp_path / "s", "--lora-by-class", tmp_path)
+
+
+def test_each_class_is_drawn_with_its_own_lora(road, tmp_path):
+    """Two classes, of which one has hardly any adapter at all: its images stay as they were, the other's do not."""
+    hard = [row for row in spectrum.read_hard(road.hard) if row.label in (8, 9)]
+    assert {row.label for row in hard} == {8, 9}
+    write_hard(tmp_path / "hard.csv", [(row.source, row.label, row.class_name) for row in hard])
+    command = ["--hard", str(tmp_path / "hard.csv"), "--prompts", str(road.prompts), "--steps", "4", "--seeds", "1"]
+    command += ["--levels", "50"]
+    pipe = models.load_generator(TINY, "cpu")
+    save_lora(tmp_path / "loras/8.safetensors", pipe, scale=1e-4)
+    save_lora(tmp_path / "loras/9/pytorch_lora_weights.safetensors", pipe)
+    assert generate_spectrum.main([*command, "--out", str(tmp_path / "without")]) == 0
+    adapted = [*command, "--out", str(tmp_path / "with"), "--lora-by-class", str(tmp_path / "loras")]
+    assert generate_spectrum.main(adapted) == 0
+    without, adapted = rows_of(tmp_path / "without"), rows_of(tmp_path / "with")
+    for name, row in adapted.items():
+        assert row == without[name]
+        a, b = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("without", "with"))
+        assert (abs(a - b).max() > 3) == (row["label"] == 9)
