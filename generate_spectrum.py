@@ -113,6 +113,15 @@ def build_parser() -> cli.Parser:
         help="sampler; shipped is the one that the generator comes with",
     )
     group.add_argument(
+        "--lora", type=Path, metavar="PATH", help="LoRA adapter to draw with: .safetensors file, or folder of one"
+    )
+    group.add_argument(
+        "--lora-by-class",
+        type=cli.existing_folder,
+        metavar="FOLDER",
+        help="LoRA adapters of each class: INDEX.safetensors or a folder INDEX for every class of hard.csv",
+    )
+    group.add_argument(
         "--levels",
         type=cli.level,
         nargs="+",
@@ -193,7 +202,7 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def make_plan(args, hard: list[spectrum.Hard], dtype: str) -> dict:
+def make_plan(args, hard: list[spectrum.Hard], dtype: str, loras: dict[str, Path]) -> dict:
     """Everything that determines the images."""
     local = Path(args.generator)
     if local.is_dir():  # a folder may move or be trained again: its content is what counts
@@ -215,6 +224,7 @@ def make_plan(args, hard: list[spectrum.Hard], dtype: str) -> dict:
         "generator": local.name if local.is_dir() else args.generator,
         "revision": revision,
         "dtype": dtype,
+        "loras": {name: runs.digest_files([path]) for name, path in loras.items()},
         "scheduler": args.scheduler,
         "pure_noise": args.pure_noise,
         "size": args.size if isinstance(args.size, str) else list(args.size),
@@ -248,15 +258,15 @@ def read_sizes(names: list[str], sources: images.Sources) -> tuple[dict[str, tup
     return sizes, unreadable
 
 
-def plan_batches(args, plan: dict, extra: list[dict], size_of, names: list[str]) -> list[Batch]:
+def plan_batches(args, plan: dict, extra: list[dict], names: list[str], size_of, adapter_of) -> list[Batch]:
     """All batches of the plan, and after them those of each file of further units, which may be added at any time."""
     batches = worklist.make_batches(
-        worklist.order_units(names, plan["levels"], plan["seeds"]), size_of, args.batch_size
+        worklist.order_units(names, plan["levels"], plan["seeds"]), size_of, args.batch_size, adapter_of
     )
     readable = set(names)
     for units in extra:
         ordered = sorted(unit for unit in units if unit.source in readable)
-        batches += worklist.make_batches(ordered, size_of, args.batch_size)
+        batches += worklist.make_batches(ordered, size_of, args.batch_size, adapter_of)
     return batches
 
 
@@ -319,13 +329,14 @@ class Job:
         hard: hard images by source.
         prompt_of: the prompt of a unit.
         size_of: width and height at which a source is drawn.
+        adapter_of: name of the LoRA adapter that a source is drawn with, None where all have the same.
         sizes: the sources' own width and height, where they matter.
         reader: reads the sources; it may know of some already that they cannot be read.
     """
 
-    def __init__(self, args, plan: dict, folder: Path, hard: dict, prompt_of, size_of, sizes: dict, reader):
+    def __init__(self, args, plan: dict, folder: Path, hard: dict, prompt_of, size_of, adapter_of, sizes, reader):
         self.args, self.plan, self.folder, self.hard, self.sizes = args, plan, folder, hard, sizes
-        self.prompt_of, self.size_of, self.reader = prompt_of, size_of, reader
+        self.prompt_of, self.size_of, self.adapter_of, self.reader = prompt_of, size_of, adapter_of, reader
         self.saved = self.redraws = 0
         self.failed: list[spectrum.Unit] = []
 
@@ -358,7 +369,7 @@ class Job:
                 units = [spectrum.Unit(row["source"], row["level"], row["seed"]) for row in writer.rejected]
                 writer.rejected.clear()
                 self.redraws += len(units)
-                todo = worklist.make_batches(units, self.size_of, args.batch_size)
+                todo = worklist.make_batches(units, self.size_of, args.batch_size, self.adapter_of)
                 if stop.name or not todo:
                     break
             else:
@@ -462,7 +473,13 @@ def main(argv: list[str] | None = None) -> int:
     known = models.GENERATORS.get(args.generator, models.UNKNOWN_GENERATOR)
     if not known.text_guidance[0] <= args.text_guidance <= known.text_guidance[1]:
         print(f"--text-guidance {args.text_guidance:g}: unusual for {args.generator}: {known.note}")
-    plan = make_plan(args, list(hard.values()), models.generator_dtype(args.dtype, device))
+    loras = {}
+    if args.lora and args.lora_by_class:
+        raise cli.UserError("--lora and --lora-by-class: expected one of them")
+    if args.lora or args.lora_by_class:
+        labels = sorted({row.label for row in hard.values()}) if args.lora_by_class else None
+        loras = models.find_loras(args.lora or args.lora_by_class, labels)
+    plan = make_plan(args, list(hard.values()), models.generator_dtype(args.dtype, device), loras)
     if (args.out / "plan.json").exists():
         runs.stop_on_difference(args.out / "plan.json", spectrum.read_plan(args.out), plan, "delete that folder")
 
@@ -493,7 +510,11 @@ def main(argv: list[str] | None = None) -> int:
         def size_of(source: str) -> tuple[int, int]:
             return images.draw_size(sizes.get(source, (0, 0)), args.size, known.native, multiple)
 
-        batches = plan_batches(args, plan, extra, size_of, [name for name in hard if name not in unreadable])
+        def adapter_of(source: str) -> str | None:
+            return f"class_{hard[source].label}" if args.lora_by_class else None
+
+        readable = [name for name in hard if name not in unreadable]
+        batches = plan_batches(args, plan, extra, readable, size_of, adapter_of)
         mine = worklist.share_out(batches, args.steps, args.shard.count)[args.shard.index]
         wanted = {unit for batch in mine for unit in batch.units}
         done = spectrum.done_units(args.out, wanted)
@@ -507,9 +528,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             print_forecast(args, todo, known.native)
             return 0
-        job = Job(args, plan, folder, hard, prompt_of, size_of, sizes, images.Reader(sources, unreadable))
+        job = Job(args, plan, folder, hard, prompt_of, size_of, adapter_of, sizes, images.Reader(sources, unreadable))
         if todo:
             pipe = models.load_generator(args.generator, device, args.revision, args.dtype, args.scheduler)
+            if loras:
+                models.load_loras(pipe, loras)
             runs.write_json(args.out / "plan.json", plan)
             job.draw(pipe, todo, done, stop)
         if stop.name:

@@ -72,6 +72,7 @@ class Generator:
     def __init__(self, pipe, steps: int, text_guidance: float, pure_noise: bool = False, cache_mb: int = 4096):
         self.pipe, self.steps, self.text_guidance, self.pure_noise = pipe, steps, text_guidance, pure_noise
         self.cache = Cache(cache_mb)
+        self.adapter: str | None = None
         self.by_latents = type(pipe).__name__ in LATENT_PIPELINES
         if self.by_latents:
             self.dtype = pipe.unet.dtype
@@ -115,6 +116,9 @@ class Generator:
         surplus = max(0, pad_to - len(batch.units))
         units, texts = batch.units + batch.units[-1:] * surplus, texts + texts[-1:] * surplus
         batch = batch._replace(units=units)
+        if batch.adapter != self.adapter:
+            self.pipe.set_adapters([batch.adapter])
+            self.adapter = batch.adapter
         generators = [torch.Generator().manual_seed(unit.noise_seed(redraw)) for unit in units]
         run = steps_at(batch.level, self.steps)
         call = {

@@ -321,8 +321,10 @@ def add_extra(folder: Path, path: Path, known: Collection[str]) -> None:
     beside.unlink()
 
 
-def read_extra(paths: Iterable[Path], known: Collection[str]) -> dict[Unit, str]:
-    """Further work units, with the columns EXTRA_COLUMNS: each unit's prompt, empty where the file gives none.
+def read_extra(paths: Iterable[Path], known: Collection[str]) -> list[dict[Unit, str]]:
+    """Further work units, with the columns EXTRA_COLUMNS: a dictionary for each file.
+
+    It holds each unit's prompt, empty where the file gives none. A unit that an earlier file names is left out.
 
     Args:
         known: the sources that there are.
@@ -330,18 +332,22 @@ def read_extra(paths: Iterable[Path], known: Collection[str]) -> dict[Unit, str]
     Raises:
         UserError: a source that is not known, a level or seed that is none, a unit with two different prompts.
     """
-    extra: dict[Unit, str] = {}
+    extra: list[dict[Unit, str]] = []
+    before: dict[Unit, str] = {}
     for path in paths:
+        extra.append({})
         for number, row in _read_csv(path, EXTRA_COLUMNS[:3]):
             if row["source"] not in known:
                 raise UserError(f"{path} row {number}: source {row['source']!r}: expected one of hard.csv")
             if not row["level"].isdecimal() or int(row["level"]) > 99 or not row["seed"].isdecimal():
                 raise UserError(f"{path} row {number}: expected a level from 0 to 99 and a seed of 0 or more")
             unit, prompt = Unit(row["source"], int(row["level"]), int(row["seed"])), row.get("prompt", "")
-            if extra.setdefault(unit, prompt) != prompt:
+            if unit not in before:
+                before[unit] = extra[-1][unit] = prompt
+            elif before[unit] != prompt:
                 raise UserError(
                     f"{path} row {number}: {unit.source} at level {unit.level}, seed {unit.seed}, is there before with "
-                    f"the prompt {extra[unit]!r}; expected another seed for another prompt"
+                    f"the prompt {before[unit]!r}; expected another seed for another prompt"
                 )
     return extra
 

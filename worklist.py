@@ -8,7 +8,7 @@ beside the same others and comes out the same to the last bit.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from spectrum import Unit
@@ -19,7 +19,10 @@ GROUP = 2048
 
 
 class Batch(NamedTuple):
-    """Work units that are drawn together: of one level and one size in pixels (width, height)."""
+    """Work units that are drawn together: of one level, one size in pixels (width, height) and one LoRA adapter.
+
+    The adapter is None where all units are drawn with the same.
+    """
 
     level: int
     size: tuple[int, int]
@@ -45,7 +48,7 @@ def make_batches(
     units: Iterable[Unit],
     size_of: Callable[[str], tuple[int, int]],
     batch_size: int,
-    adapter_of: Callable[[str], Hashable] = lambda source: None,
+    adapter_of: Callable[[str], str | None] = lambda source: None,
 ) -> list[Batch]:
     """Full batches, in the order in which they fill up; those that stay short come last.
 

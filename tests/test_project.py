@@ -236,6 +236,7 @@ PACKAGES = {
     "open_clip_torch": "open_clip",
     "timm": "timm",
     "submitit": "submitit",
+    "peft": "peft",
     "numpy": "numpy",
     "pillow": "PIL",
     "tensorboard": "from torch.utils.tensorboard import SummaryWriter",

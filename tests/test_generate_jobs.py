@@ -1,0 +1,524 @@
+"""Spectrum generation as a job: shards, signals, bad sources, a full disk, further units, checks, other generators."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_generate import TINY, contents, rows_of, write_hard
+
+import datasets
+import generate_spectrum
+import generators
+import models
+import spectrum
+import worklist
+from bench import spectrum as bench
+from cli import UserError
+from images import Sources
+
+HEADER = "source,level,seed,prompt\n"
+
+
+@pytest.fixture(scope="module")
+def few(road, tmp_path_factory):
+    """Arguments of a small job, 6 sources x 2 levels x 2 seeds in batches of 5, and the folder that it makes."""
+    folder = tmp_path_factory.mktemp("few")
+    lines = road.hard.read_text().splitlines(keepends=True)
+    (folder / "hard.csv").write_text("".join(lines[:7]))
+    command = ["--hard", str(folder / "hard.csv"), "--prompts", str(road.prompts), "--steps", "4", "--batch-size", "5"]
+    command += ["--levels", "50", "90", "--seeds", "2"]
+    assert generate_spectrum.main([*command, "--out", str(folder / "s")]) == 0
+    assert spectrum.check(folder / "s") == (24, [])
+    return command, folder / "s"
+
+
+def draw(few, out: Path, *more, code: int = 0) -> Path:
+    """Run the small job into `out`, and check what it made."""
+    assert generate_spectrum.main([*few[0], "--out", str(out), *map(str, more)]) == code
+    assert spectrum.check(out)[1] == []
+    return out
+
+
+def failures(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "shard-00000/failures.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shards and signals
+
+
+def test_shards_draw_the_same_bytes_and_their_number_may_change(few, tmp_path):
+    out = tmp_path / "s"
+    draw(few, out, "--shard", "0/2")
+    part = contents(out)
+    assert 0 < len(part) < 24
+    for index in range(3):
+        draw(few, out, "--shard", f"{index}/3")
+    assert contents(out) == contents(few[1])
+    assert len(spectrum.read_rows(out, decode=True)) == 24
+    assert part.items() <= contents(out).items()
+
+
+def test_a_second_process_on_a_shard_leaves_at_once(few, tmp_path):
+    out = tmp_path / "s"
+    with spectrum.claim(out, 0, 2):
+        with pytest.raises(UserError, match="--shard 0/2: another process is drawing"):
+            draw(few, out, "--shard", "0/2")
+        with pytest.raises(UserError, match="is being drawn in 2 shards; expected --shard I/2"):
+            draw(few, out, "--shard", "1/3")
+        draw(few, out, "--shard", "1/2")
+        assert not (out / "shard-00000/metadata.jsonl").exists()
+    draw(few, out)
+    assert contents(out) == contents(few[1])
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "0/0"])
+def test_a_shard_is_one_of_n(text, capsys):
+    with pytest.raises(SystemExit):
+        generate_spectrum.build_parser().parse_args(["--shard", text])
+    assert "--shard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_ends_the_job_after_the_batch_in_flight(few, tmp_path, monkeypatch, number, capsys):
+    before, real = signal.getsignal(number), generators.to_host
+
+    def to_host(drawn):
+        os.kill(os.getpid(), number)
+        return real(drawn)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generators, "to_host", to_host)
+        draw(few, tmp_path / "s", code=75)
+    assert len(contents(tmp_path / "s")) == 5
+    assert f"{number.name} after 5 images; run the same command again" in capsys.readouterr().out
+    assert signal.getsignal(number) is before
+    draw(few, tmp_path / "s")
+    assert contents(tmp_path / "s") == contents(few[1])
+
+
+def test_a_batch_cut_in_two_is_drawn_whole_so_that_not_a_bit_changes(few, tmp_path):
+    out = tmp_path / "s"
+    shutil.copytree(few[1], out)
+    rows = (out / "shard-00000/metadata.jsonl").read_text().splitlines(keepends=True)
+    (out / "shard-00000/metadata.jsonl").write_text("".join(rows[:7]) + rows[7][:30])
+    for row in rows[8:]:
+        (out / "shard-00000" / json.loads(row)["file_name"]).unlink()
+    draw(few, out)
+    assert contents(out) == contents(few[1])
+
+
+def test_what_is_kept_in_memory_does_not_change_the_images(few, tmp_path):
+    assert contents(draw(few, tmp_path / "s", "--cache-mb", "0")) == contents(few[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def test_odd_and_broken_sources(tmp_path, road):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    pixels.save(folder / "good.png")
+    pixels.convert("CMYK").save(folder / "cmyk.jpg")
+    pixels.quantize(16).save(folder / "palette.png")
+    Image.fromarray(np.full((20, 30), 32896, dtype=np.uint16)).save(folder / "sixteen.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken on its side
+    pixels.save(folder / "turned.jpg", exif=exif)
+    Image.new("RGB", (1, 1), "red").save(folder / "one.png")
+    (folder / "zero.png").touch()
+    (folder / "corrupt.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:900])
+    names = sorted(path.name for path in folder.iterdir()) + ["missing.png"]
+    write_hard(tmp_path / "hard.csv", [(name, 3, "three") for name in names])
+    command = ["--hard", str(tmp_path / "hard.csv"), "--prompts", str(road.prompts), "--data-root", str(folder)]
+    command += ["--levels", "90", "--seeds", "1", "--steps", "4", "--out", str(tmp_path / "s")]
+    assert generate_spectrum.main(command) == 1
+    bad = ["corrupt.png", "cut.png", "missing.png", "zero.png"]
+    assert [failure["source"] for failure in failures(tmp_path / "s")] == bad
+    assert all(name in failure["reason"] for name, failure in zip(bad, failures(tmp_path / "s"), strict=True))
+    rows = {row["source"]: row for row in spectrum.read_rows(tmp_path / "s", decode=True)}
+    assert sorted(rows) == [name for name in names if name not in bad]
+    assert {name: (row["width"], row["height"]) for name, row in rows.items()} == {
+        "good.png": (30, 20), "cmyk.jpg": (30, 20), "palette.png": (30, 20), "sixteen.png": (30, 20),
+        "turned.jpg": (20, 30), "one.png": (2, 2),
+    }  # fmt: skip
+    assert spectrum.check(tmp_path / "s") == (6, [])
+    sources = Sources(datasets.load("digits", 30).train, folder)
+    assert np.asarray(sources.read("sixteen.png")[0]).tolist() == [[[128] * 3] * 30] * 20  # 32896 = 128 * 257
+    # A source that is mended is drawn by the next run, and is no failure any more.
+    for name in bad:
+        shutil.copy(folder / "good.png", folder / name)
+    assert generate_spectrum.main(command) == 0
+    assert spectrum.check(tmp_path / "s") == (10, [])
+    assert not (tmp_path / "s/shard-00000/failures.jsonl").exists()
+
+
+def test_sources_of_another_data_set_stop_the_job(few, tmp_path):
+    names = [*(row.source for row in spectrum.read_hard(Path(few[0][1]))), "index:99999"]
+    write_hard(tmp_path / "hard.csv", [(name, 3, "three") for name in names])
+    with pytest.raises(UserError, match="source index:99999: not a training image of this data set"):
+        draw(few, tmp_path / "s", "--hard", tmp_path / "hard.csv")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(few, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=48k", "none", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        with pytest.raises(UserError, match="No space left on device; .* free some space and run the same command"):
+            generate_spectrum.main([*few[0], "--out", str(disk / "s")])
+        count, wrong = spectrum.check(disk / "s")
+        assert count < 24 and not [line for line in wrong if "has no row" not in line]
+        assert not list(disk.rglob(".*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        draw(few, disk / "s")
+        assert contents(disk / "s") == contents(few[1])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_nan_from_the_model_is_never_saved_and_listed(few, tmp_path, monkeypatch, capsys):
+    """The last image of the first batch is not finite however often it is drawn."""
+    real, spoilt = generators.Generator.draw, {}
+
+    def spoil(self, batch, *rest):
+        drawn = real(self, batch, *rest).clone()
+        spoilt.setdefault("unit", batch.units[-1])
+        for place, unit in enumerate(batch.units):
+            if unit == spoilt["unit"]:
+                drawn[place, 0, 0, 0] = float("nan")
+        return drawn
+
+    monkeypatch.setattr(generators.Generator, "draw", spoil)
+    out = draw(few, tmp_path / "s", code=1)
+    assert [spectrum.Unit(row["source"], row["level"], row["seed"]) for row in failures(out)] == [spoilt["unit"]]
+    expected = {name: image for name, image in contents(few[1]).items() if name != spoilt["unit"].file_name}
+    assert contents(out) == expected
+    assert "1 images stayed blank or not finite after 3 redraws" in capsys.readouterr().out
+
+
+def test_a_model_that_gives_nothing_but_nan_is_noticed_early(few, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(generate_spectrum, "TRIAL", 5)
+    monkeypatch.setattr(
+        generators.Generator, "draw", lambda self, batch, *_: calls.append(0) or torch.full((5, 3, 16, 16), torch.nan)
+    )
+    with pytest.raises(UserError, match="images are blank or not finite: .* does not work in float32"):
+        generate_spectrum.main([*few[0], "--levels", "90", "--out", str(tmp_path / "s")])
+    assert len(calls) < 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the plan
+
+
+def test_further_units_are_drawn_once_and_belong_to_the_plan_from_then_on(few, tmp_path):
+    out = tmp_path / "s"
+    shutil.copytree(few[1], out)
+    first, second = [row.source for row in spectrum.read_hard(Path(few[0][1]))[:2]]
+    more = tmp_path / "more.csv"
+    more.write_text(HEADER + f"{first},90,7,a nine in red ink\n{second},30,0,\n{second},90,1,\n")
+    draw(few, out, "--plan", more)
+    rows = {(row["source"], row["level"], row["seed"]): row for row in rows_of(out).values()}
+    assert len(rows) == 26  # the third is in the plan already
+    assert rows[first, 90, 7]["prompt"] == "a nine in red ink"
+    assert rows[second, 30, 0]["prompt"]
+    before = contents(out)
+    for name in set(before) - set(contents(few[1])):
+        next(out.glob(f"shard-*/{name}")).unlink()
+    draw(few, out)  # without --plan: the folder remembers
+    assert contents(out) == before
+    draw(few, out, "--plan", more)
+    assert len(list(out.glob("extra-*.csv"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("nowhere,90,7,\n", "row 2: source 'nowhere': expected one of hard.csv"),
+        ("{source},100,7,\n", "row 2: expected a level from 0 to 99"),
+        ("{source},90,-1,\n", "row 2: expected a level from 0 to 99 and a seed"),
+        ("{source},90,7,a\n{source},90,7,b\n", "row 3: .* is there before with the prompt 'a'"),
+        ("{source},90,1,another prompt\n", "is in the plan with the prompt"),
+    ],
+)
+def test_bad_further_units_are_named(few, tmp_path, row, message):
+    (tmp_path / "more.csv").write_text(HEADER + row.format(source=spectrum.read_hard(Path(few[0][1]))[0].source))
+    with pytest.raises(UserError, match=message):
+        generate_spectrum.main(
+            [*few[0], "--out", str(tmp_path / "s"), "--plan", str(tmp_path / "more.csv"), "--dry-run"]
+        )
+
+
+def test_a_dry_run_counts_and_touches_nothing(few, tmp_path, capsys):
+    out = tmp_path / "s"
+    assert generate_spectrum.main([*few[0], "--out", str(out), "--dry-run", "--steps-per-second", "0.01"]) == 0
+    text = capsys.readouterr().out
+    # 12 images of 2 steps and 12 of 1 are 36 steps: one hour at 0.01 steps a second
+    assert "level 50: 12 images of 2 steps" in text and "level 90: 12 images of 1 steps" in text
+    assert "24 images, 6 batches, 36 denoising steps: 1.00 hours at 0.01 steps a second" in text
+    assert not out.exists()
+    generate_spectrum.main([*few[0], "--out", str(few[1]), "--dry-run"])
+    assert "24 done, 0 to draw" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("image_format", ["jpg", "webp"])
+def test_images_may_be_drawn_large_and_saved_small_in_other_formats(few, tmp_path, image_format):
+    out = draw(
+        few, tmp_path / "s", "--size", "32x24", "--save-size", "source", "--format", image_format, "--levels", "90"
+    )
+    paths = [path for path in out.glob("shard-*/*") if path.suffix == f".{image_format}"]
+    assert len(paths) == 12
+    sources = Sources(datasets.load("digits", 30).train, None)
+    for row in rows_of(out).values():
+        image = Image.open(out / row["file_name"])
+        assert image.size == (row["width"], row["height"]) == (16, 16)
+        assert image.format == {"jpg": "JPEG", "webp": "WEBP"}[image_format]
+        real = np.asarray(sources.read(row["source"])[0]).astype(int)
+        assert (
+            abs(np.asarray(image.convert("RGB")).astype(int) - real).mean() < 70
+        )  # a generator for 16x16, but level 90
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the check
+
+
+def test_the_check_names_what_is_wrong(few, tmp_path, capsys):
+    out = tmp_path / "s"
+    shutil.copytree(few[1], out)
+    shard = out / "shard-00000"
+    rows = [json.loads(line) for line in (shard / "metadata.jsonl").read_text().splitlines()]
+    del rows[0]["prompt"]
+    rows[1]["width"] = 17
+    rows[2]["level"] = "90"
+    rows[3]["revision"] = "other"
+    rows[4]["label"] = 0
+    (shard / rows[5]["file_name"]).write_bytes(b"no image")
+    (shard / rows[6]["file_name"]).rename(shard / "renamed.png")
+    rows[6]["file_name"] = "renamed.png"
+    Image.new("RGB", (16, 16)).save(shard / "orphan.png")
+    (shard / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert generate_spectrum.main(["--out", str(out), "--check"]) == 1
+    text = capsys.readouterr().out
+    for part in ("row 1: prompt is None", "is 16x16, its row has 17x16", "row 3: level is '90'", "row 4: revision is",
+                 "row 5: level 50 of class 0 is not", "does not decode", "row 7: shard-00000/renamed.png should be",
+                 "orphan.png: has no row"):  # fmt: skip
+        assert part in text, part
+    assert generate_spectrum.main(["--out", str(few[1]), "--check"]) == 0
+    with pytest.raises(UserError, match="no plan.json"):
+        generate_spectrum.main(["--out", str(tmp_path), "--check"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generators
+
+
+TINY_REFINER = {
+    "unet": bench.SMALL["unet"] | {"block_out_channels": (16, 32, 32, 32), "attention_head_dim": (1, 2, 2, 2)},
+    "vae": bench.SMALL["vae"] | {"block_out_channels": (8, 16, 16, 16)},
+    "text": bench.SMALL["text"] | {"num_hidden_layers": 1},
+}
+
+
+def tiny_base():
+    """An SDXL base in small: two text encoders, and no aesthetic score."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    unet = TINY_REFINER["unet"] | {"cross_attention_dim": 128, "projection_class_embeddings_input_dim": 64 + 6 * 16}
+    parts = bench.build_refiner(TINY_REFINER | {"unet": unet}).components
+    config = {name: value for name, value in TINY_REFINER["text"].items() if name != "projection_dim"}
+    parts |= {"text_encoder": CLIPTextModel(CLIPTextConfig(**config)).eval(), "tokenizer": parts["tokenizer_2"]}
+    pipe = StableDiffusionXLImg2ImgPipeline(**parts, requires_aesthetics_score=False, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("level", [0, 70])
+@pytest.mark.parametrize("build", [lambda: bench.build_refiner(TINY_REFINER), tiny_base], ids=["refiner", "base"])
+def test_sdxl_batches_equal_plain_calls(build, level, tmp_path):
+    """Conditioning on sizes and aesthetic score holds for every image of a batch, also after saving and loading."""
+    build().save_pretrained(tmp_path / "xl")
+    pipe = models.load_generator(str(tmp_path / "xl"), "cpu")
+    assert pipe.watermark is None and models.latent_multiple(str(tmp_path / "xl")) == 8
+    rng = np.random.default_rng(0)
+    units = [spectrum.Unit(name, level, 0) for name in "abc"]
+    sources = {name: Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)) for name in "abc"}
+    texts = ["a nine", "a nine in red ink", "a zero"]
+    generator = generators.Generator(pipe, steps=4, text_guidance=5.0)
+    drawn = generator.draw(worklist.Batch(level, (64, 48), None, units), 0, texts, sources)
+    for ours, unit, text in zip(drawn, units, texts, strict=True):
+        plain = pipe(
+            text, image=sources[unit.source], strength=1.0 if level == 0 else 0.3, num_inference_steps=4,
+            guidance_scale=5.0, generator=torch.Generator().manual_seed(unit.noise_seed()), output_type="pt",
+        ).images[0]  # fmt: skip
+        assert ours.shape == (3, 48, 64)
+        assert (ours - plain).abs().max() < 1e-4
+    assert (drawn[0] - drawn[1]).abs().max() > 1e-3
+
+
+def draw_one(generator, level: int, source: Image.Image, pad_to: int = 0) -> torch.Tensor:
+    batch = worklist.Batch(level, (16, 16), None, [spectrum.Unit("a", level, 0)])
+    generator.cache.entries.clear()
+    return generator.draw(batch, 0, ["a nine"], {"a": source}, pad_to)
+
+
+@pytest.mark.parametrize("scheduler", ["shipped", "ddim", "euler"])
+def test_pure_noise_leaves_no_trace_of_the_source_and_is_text_to_image(scheduler):
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils.torch_utils import randn_tensor
+
+    pipe = models.load_generator(TINY, "cpu", scheduler=scheduler)
+    black, white = Image.new("RGB", (16, 16), "black"), Image.new("RGB", (16, 16), "white")
+    pure = generators.Generator(pipe, steps=4, text_guidance=3.0, pure_noise=True)
+    assert torch.equal(draw_one(pure, 0, black), draw_one(pure, 0, white))
+    assert not torch.equal(draw_one(pure, 50, black), draw_one(pure, 50, white))
+    paper = generators.Generator(pipe, steps=4, text_guidance=3.0)
+    assert not torch.equal(draw_one(paper, 0, black), draw_one(paper, 0, white))
+
+    # The same start handed to the text-to-image pipeline.
+    noise = torch.Generator().manual_seed(spectrum.Unit("a", 0, 0).noise_seed())
+    first, second = (randn_tensor((1, 4, 8, 8), generator=noise) for _ in range(2))
+    pipe.scheduler.set_timesteps(4)
+    start = pipe.scheduler.add_noise(first, second, pipe.scheduler.timesteps[:1])
+    text = StableDiffusionPipeline(**{**pipe.components, "safety_checker": None}, requires_safety_checker=False)
+    text.set_progress_bar_config(disable=True)
+    expected = text(
+        "a nine", latents=start / pipe.scheduler.init_noise_sigma, num_inference_steps=4, guidance_scale=3.0,
+        height=16, width=16, output_type="pt",
+    ).images  # fmt: skip
+    assert (draw_one(pure, 0, black) - expected).abs().max() < 1e-4
+
+
+def test_a_padded_batch_has_one_shape_and_gives_the_same_images():
+    pipe = models.load_generator(TINY, "cpu")
+    generator = generators.Generator(pipe, steps=4, text_guidance=3.0)
+    shapes = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[0]))
+    source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    alone, padded = draw_one(generator, 50, source), draw_one(generator, 50, source, pad_to=4)
+    assert set(shapes) == {2, 8}  # twice the images, for classifier-free guidance
+    assert padded.shape == alone.shape and (padded - alone).abs().max() < 1e-4
+
+
+def test_a_pipeline_of_any_other_kind_is_called_with_images_and_texts(monkeypatch):
+    pipe = models.load_generator(TINY, "cpu")
+    source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    expected = draw_one(generators.Generator(pipe, steps=4, text_guidance=3.0), 50, source)
+    monkeypatch.setattr(generators, "LATENT_PIPELINES", set())
+    other = generators.Generator(pipe, steps=4, text_guidance=3.0)
+    assert other.start_timestep(50) == -1
+    assert (draw_one(other, 50, source) - expected).abs().max() < 1e-4
+
+
+def test_what_was_encoded_is_kept_within_its_bound():
+    cache = generators.Cache(1)
+    quarter = torch.zeros(2**16)  # of a MiB
+    for key in "abcdef":
+        cache.put(key, (quarter,))
+        cache.missing(["a"])
+        cache.shrink()
+    assert list(cache.entries) == ["d", "e", "f", "a"] and cache.bytes == 2**20
+    assert cache.missing(["a", "b", "b"]) == ["b"]
+    cache.put("a", (quarter,))
+    assert cache.bytes == 2**20
+
+
+def test_known_generators_say_what_they_were_made_for():
+    assert models.GENERATORS["stabilityai/stable-diffusion-xl-refiner-1.0"].native == 1024
+    for name, known in models.GENERATORS.items():
+        assert name.count("/") == 1 and known.note and known.native % 8 == 0
+    assert set(models.SCHEDULERS) == {"shipped", "ddim", "euler", "dpm++2m"}
+    parser = generate_spectrum.build_parser()
+    actions = {action.dest: action for action in parser._actions}
+    assert set(actions["scheduler"].choices) == set(models.SCHEDULERS)
+    assert set(actions["dtype"].choices) == {"auto", *models.DTYPES}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+PLACE = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
+
+
+def save_lora(path: Path, pipe, place: str = PLACE, scale: float = 1.0) -> torch.Tensor:
+    """A LoRA of rank 2 on one projection of the UNet, and what it adds to that projection's weight."""
+    from safetensors.torch import save_file
+
+    weight = pipe.unet.get_submodule(PLACE).weight
+    seed = torch.Generator().manual_seed(0)
+    down = torch.randn(2, weight.shape[1], generator=seed)
+    up = torch.randn(weight.shape[0], 2, generator=seed) * scale
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({f"unet.{place}.lora_A.weight": down, f"unet.{place}.lora_B.weight": up}, path)
+    return up @ down
+
+
+def test_a_lora_draws_what_its_merged_weights_draw(tmp_path):
+    source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    merged = models.load_generator(TINY, "cpu")
+    plain = draw_one(generators.Generator(merged, steps=4, text_guidance=3.0), 50, source)
+    added = save_lora(tmp_path / "lora/pytorch_lora_weights.safetensors", merged)
+    merged.unet.get_submodule(PLACE).weight.data += added
+    expected = draw_one(generators.Generator(merged, steps=4, text_guidance=3.0), 50, source)
+    adapted = models.load_generator(TINY, "cpu")
+    models.load_loras(adapted, models.find_loras(tmp_path / "lora", None))
+    drawn = draw_one(generators.Generator(adapted, steps=4, text_guidance=3.0), 50, source)
+    assert (drawn - expected).abs().max() < 1e-4
+    assert (drawn - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("place", "scale"), [(PLACE, 0.0), ("text_model.other.to_v", 1.0)], ids=["untrained", "no such layer"]
+)
+def test_a_lora_that_changes_nothing_stops_the_job(few, tmp_path, place, scale):
+    save_lora(tmp_path / "a.safetensors", models.load_generator(TINY, "cpu"), place, scale)
+    with pytest.raises(UserError, match="a.safetensors: (changes nothing|not a LoRA of this generator)"):
+        draw(few, tmp_path / "s", "--lora", tmp_path / "a.safetensors")
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_missing_lora_is_named(few, tmp_path):
+    with pytest.raises(UserError, match="--lora .*none: expected a .safetensors file"):
+        draw(few, tmp_path / "s", "--lora", tmp_path / "none")
+    with pytest.raises(UserError, match="--lora-by-class .*: no adapter for class 3; expected 3.safetensors"):
+        draw(few, tmp_path / "s", "--lora-by-class", tmp_path)
+
+
+def test_each_class_is_drawn_with_its_own_lora(road, tmp_path):
+    """Two classes, of which one has hardly any adapter at all: its images stay as they were, the other's do not."""
+    hard = [row for row in spectrum.read_hard(road.hard) if row.label in (8, 9)]
+    assert {row.label for row in hard} == {8, 9}
+    write_hard(tmp_path / "hard.csv", [(row.source, row.label, row.class_name) for row in hard])
+    command = ["--hard", str(tmp_path / "hard.csv"), "--prompts", str(road.prompts), "--steps", "4", "--seeds", "1"]
+    command += ["--levels", "50"]
+    pipe = models.load_generator(TINY, "cpu")
+    save_lora(tmp_path / "loras/8.safetensors", pipe, scale=1e-4)
+    save_lora(tmp_path / "loras/9/pytorch_lora_weights.safetensors", pipe)
+    assert generate_spectrum.main([*command, "--out", str(tmp_path / "without")]) == 0
+    adapted = [*command, "--out", str(tmp_path / "with"), "--lora-by-class", str(tmp_path / "loras")]
+    assert generate_spectrum.main(adapted) == 0
+    without, adapted = rows_of(tmp_path / "without"), rows_of(tmp_path / "with")
+    for name, row in adapted.items():
+        assert row == without[name]
+        a, b = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("without", "with"))
+        assert (abs(a - b).max() > 3) == (row["label"] == 9)

@@ -1,0 +1,94 @@
+"""The work list: every image once, in full batches of one shape, shared out evenly, planned in seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import worklist
+from images import draw_size, round_size
+
+
+def size_of(source: str) -> tuple[int, int]:
+    return [(16, 16), (32, 16), (16, 32)][int(source) % 3]
+
+
+plans = st.fixed_dictionaries(
+    {
+        "sources": st.integers(1, 40),
+        "levels": st.lists(st.integers(0, 99), min_size=1, max_size=6, unique=True),
+        "seeds": st.integers(1, 5),
+        "batch_size": st.integers(1, 40),
+        "shards": st.integers(1, 20),
+    }
+)
+
+
+@given(plans)
+def test_every_unit_is_drawn_once_in_batches_of_one_shape_and_few_are_short(plan):
+    names = [str(number) for number in range(plan["sources"])]
+    units = list(worklist.order_units(names, plan["levels"], plan["seeds"]))
+    assert len(units) == plan["sources"] * len(plan["levels"]) * plan["seeds"]
+    batches = worklist.make_batches(units, size_of, plan["batch_size"])
+    assert sorted(unit for batch in batches for unit in batch.units) == sorted(units)
+    for batch in batches:
+        assert {(unit.level, size_of(unit.source)) for unit in batch.units} == {(batch.level, batch.size)}
+    short = [(batch.level, batch.size) for batch in batches if len(batch.units) < plan["batch_size"]]
+    assert len(short) == len(set(short)), "two short batches of one shape should be one"
+
+
+@given(plans)
+def test_shards_hold_every_batch_once_and_differ_by_no_more_than_one_batch(plan):
+    names = [str(number) for number in range(plan["sources"])]
+    units = worklist.order_units(names, plan["levels"], plan["seeds"])
+    batches = worklist.make_batches(units, size_of, plan["batch_size"])
+    shares = worklist.share_out(batches, 50, plan["shards"])
+    assert len(shares) == plan["shards"]
+    assert sorted(batch.units for share in shares for batch in share) == sorted(batch.units for batch in batches)
+    work = [sum(worklist.cost(batch, 50) for batch in share) for share in shares]
+    assert max(work) - min(work) <= max(worklist.cost(batch, 50) for batch in batches)
+
+
+def test_the_cost_of_a_batch_is_steps_times_images_times_pixels():
+    units = [worklist.Unit("a", 90, seed) for seed in range(3)]
+    assert worklist.cost(worklist.Batch(90, (32, 16), None, units), 50) == 5 * 3 * 32 * 16
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "expected"),
+    [((480, 270), 8, (480, 272)), ((268, 4), 8, (264, 8)), ((1, 1), 8, (8, 8)), ((21, 17), 2, (20, 16))],
+)
+def test_sides_are_rounded_to_the_nearest_multiple(size, multiple, expected):
+    assert round_size(size, multiple) == expected
+
+
+def test_the_size_asked_for_is_the_size_drawn():
+    assert draw_size((32, 32), "source", 1024, 8) == (32, 32)
+    assert draw_size((32, 32), (500, 270), 1024, 8) == (496, 272)
+    assert draw_size((200, 50), "native", 512, 8) == (1024, 256)  # 4 to 1, of 512 * 512 pixels
+
+
+MILLION = """
+import resource, sys, time
+sys.path.insert(0, sys.argv[1])
+import worklist
+began = time.monotonic()
+names = [f"n0{number % 1000}/image_{number}.JPEG" for number in range(25_000)]
+batches = worklist.make_batches(worklist.order_units(names, [0, 10, 30, 50, 70], 8), lambda name: (480, 272), 32)
+mine = worklist.share_out(batches, 50, 16)[3]
+wanted = {unit for batch in batches for unit in batch.units}
+assert len(wanted) == 1_000_000
+print(time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_units_are_planned_in_30_seconds_and_a_gigabyte():
+    done = subprocess.run([sys.executable, "-c", MILLION, str(ROOT)], capture_output=True, text=True, check=True)
+    seconds, gigabytes = map(float, done.stdout.split())
+    assert seconds < 30 and gigabytes < 1
