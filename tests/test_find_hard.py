@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_and_another_model_is_refused(tmp_path, capsys):
     assert find_hard.main([*CLIP, "--out", str(out)]) == 0
     assert "84 newly scored" in capsys.readouterr().out and out.read_bytes() == whole
     assert len(spectrum.read_probabilities(sidecar)) == 184
-    with pytest.raises(UserError, match="templates is .*expected the same.*or delete"):
+    with pytest.raises(UserError, match="templates is .*Expected the same.*or delete"):
         find_hard.main([*CLIP, "--templates", "a {} in blue ink", "--out", str(out)])
 
 
@@ -104,7 +104,7 @@ def test_a_run_of_train_lt_gives_the_probabilities(tmp_path):
     found = [float(row["score"]) for row in hard_rows(out)]
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
     with pytest.raises(UserError, match="--checkpoint .*trained with --imb-ratio 30.0; expected 10"):
-        find_hard.main([*arguments, "--imb-ratio", "10"])
+        find_hard.main([*arguments[:-1], str(tmp_path / "new.csv"), "--imb-ratio", "10"])
     args = runs.read_json(folder / "args.json")
     args["args"]["model"] = "resnet14"
     runs.write_json(folder / "args.json", args)
