@@ -8,8 +8,8 @@ Reads:  the training set; for confidence the model
 Writes: OUT (hard.csv: source, label, class_name, reason, score): one row a hard image; the score is the class's image
         count, or the true class's probability
         OUT with .png: the scores drawn, and where hard begins
-        for confidence: OUT with .probabilities.jsonl and .probabilities.json, the score of every training image and what
-        made it. Killed at any moment, the same command goes on after the last batch there
+        for confidence: OUT with .probabilities.jsonl and .probabilities.json, the score of every training image and
+        what made it. Killed at any moment, the same command goes on after the last batch there
 
     python find_hard.py --dataset digits --out runs/hard.csv
 """

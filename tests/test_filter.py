@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import math
 import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import datasets
@@ -67,12 +72,12 @@ def test_another_threshold_scores_nothing_anew(road, copy, capsys):
         assert row["kept"] == (row["text_score"] >= 0.5) and bool(row["reason"]) == (not row["kept"])
 
 
-def test_another_prompt_scores_everything_anew(road, copy, tmp_path, capsys):
+def test_another_prompt_scores_its_class_anew(road, copy, tmp_path, capsys):
     prompts = runs.read_json(road.prompts)
     prompts["3"]["score_prompt"] = "a three in red ink"
     runs.write_json(tmp_path / "other.json", prompts)
     filter_clipscore.main(["--spectrum", str(copy), "--prompts", str(tmp_path / "other.json")])
-    assert "165 newly scored" in capsys.readouterr().out
+    assert "57 newly scored" in capsys.readouterr().out  # 19 sources, three levels
 
 
 def test_an_interrupted_run_goes_on(road, copy, capsys):
@@ -93,9 +98,287 @@ def test_an_unreadable_image_is_marked_and_the_run_goes_on(road, copy, capsys):
     assert broken.name in capsys.readouterr().out
 
 
+def test_an_image_that_vanished_is_marked_and_the_run_goes_on(road, copy, capsys):
+    gone = next(copy.glob("shard-*/*.png"))
+    gone.unlink()
+    assert run(copy, road, "--threshold", "0.1") == 1
+    scores = spectrum.read_scores(copy / "scores.csv")
+    row = scores[f"shard-00000/{gone.name}"]
+    assert not row["kept"] and row["reason"] == "missing" and math.isnan(row["text_score"])
+    assert len(scores) == 165 and sum(score["reason"] == "missing" for score in scores.values()) == 1
+    assert f"{gone.name}: missing" in capsys.readouterr().out
+
+
+def test_worker_processes_change_no_score(road, copy):
+    broken = next(copy.glob("shard-*/*.png"))
+    broken.write_bytes(b"not an image")
+    (copy / "scores.csv").unlink()
+    assert run(copy, road, "--threshold", "0.1", "--workers", "2", "--batch-size", "7") == 1
+    found, expected = (spectrum.read_scores(folder / "scores.csv") for folder in (copy, road.spectrum))
+    assert found.pop(f"shard-00000/{broken.name}")["reason"] == "unreadable"
+    for name, row in found.items():
+        assert row["text_score"] == pytest.approx(expected[name]["text_score"], abs=2e-6)
+        assert row["image_score"] == pytest.approx(expected[name]["image_score"], abs=2e-6)
+
+
+def test_scores_by_another_clip_are_set_aside(road, copy, tmp_path, capsys):
+    shutil.copytree(ASSETS / "tiny_clip", tmp_path / "other")
+    (tmp_path / "other/note.txt").write_text("another digest")
+    before = (copy / "scores.csv").read_bytes()
+    assert run(copy, road, "--clip", str(tmp_path / "other")) == 0
+    assert (copy / "scores.previous.csv").read_bytes() == before
+    assert "165 newly scored" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is kept, by hand
+
+
+def made_rows(**texts) -> tuple[list[dict], dict[str, dict]]:
+    """Rows and scores: name=(label, level, text score)."""
+    rows = [
+        {
+            "file_name": name,
+            "source": f"s{label}{index % 2}",
+            "label": label,
+            "class_name": f"class {label}",
+            "level": level,
+            "seed": index // 2,
+            "prompt": "p0",
+        }
+        for index, (name, (label, level, _)) in enumerate(texts.items())
+    ]
+    return rows, {name: {"text_score": text, "image_score": 0.5} for name, (*_, text) in texts.items()}
+
+
+def kept(scores: dict[str, dict]) -> str:
+    return "".join(sorted(name for name, entry in scores.items() if entry.get("kept")))
+
+
 def test_a_threshold_is_inclusive():
-    assert filter_clipscore.decide(0.3, 0.3) == (True, "")
-    assert filter_clipscore.decide(0.2999, 0.3) == (False, "low text score")
+    rows, scores = made_rows(a=(1, 0, 0.3), b=(1, 0, 0.2999), c=(2, 50, 0.9))
+    filter_clipscore.decide(rows, scores, 0.3)
+    assert kept(scores) == "ac"
+    assert [scores[name]["reason"] for name in "abc"] == ["", "low text score", ""]
+
+
+@pytest.mark.parametrize(
+    ("share", "per", "expected"),
+    [
+        # class 1 level 0: a b c; class 1 level 50: d; class 2 level 0: e f. Best first: f d a c b e
+        (0.5, "class-level", "acdf"),  # ceil(1.5) = 2 of three, 1 of one, 1 of two
+        (0.5, "level", "acdf"),  # level 0: 3 of f a c b e; level 50: d
+        (0.5, "all", "adf"),
+        (0.34, "all", "adf"),  # ceil(2.04)
+        (1 / 3, "all", "df"),
+        (0.0, "all", ""),
+        (1.0, "class-level", "abcdef"),
+    ],
+)
+def test_a_share_keeps_the_best_of_each_group(share, per, expected):
+    rows, scores = made_rows(a=(1, 0, 0.3), b=(1, 0, 0.1), c=(1, 0, 0.2), d=(1, 50, 0.4), e=(2, 0, 0.05), f=(2, 0, 0.5))
+    filter_clipscore.decide(rows, scores, 0.3, share, per)
+    assert kept(scores) == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=40), st.floats(0, 1))
+def test_a_share_keeps_its_number_and_none_better_is_left_out(texts, share):
+    rows, scores = made_rows(**{f"n{i:02d}": (1, 0, text) for i, text in enumerate(texts)})
+    filter_clipscore.decide(rows, scores, None, share, "class-level")
+    inside = [entry["text_score"] for entry in scores.values() if entry["kept"]]
+    outside = [entry["text_score"] for entry in scores.values() if not entry["kept"]]
+    assert share * len(texts) - 1e-6 <= len(inside) < share * len(texts) + 1
+    assert not inside or not outside or min(inside) >= max(outside)
+
+
+def test_images_without_a_score_are_never_kept():
+    rows, scores = made_rows(a=(1, 0, 0.3), b=(1, 0, 0.1))
+    scores["b"] = filter_clipscore.no_score("unreadable")
+    filter_clipscore.decide(rows, scores, None, 1.0, "all")
+    assert kept(scores) == "a" and scores["b"]["reason"] == "unreadable"
+
+
+def test_the_acceptance_table_by_hand():
+    rows, scores = made_rows(
+        a=(1, 0, 0.3), b=(1, 0, 0.1), c=(1, 50, 0.4), d=(2, 0, 0.05), e=(2, 50, 0.5), f=(3, 50, 0.2)
+    )
+    filter_clipscore.decide(rows, scores, 0.3)
+    names = {row["label"]: row["class_name"] for row in rows}
+    counted = filter_clipscore.count(rows, scores)
+    table = filter_clipscore.acceptance(*counted, names, {1: "few", 2: "few", 3: "medium"})
+    assert table[0] == ["class 1", "class 2", "class 3", "all medium-shot", "all few-shot", "all"]
+    assert table[1] == [0, 50]
+    assert table[2].tolist() == [[2, 1], [1, 1], [0, 1], [0, 1], [3, 2], [3, 3]]
+    assert table[3].tolist() == [[1, 1], [0, 1], [0, 0], [0, 0], [1, 2], [1, 2]]
+    last = filter_clipscore.table_text(*table).splitlines()[-1].split()
+    assert last == ["all", "1/3", "2/3", "50.0%"]
+
+
+def test_the_papers_rate_stands_beside_ours():
+    line = filter_clipscore.paper_line("imagenet_lt", None, 1000, 400)
+    assert "46.5% on this data set (24,141 of 51,917)" in line and "40.0% (400 of 1,000)" in line
+    assert "31.2%" in filter_clipscore.paper_line("cifar100_lt", 100.0, 10, 1)
+    assert filter_clipscore.paper_line("cifar100_lt", 10.0, 10, 1) == ""
+    assert filter_clipscore.paper_line("digits", 30.0, 10, 1) == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# quotas
+
+
+def test_a_top_up_plan_by_hand():
+    """Class 1, level 50: two sources with seeds 0 and 1 each, 1 of 4 kept, 3 wanted: 2 / (2 / 6) = 6 more to draw."""
+    rows, scores = made_rows(a=(1, 50, 0.4), b=(1, 50, 0.1), c=(1, 50, 0.1), d=(1, 50, 0.1))
+    for row, prompt in zip(rows, ("p0", "p0", "p1", "p1"), strict=True):
+        row["prompt"] = prompt
+    filter_clipscore.decide(rows, scores, 0.3)
+    made, counted = filter_clipscore.count(rows, scores)
+    plan = {"hard_classes": [1], "levels": [0, 50]}
+    short = filter_clipscore.find_short(plan, {1: "class 1"}, made, counted, 3)
+    assert [(gap["level"], gap["made"], gap["kept"], gap["short"]) for gap in short] == [(0, 0, 0, 3), (50, 4, 1, 2)]
+    prompts = {1: {"prompts": ["p0", "p1", "p2", "p3"]}}
+    found = filter_clipscore.plan_top_up(rows, prompts, short[1:], first_seed=2)
+    assert [tuple(row.values()) for row in found] == [
+        ("s10", 50, 2, "p2"),
+        ("s11", 50, 2, "p3"),
+        ("s10", 50, 3, "p2"),
+        ("s11", 50, 3, "p3"),
+        ("s10", 50, 4, "p0"),
+        ("s11", 50, 4, "p1"),
+    ]
+    # Nothing was drawn at level 0: half is taken to be accepted, and seeds begin where the plan's own end.
+    first = filter_clipscore.plan_top_up(rows, prompts, short[:1], first_seed=2)
+    assert [(row["level"], row["seed"]) for row in first] == [(0, 2), (0, 2), (0, 3), (0, 3), (0, 4), (0, 4)]
+
+
+def test_a_class_that_nearly_always_fails_gets_at_most_ten_times_what_is_missing():
+    rows, _ = made_rows(**{f"n{i:03d}": (1, 50, 0.1) for i in range(100)})
+    short = [{"label": 1, "level": 50, "made": 100, "kept": 0, "short": 4}]
+    assert len(filter_clipscore.plan_top_up(rows, {1: {"prompts": ["p"]}}, short, 0)) == 40
+
+
+def test_rounds_are_counted_once_drawn_and_given_up_at_the_limit(road, copy, capsys):
+    quota = ("--threshold", "0.9", "--min-per-class-level", "2", "--max-rounds", "1")
+    assert run(copy, road, *quota) == 0
+    asked = spectrum.read_top_up(copy / "top_up.csv")
+    there = {(row["source"], row["level"], row["seed"]) for row in spectrum.read_rows(copy)}
+    assert asked and not {(unit.source, unit.level, unit.seed) for unit, _ in asked} & there
+    assert "in round 1 of 1" in capsys.readouterr().out
+    plan = (copy / "top_up.csv").read_bytes()
+    assert run(copy, road, *quota) == 0  # nothing was drawn since: the same round, the same plan
+    assert (copy / "top_up.csv").read_bytes() == plan and runs.read_json(copy / "scores.json")["rounds"] == 0
+
+    unit, prompt = asked[0]  # as the generator would draw it
+    row = next(row for row in spectrum.read_rows(copy) if row["source"] == unit.source)
+    Image.new("RGB", (16, 16), "red").save(copy / "shard-00000" / unit.file_name)
+    writer = spectrum.RowWriter(copy / "shard-00000")
+    writer.append([row | {"file_name": unit.file_name, "level": unit.level, "seed": unit.seed, "prompt": prompt}])
+    writer.close()
+    capsys.readouterr()
+    assert run(copy, road, *quota) == 0
+    assert "given up after 1 rounds" in capsys.readouterr().out
+    assert not (copy / "top_up.csv").exists() and runs.read_json(copy / "scores.json")["rounds"] == 1
+    short = (copy / "short.csv").read_text().splitlines()
+    assert short[0] == "label,class_name,level,made,kept,short" and len(short) > 1
+
+
+def test_a_quota_that_is_reached_leaves_no_plan(road, copy, capsys):
+    assert run(copy, road, "--threshold", "-1", "--min-per-class-level", "2") == 0
+    assert "2 kept images or more at every level" in capsys.readouterr().out
+    assert not (copy / "top_up.csv").exists()
+    assert len((copy / "short.csv").read_text().splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# distance
+
+
+def test_text_alone_is_farthest_from_the_real_images(road, copy, capsys):
+    assert run(copy, road, "--threshold", "0.1", "--distance") == 0
+    with (copy / "distance.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    made = {int(row["level"]): row for row in rows if row["images"] == "made"}
+    assert list(made) == [0, 50, 90] and {row["count"] for row in made.values()} == {"55"}
+    for name in ("mmd", "frechet"):
+        assert float(made[0][name]) > 3 * max(float(made[50][name]), float(made[90][name]))
+    assert (copy / "distance.png").is_file() and (copy / "acceptance.png").is_file()
+    assert "0 newly scored" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def test_a_clip_whose_checkpoint_is_another_architectures_is_named(road, copy, tmp_path):
+    shutil.copytree(ASSETS / "tiny_clip", tmp_path / "wide")
+    config = runs.read_json(tmp_path / "wide/open_clip_config.json")
+    config["model_cfg"]["vision_cfg"]["width"] = 80
+    runs.write_json(tmp_path / "wide/open_clip_config.json", config)
+    (copy / "scores.csv").unlink()
+    with pytest.raises(UserError, match="--clip .*wide: its checkpoint does not match its architecture: .*"):
+        run(copy, road, "--clip", str(tmp_path / "wide"))
+
+
+def test_a_clip_that_gives_nan_is_named(road, copy, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(ASSETS / "tiny_clip", tmp_path / "nan")
+    weights = load_file(tmp_path / "nan/open_clip_model.safetensors")
+    weights["text_projection"][0, 0] = torch.nan
+    save_file(weights, tmp_path / "nan/open_clip_model.safetensors")
+    before = (copy / "scores.csv").read_bytes()
+    with pytest.raises(UserError, match="gives a text an embedding that is not finite"):
+        run(copy, road, "--clip", str(tmp_path / "nan"))
+    assert (copy / "scores.previous.csv").read_bytes() == before
+
+
+def test_nan_scores_and_two_rows_for_one_file_are_named(road, copy):
+    path = copy / "scores.csv"
+    lines = path.read_text().splitlines()
+    name = lines[1].split(",")[0]
+    path.write_text("\n".join([lines[0], f"{name},nan,0.5,1,", *lines[2:]]) + "\n")
+    with pytest.raises(UserError, match=f"scores.csv row 2: the score of {name} is not finite"):
+        run(copy, road)
+    path.write_text("\n".join([*lines, lines[1]]) + "\n")
+    with pytest.raises(UserError, match=f"scores.csv row 167: {name} is there twice"):
+        run(copy, road)
+    path.write_text("\n".join(lines) + "\n")
+    table = copy / "shard-00000/metadata.jsonl"
+    row = json.loads(table.read_text().splitlines()[0])
+    with table.open("a") as file:
+        file.write(json.dumps(row | {"seed": 7}) + "\n")
+    with pytest.raises(UserError, match="metadata.jsonl row 166: .* has another row"):
+        run(copy, road)
+
+
+def test_a_spectrum_of_another_version_is_named(road, copy):
+    table = copy / "shard-00000/metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    table.write_text("".join(json.dumps(row | {"level": row["level"] / 100}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="metadata.jsonl row 1: level is .*; expected a int, as in a spectrum of this"):
+        run(copy, road)
+    table.write_text("".join(json.dumps({key: row[key] for key in row if key != "label"}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="metadata.jsonl row 1: has no label; expected a spectrum of this version"):
+        run(copy, road)
+
+
+def test_a_missing_source_is_named_before_anything_is_scored(road, copy):
+    table = copy / "shard-00000/metadata.jsonl"
+    table.write_text(table.read_text().replace('"source": "index:', '"source": "index:9'))
+    (copy / "scores.csv").unlink()
+    with pytest.raises(UserError, match="source index:9.*: not a training image of this data set"):
+        run(copy, road)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_class_name_is_named(road, tmp_path, name):
+    (tmp_path / "hard.csv").write_text(f"source,label,class_name,reason,score\na,3,{name},few,1\n")
+    with pytest.raises(UserError, match="hard.csv row 2: the class name of class 3 is empty"):
+        spectrum.read_hard(tmp_path / "hard.csv")
+    runs.write_json(tmp_path / "p.json", {"3": {"class_name": name, "score_prompt": "a", "prompts": ["a"]}})
+    with pytest.raises(UserError, match="p.json class 3: class_name or score_prompt is empty"):
+        spectrum.read_prompts(tmp_path / "p.json", [3])
 
 
 def test_bad_input_names_the_flag(road, copy, tmp_path):

@@ -1,0 +1,154 @@
+"""Hard images by a model's confidence: against a plain computation, resumed, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import datasets
+import embeddings
+import find_hard
+import runs
+import spectrum
+import train_lt
+from cli import UserError
+from defaults import ASSETS
+from models import build_classifier
+
+CLIP = ["--rule", "confidence", "--clip", str(ASSETS / "tiny_clip")]
+
+
+def hard_rows(path) -> list[dict]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def clip_probabilities() -> np.ndarray:
+    """The true class's probability of each training image, one at a time, straight through open_clip."""
+    import open_clip
+
+    name = f"local-dir:{ASSETS / 'tiny_clip'}"
+    model, preprocess = open_clip.create_model_from_pretrained(name)
+    model.eval()
+    tokenizer, data = open_clip.get_tokenizer(name), datasets.load("digits", 30)
+    with torch.no_grad():
+        texts = model.encode_text(tokenizer([f"a photo of a {name}" for name in data.class_names]), normalize=True)
+        found = []
+        for pixels, label in zip(data.train.images, data.train.labels, strict=True):
+            image = model.encode_image(preprocess(Image.fromarray(pixels))[None], normalize=True)
+            found.append((model.logit_scale.exp() * image @ texts.T).softmax(1)[0, label].item())
+    return np.array(found)
+
+
+def test_a_clips_lowest_tenth_is_hard(clip_probabilities, tmp_path, capsys):
+    out = tmp_path / "hard.csv"
+    assert find_hard.main([*CLIP, "--out", str(out)]) == 0
+    data = datasets.load("digits", 30)
+    lowest = sorted(np.argsort(clip_probabilities, kind="stable")[:19].tolist())  # ceil(18.4) of 184
+    rows = hard_rows(out)
+    assert [row["source"] for row in rows] == [data.train.sources[place] for place in lowest]
+    assert [float(row["score"]) for row in rows] == pytest.approx(clip_probabilities[lowest], abs=1e-5)
+    assert {row["reason"] for row in rows} == {"confidence"}
+    assert (tmp_path / "hard.png").is_file()
+    assert "19 hard images of 184" in capsys.readouterr().out
+    assert len(spectrum.read_hard(out)) == 19
+
+
+def test_a_threshold_is_exclusive(clip_probabilities, tmp_path):
+    out = tmp_path / "hard.csv"
+    assert find_hard.main([*CLIP, "--threshold", "0.99", "--out", str(out)]) == 0
+    assert len(hard_rows(out)) == (clip_probabilities < 0.99).sum()
+
+
+def test_the_lowest_are_chosen_by_hand():
+    scores = np.array([0.5, 0.1, np.nan, 0.3, 0.1, 0.9])
+    assert find_hard.find_unlikely(scores, 0.4, None) == [1, 4]  # 2 of the five that have one
+    assert find_hard.find_unlikely(scores, 0.41, None) == [1, 3, 4]  # ceil(2.05)
+    assert find_hard.find_unlikely(scores, 0.2, None) == [1]  # a tie goes to the earlier
+    assert find_hard.find_unlikely(scores, 0.2, 0.3) == [1, 4]
+    assert find_hard.find_unlikely(scores, 0.2, 0.0) == []
+    assert find_hard.find_unlikely(np.full(30, 0.5), 0.1, None) == [0, 1, 2]
+
+
+def test_a_killed_run_goes_on_and_another_model_is_refused(tmp_path, capsys):
+    out, sidecar = tmp_path / "hard.csv", tmp_path / "hard.probabilities.jsonl"
+    assert find_hard.main([*CLIP, "--out", str(out)]) == 0
+    whole = out.read_bytes()
+    lines = sidecar.read_bytes().splitlines(keepends=True)
+    sidecar.write_bytes(b"".join(lines[:100]) + lines[100][:20])  # half a row
+    capsys.readouterr()
+    assert find_hard.main([*CLIP, "--out", str(out)]) == 0
+    assert "84 newly scored" in capsys.readouterr().out and out.read_bytes() == whole
+    assert len(spectrum.read_probabilities(sidecar)) == 184
+    with pytest.raises(UserError, match="templates is .*Expected the same.*or delete"):
+        find_hard.main([*CLIP, "--templates", "a {} in blue ink", "--out", str(out)])
+
+
+def test_a_run_of_train_lt_gives_the_probabilities(tmp_path):
+    folder, out = tmp_path / "run", tmp_path / "hard.csv"
+    assert train_lt.main(["--out", str(folder), "--epochs", "1", "--curriculum-epochs", "0"]) == 0
+    arguments = ["--rule", "confidence", "--checkpoint", str(folder), "--fraction", "1", "--out", str(out)]
+    assert find_hard.main(arguments) == 0
+    data = datasets.load("digits", 30)
+    model = build_classifier("resnet8", 10).eval()
+    model.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["model"])
+    with torch.no_grad():
+        pixels = torch.from_numpy(data.train.images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        expected = model(pixels).softmax(1)[torch.arange(184), data.train.labels]
+    found = [float(row["score"]) for row in hard_rows(out)]
+    assert found == pytest.approx(expected.tolist(), abs=1e-5)
+    with pytest.raises(UserError, match="--checkpoint .*trained with --imb-ratio 30.0; expected 10"):
+        find_hard.main([*arguments[:-1], str(tmp_path / "new.csv"), "--imb-ratio", "10"])
+    args = runs.read_json(folder / "args.json")
+    args["args"]["model"] = "resnet14"
+    runs.write_json(folder / "args.json", args)
+    with pytest.raises(UserError, match="checkpoint.pt: does not fit the model resnet14"):
+        find_hard.main([*arguments[:-1], str(tmp_path / "other.csv")])
+    (folder / "checkpoint.pt").unlink()
+    with pytest.raises(UserError, match="checkpoint.pt"):
+        find_hard.main([*arguments[:-1], str(tmp_path / "third.csv")])
+
+
+def test_an_unreadable_training_image_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    def read(names):
+        for name in names:
+            yield f"source {name}: not a readable image" if name == first else Image.new("RGB", (16, 16))
+
+    first = datasets.load("digits", 30).train.sources[0]
+    monkeypatch.setattr(embeddings, "read_training_images", lambda train, data_root: read)
+    assert find_hard.main([*CLIP, "--fraction", "1", "--out", str(tmp_path / "hard.csv")]) == 1
+    assert len(hard_rows(tmp_path / "hard.csv")) == 183
+    assert f"{first}: unreadable, left out" in capsys.readouterr().out
+    lines = (tmp_path / "hard.probabilities.jsonl").read_text().splitlines()
+    assert {"source": first, "probability": None} in map(json.loads, lines)
+
+
+def test_reading_training_images_goes_on_after_a_bad_one(tmp_path):
+    for name in ("a", "c", "d"):
+        Image.new("RGB", (4, 4), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "c.png").write_bytes(b"not an image")
+    read = embeddings.read_training_images(datasets.load("digits", 30).train.take(np.array([0])), tmp_path)
+    found = list(read(["a.png", "b.png", "c.png", "d.png"]))
+    assert [isinstance(image, str) for image in found] == [False, True, True, False]
+    assert "no such file" in found[1] and "c.png: not a readable image" in found[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rule", "confidence"], "--rule confidence: expected --checkpoint or --clip"),
+        (["--clip", "x:y"], "--checkpoint and --clip: expected with --rule confidence"),
+        ([*CLIP, "--templates", "a photo"], "--templates: expected texts with {}"),
+        ([*CLIP, "--threshold", "0"], "--threshold 0.0: no image of digits is hard; the lowest"),
+    ],
+)
+def test_bad_input_names_the_flag(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        find_hard.main([*arguments, "--out", str(tmp_path / "hard.csv")])
+    assert not (tmp_path / "hard.csv").exists()
