@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,27 +158,6 @@ def progress(total: int, what: str, unit: str):
         return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True)
     line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
     return tqdm(total=total, desc=what, unit=unit, mininterval=30, maxinterval=60, bar_format=line)
-
-
-class StopSignal:
-    """Notes SIGTERM and SIGUSR2 (preemption, the end of a Slurm job) while it is entered, instead of dying of them."""
-
-    def __init__(self):
-        self.name = ""
-
-    def __enter__(self) -> StopSignal:
-        self.before = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR2):
-                self.before[number] = signal.signal(number, self.note)
-        return self
-
-    def note(self, number: int, _) -> None:
-        self.name = signal.Signals(number).name
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def run(main: Callable[[], int]) -> None:

@@ -44,7 +44,6 @@ import worklist
 from worklist import Batch, steps_at
 
 MAX_REDRAWS = 3
-STOPPED = 75  # the exit code of a run that a signal ended: "try again" in sysexits.h
 # A model that does not work is noticed after so many images, of which more than half were blank or not finite.
 TRIAL = 256
 
@@ -340,7 +339,7 @@ class Job:
         self.saved = self.redraws = 0
         self.failed: list[spectrum.Unit] = []
 
-    def draw(self, pipe, todo: list[Batch], done: set[spectrum.Unit], stop: cli.StopSignal) -> None:
+    def draw(self, pipe, todo: list[Batch], done: set[spectrum.Unit], stop: runs.StopSignals) -> None:
         """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again."""
         from generators import Generator
 
@@ -354,7 +353,7 @@ class Job:
         with images.ImageWriter(self.folder) as writer, cli.progress(total, "drawing", "step") as bar:
             for redraw in range(MAX_REDRAWS + 1):
                 for batch, following in itertools.zip_longest(todo, todo[1:]):
-                    if stop.name:
+                    if stop.received:
                         break
                     self.draw_batch(batch, following, redraw, done, writer)
                     bar.update(steps_at(batch.level, args.steps) * len(batch.units))
@@ -370,12 +369,12 @@ class Job:
                 writer.rejected.clear()
                 self.redraws += len(units)
                 todo = worklist.make_batches(units, self.size_of, args.batch_size, self.adapter_of)
-                if stop.name or not todo:
+                if stop.received or not todo:
                     break
             else:
                 self.failed = units
         self.saved = writer.saved
-        if not stop.name:
+        if not stop.received:
             speed = {"steps_per_second": total / (time.monotonic() - began), "batch_size": args.batch_size}
             runs.write_json(self.folder / "speed.json", speed | {"seconds_waited_for_disk": writer.waited})
 
@@ -446,6 +445,36 @@ class Job:
         return 1
 
 
+def find_loras(args, hard: list[spectrum.Hard]) -> dict[str, Path]:
+    """The adapter files that the arguments name: models.find_loras."""
+    if args.lora and args.lora_by_class:
+        raise cli.UserError("--lora and --lora-by-class: expected one of them")
+    if not (args.lora or args.lora_by_class):
+        return {}
+    import models
+
+    labels = sorted({row.label for row in hard}) if args.lora_by_class else None
+    return models.find_loras(args.lora or args.lora_by_class, labels)
+
+
+def finished(args) -> bool:
+    """Whether every image of the plan is drawn, by whichever shard; further images of a --plan are not looked for."""
+    if args.plan or not (args.out / "plan.json").is_file():
+        return False
+    hard = spectrum.read_hard(args.hard)
+    plan = spectrum.read_plan(args.out)
+    if plan != make_plan(args, hard, plan.get("dtype", ""), find_loras(args, hard)):
+        return False  # the script itself says what differs
+    units = set(worklist.order_units([row.source for row in hard], plan["levels"], plan["seeds"]))
+    return len(spectrum.done_units(args.out, units)) == len(units)
+
+
+def most_shards(args) -> int:
+    """How many shards have something to draw: one for each batch, where all sources have one size."""
+    units = len(spectrum.read_hard(args.hard)) * args.seeds
+    return len(set(args.levels)) * -(-units // args.batch_size)
+
+
 def print_check(folder: Path) -> int:
     """Print what is wrong with a spectrum folder."""
     count, wrong = spectrum.check(folder)
@@ -473,18 +502,13 @@ def main(argv: list[str] | None = None) -> int:
     known = models.GENERATORS.get(args.generator, models.UNKNOWN_GENERATOR)
     if not known.text_guidance[0] <= args.text_guidance <= known.text_guidance[1]:
         print(f"--text-guidance {args.text_guidance:g}: unusual for {args.generator}: {known.note}")
-    loras = {}
-    if args.lora and args.lora_by_class:
-        raise cli.UserError("--lora and --lora-by-class: expected one of them")
-    if args.lora or args.lora_by_class:
-        labels = sorted({row.label for row in hard.values()}) if args.lora_by_class else None
-        loras = models.find_loras(args.lora or args.lora_by_class, labels)
+    loras = find_loras(args, list(hard.values()))
     plan = make_plan(args, list(hard.values()), models.generator_dtype(args.dtype, device), loras)
     if (args.out / "plan.json").exists():
         runs.stop_on_difference(args.out / "plan.json", spectrum.read_plan(args.out), plan, "delete that folder")
 
     with ExitStack() as stack:
-        stop = stack.enter_context(cli.StopSignal())
+        stop = stack.enter_context(runs.StopSignals())
         if not args.dry_run:
             folder = stack.enter_context(spectrum.claim(args.out, *args.shard))
             if args.plan:
@@ -535,9 +559,9 @@ def main(argv: list[str] | None = None) -> int:
                 models.load_loras(pipe, loras)
             runs.write_json(args.out / "plan.json", plan)
             job.draw(pipe, todo, done, stop)
-        if stop.name:
-            print(f"{args.out}: {stop.name} after {job.saved} images; run the same command again to go on")
-            return STOPPED
+        if stop.received:
+            print(f"{args.out}: {stop.received} after {job.saved} images; run the same command again to go on")
+            return runs.RESUMABLE
         return job.report()
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import signal
 import subprocess
+import threading
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from cli import UserError
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "numpy", "pillow")
 HERE = Path(__file__).resolve().parent
-RESUMABLE = 75  # exit code of a run that a signal stopped: its checkpoint is written, the same command goes on
+RESUMABLE = 75  # exit code of a script that a signal stopped ("try again" in sysexits.h): the same command goes on
 # Arguments that may differ when a run is taken up again: they change where and how fast it runs, not its result.
 FREE = ("out", "overwrite", "device", "workers", "data_root")
 
@@ -130,14 +131,16 @@ def load_checkpoint(path: Path, device: str) -> dict:
 class StopSignals:
     """While it is entered, SIGTERM and SIGUSR2 (what Slurm sends before it takes a machine away) are only noted.
 
-    A training loop looks at `received` between two batches, so no signal can cut a step or the writing of a file short.
+    A loop looks at `received` between two batches, so no signal can cut a step or the writing of a file short.
     """
 
     def __init__(self):
         self.received: str | None = None
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR2)}
+        # Only the main thread may handle signals; a script that runs in another one is not the one they are meant for.
+        numbers = (signal.SIGTERM, signal.SIGUSR2) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *exception) -> None:

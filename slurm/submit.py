@@ -199,6 +199,9 @@ def plan(args, words: list[str]) -> list[list[str]]:
     if args.shards:
         # Shards differ in nothing that could be wrong or finished alone: the whole array is sent, or nothing.
         whole = checked[0][1].build_parser().parse_args(words[1:])
+        most = checked[0][1].most_shards(whole)
+        if args.shards > most:
+            raise cli.UserError(f"--shards {args.shards}: more than there is work for; expected at most {most}")
         return [] if is_finished(checked[0][1], whole) else lines
     return [line for line, module, parsed in checked if not is_finished(module, parsed)]
 

@@ -118,6 +118,12 @@ def test_a_local_sweep_runs_from_the_snapshot_and_finished_runs_are_skipped(tmp_
     assert status.returncode == 0 and "2 completed" in status.stdout, status.stdout + status.stderr
 
 
+def test_more_shards_than_work_is_an_error(road, tmp_path):
+    # 55 sources x 3 levels x 1 seed in batches of 32: two batches a level.
+    done = launch(tmp_path, "--shards", "7", "generate_spectrum.py", *road.inputs, *SMALL)
+    assert done.returncode == 2 and "--shards 7: more than there is work for; expected at most 6" in done.stderr
+
+
 @needs_slurm
 def test_slurms_own_message_is_shown_for_an_unknown_partition(tmp_path):
     done = launch(tmp_path, "--partition", "nowhere", *TRAIN)
@@ -185,3 +191,46 @@ def test_a_generation_array_killed_and_requeued_draws_the_images_of_a_run_withou
     assert len(scores) == len(expected)
     again = launch(tmp_path, *words, *generate, "--batch-size", "4")
     assert "nothing to submit" in again.stdout, again.stdout + again.stderr
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_plain_sbatch_files_requeue_and_draw_the_same_images(road, tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    common = [
+        "--parsable",
+        "--gpus-per-node=0",
+        "--cpus-per-task=1",
+        "--mem=2000",
+        "--output",
+        str(tmp_path / "%j.log"),
+    ]
+    generate = [*road.inputs, "--out", str(tmp_path / "s"), *SMALL, "--batch-size", "4"]
+    jobs = [
+        ["--array=0-1%2", "slurm/generate.sbatch", *generate],
+        ["slurm/train.sbatch", *TRAIN, "--out", str(tmp_path / "run")],
+    ]
+    ids = [
+        subprocess.run(
+            ["sbatch", *common, *job], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for job in jobs
+    ]
+    end = time.monotonic() + 120
+    while not list((tmp_path / "s").glob("shard-*/*.png")):
+        assert time.monotonic() < end
+        time.sleep(0.2)
+    subprocess.run(["scancel", "--signal=USR2", "--batch", f"{ids[0]}_0"], check=False)
+    end = time.monotonic() + 240
+    while subprocess.run(
+        ["squeue", "-h", "-j", ",".join(ids)], capture_output=True, text=True, check=False
+    ).stdout.strip():
+        assert time.monotonic() < end
+        time.sleep(0.5)
+    import spectrum
+
+    def names(folder: Path) -> set[str]:
+        return {row["file_name"].split("/")[1] for row in spectrum.read_rows(folder, decode=True)}
+
+    assert names(tmp_path / "s") == names(road.spectrum), [log.read_text() for log in tmp_path.glob("*.log")]
+    assert (tmp_path / "run/results.json").is_file()
