@@ -258,15 +258,19 @@ def read_sizes(names: list[str], sources: images.Sources) -> tuple[dict[str, tup
 
 
 def plan_batches(args, plan: dict, extra: list[dict], names: list[str], size_of, adapter_of) -> list[Batch]:
-    """All batches of the plan, and after them those of each file of further units, which may be added at any time."""
-    batches = worklist.make_batches(
-        worklist.order_units(names, plan["levels"], plan["seeds"]), size_of, args.batch_size, adapter_of
-    )
+    """The batches of this process's shard.
+
+    The plan and each file of further units are shared out one after another: a file that is added while processes are
+    at work then takes nothing from one of them to give it to another.
+    """
     readable = set(names)
-    for units in extra:
-        ordered = sorted(unit for unit in units if unit.source in readable)
-        batches += worklist.make_batches(ordered, size_of, args.batch_size, adapter_of)
-    return batches
+    lists = [worklist.order_units(names, plan["levels"], plan["seeds"])]
+    lists += [sorted(unit for unit in units if unit.source in readable) for units in extra]
+    mine = []
+    for units in lists:
+        batches = worklist.make_batches(units, size_of, args.batch_size, adapter_of)
+        mine += worklist.share_out(batches, args.steps, args.shard.count)[args.shard.index]
+    return mine
 
 
 def leave_out_planned(extra: list[dict], plan: dict, prompt_of) -> list[dict]:
@@ -289,7 +293,7 @@ def leave_out_planned(extra: list[dict], plan: dict, prompt_of) -> list[dict]:
     return kept
 
 
-def print_forecast(args, todo: list[Batch], native: int) -> None:
+def print_forecast(args, todo: list[Batch]) -> None:
     """What drawing these batches takes."""
     count = sum(len(batch.units) for batch in todo)
     steps = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
@@ -313,9 +317,6 @@ def print_forecast(args, todo: list[Batch], native: int) -> None:
         f"  {count} images, {len(todo)} batches, {steps} denoising steps: {hours}; about {gigabytes:.3g} GB of "
         f"{shutil.disk_usage(place).free / 1e9:.4g} GB free"
     )
-    drawn = sorted({batch.size for batch in todo})
-    if drawn and min(drawn[0]) < native / 2:
-        print(f"  some are drawn at {drawn[0][0]}x{drawn[0][1]}; this generator was made for {native}x{native}")
 
 
 class Job:
@@ -357,14 +358,9 @@ class Job:
                         break
                     self.draw_batch(batch, following, redraw, done, writer)
                     bar.update(steps_at(batch.level, args.steps) * len(batch.units))
-                    rejected = len(writer.rejected)
-                    if redraw == 0 and writer.seen >= TRIAL and rejected > writer.seen / 2:
-                        raise cli.UserError(
-                            f"{rejected} of the first {writer.seen} images are blank or not finite: "
-                            f"{args.generator} does not work in {self.plan['dtype']}; expected another --dtype or "
-                            "--generator"
-                        )
+                    self.stop_if_broken(writer)
                 writer.drain()
+                self.stop_if_broken(writer)
                 units = [spectrum.Unit(row["source"], row["level"], row["seed"]) for row in writer.rejected]
                 writer.rejected.clear()
                 self.redraws += len(units)
@@ -380,6 +376,8 @@ class Job:
 
     def draw_batch(self, batch: Batch, following: Batch | None, redraw: int, done: set, writer) -> None:
         """Draw a batch, while the sources of the following one are being read."""
+        from torch import OutOfMemoryError
+
         from generators import to_host
 
         found = self.reader.finish(self.generator.missing_sources(batch), batch.size)
@@ -390,12 +388,27 @@ class Job:
             return
         texts = [self.prompt_of(unit) for unit in batch.units]
         pad_to = self.args.batch_size if self.args.compile else 0
-        drawn = self.generator.draw(batch, redraw, texts, found, pad_to)
+        try:
+            drawn = self.generator.draw(batch, redraw, texts, found, pad_to)
+        except OutOfMemoryError:
+            raise cli.UserError(
+                f"--batch-size {self.args.batch_size}: batches of {batch.size[0]}x{batch.size[1]} do not fit into the "
+                "memory of this device; expected a smaller one"
+            ) from None
         rows = [
             None if unit in done else self.row(unit, text, redraw, batch.size)
             for unit, text in zip(batch.units, texts, strict=True)
         ]
         writer.put(*to_host(drawn), rows)
+
+    def stop_if_broken(self, writer: images.ImageWriter) -> None:
+        """Raise UserError where most of what was drawn is not good, before a day is spent on it."""
+        rejected = len(writer.rejected)
+        if writer.seen >= TRIAL and rejected > writer.seen / 2:
+            raise cli.UserError(
+                f"{rejected} of the first {writer.seen} images are blank or not finite: {self.args.generator} does not "
+                f"work in {self.plan['dtype']}; expected another --dtype or --generator"
+            )
 
     def row(self, unit: spectrum.Unit, prompt: str, redraw: int, drawn: tuple[int, int]) -> dict:
         """The row of an image in metadata.jsonl."""
@@ -480,7 +493,9 @@ def print_check(folder: Path) -> int:
     count, wrong = spectrum.check(folder)
     for line in wrong:
         print(line)
-    print(f"{folder}: {count} images with a row, {len(wrong)} things wrong")
+    plan = spectrum.read_plan(folder)
+    planned = plan["sources"] * len(plan["levels"]) * plan["seeds"]
+    print(f"{folder}: {count} images with a row, {planned} in plan.json, {len(wrong)} things wrong")
     return 1 if wrong else 0
 
 
@@ -510,7 +525,7 @@ def main(argv: list[str] | None = None) -> int:
     with ExitStack() as stack:
         stop = stack.enter_context(runs.StopSignals())
         if not args.dry_run:
-            folder = stack.enter_context(spectrum.claim(args.out, *args.shard))
+            folder = stack.enter_context(spectrum.claim(args.out, *args.shard, args.batch_size))
             if args.plan:
                 spectrum.add_extra(args.out, args.plan, hard)
         paths = sorted(args.out.glob("extra-*.csv"))
@@ -538,8 +553,7 @@ def main(argv: list[str] | None = None) -> int:
             return f"class_{hard[source].label}" if args.lora_by_class else None
 
         readable = [name for name in hard if name not in unreadable]
-        batches = plan_batches(args, plan, extra, readable, size_of, adapter_of)
-        mine = worklist.share_out(batches, args.steps, args.shard.count)[args.shard.index]
+        mine = plan_batches(args, plan, extra, readable, size_of, adapter_of)
         wanted = {unit for batch in mine for unit in batch.units}
         done = spectrum.done_units(args.out, wanted)
         todo = [batch for batch in mine if not done.issuperset(batch.units)]
@@ -549,8 +563,14 @@ def main(argv: list[str] | None = None) -> int:
             f"{len(wanted) - len(done)} to draw",
             flush=True,
         )
+        smallest = min((batch.size for batch in todo), default=(known.native, known.native))
+        if args.generator in models.GENERATORS and min(smallest) < known.native / 4:
+            print(
+                f"--size: some images will be drawn at {smallest[0]}x{smallest[1]}, but {args.generator} was made for "
+                f"{known.native}x{known.native}; consider --size {known.native}x{known.native} --save-size source"
+            )
         if args.dry_run:
-            print_forecast(args, todo, known.native)
+            print_forecast(args, todo)
             return 0
         job = Job(args, plan, folder, hard, prompt_of, size_of, adapter_of, sizes, images.Reader(sources, unreadable))
         if todo:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cli import UserError
+from runs import read_json
 
 
 class BasicBlock(nn.Module):
@@ -345,14 +346,16 @@ def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
     """
     if name_or_path in GENERATORS:
         return 8
-    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "vae/config.json").is_file():
-        return 8
-    import diffusers
+    local = Path(name_or_path) / "vae/config.json"
+    if Path(name_or_path).is_dir():
+        config = read_json(local) if local.is_file() else {}
+    else:
+        import diffusers  # takes seconds
 
-    try:
-        config = diffusers.AutoencoderKL.load_config(name_or_path, subfolder="vae", revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--generator {name_or_path}: cannot be loaded: {_first_line(error)}") from error
+        try:
+            config = diffusers.AutoencoderKL.load_config(name_or_path, subfolder="vae", revision=revision)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--generator {name_or_path}: cannot be loaded: {_first_line(error)}") from error
     return 2 ** (len(config.get("block_out_channels", [0] * 4)) - 1)
 
 

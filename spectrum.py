@@ -255,13 +255,14 @@ def image_size(path: Path) -> tuple[int, int] | None:
 
 
 @contextmanager
-def claim(folder: Path, shard: int, shards: int) -> Iterator[Path]:
+def claim(folder: Path, shard: int, shards: int, batch_size: int) -> Iterator[Path]:
     """Hold a shard of a spectrum folder, so that no other process draws the same images, and give its folder.
 
-    The number of shards may change from run to run, but not while another process is at work.
+    The number of shards and the batch size, which decide who draws what, may change from run to run, but not while
+    another process is at work.
 
     Raises:
-        UserError: another process holds this shard, or one of another number of shards.
+        UserError: another process holds this shard, or one of another number of shards or another batch size.
     """
     place = folder / f"shard-{shard:05d}"
     place.mkdir(parents=True, exist_ok=True)
@@ -275,17 +276,17 @@ def claim(folder: Path, shard: int, shards: int) -> Iterator[Path]:
         try:
             fcntl.flock(common, fcntl.LOCK_EX | fcntl.LOCK_NB)
             common.truncate(0)
-            common.write(str(shards))
+            common.write(f"{shards} shards and batches of {batch_size}")
             common.flush()
         except BlockingIOError:  # others are at work
             pass
         fcntl.flock(common, fcntl.LOCK_SH)
         common.seek(0)
         at_work = common.read()
-        if at_work != str(shards):
+        if at_work != f"{shards} shards and batches of {batch_size}":
             raise UserError(
-                f"--shard {shard}/{shards}: {folder} is being drawn in {at_work} shards; expected --shard I/{at_work}, "
-                "or to wait until those processes have ended"
+                f"--shard {shard}/{shards}, --batch-size {batch_size}: {folder} is being drawn in {at_work}; expected "
+                "the same, or to wait until those processes have ended"
             )
         try:
             yield place

@@ -70,11 +70,15 @@ def test_shards_draw_the_same_bytes_and_their_number_may_change(few, tmp_path):
 
 def test_a_second_process_on_a_shard_leaves_at_once(few, tmp_path):
     out = tmp_path / "s"
-    with spectrum.claim(out, 0, 2):
+    with spectrum.claim(out, 0, 2, 5):
         with pytest.raises(UserError, match="--shard 0/2: another process is drawing"):
             draw(few, out, "--shard", "0/2")
-        with pytest.raises(UserError, match="is being drawn in 2 shards; expected --shard I/2"):
+        with pytest.raises(UserError, match="is being drawn in 2 shards and batches of 5; expected the same"):
             draw(few, out, "--shard", "1/3")
+        with pytest.raises(
+            UserError, match="--shard 1/2, --batch-size 4: .* is being drawn in 2 shards and batches of 5"
+        ):
+            draw(few, out, "--shard", "1/2", "--batch-size", "4")
         draw(few, out, "--shard", "1/2")
         assert not (out / "shard-00000/metadata.jsonl").exists()
     draw(few, out)
@@ -219,7 +223,9 @@ def test_a_model_that_gives_nothing_but_nan_is_noticed_early(few, tmp_path, monk
     calls = []
     monkeypatch.setattr(generate_spectrum, "TRIAL", 5)
     monkeypatch.setattr(
-        generators.Generator, "draw", lambda self, batch, *_: calls.append(0) or torch.full((5, 3, 16, 16), torch.nan)
+        generators.Generator,
+        "draw",
+        lambda self, batch, *_: calls.append(0) or torch.full((len(batch.units), 3, 16, 16), torch.nan),
     )
     with pytest.raises(UserError, match="images are blank or not finite: .* does not work in float32"):
         generate_spectrum.main([*few[0], "--levels", "90", "--out", str(tmp_path / "s")])
@@ -418,6 +424,36 @@ def test_a_padded_batch_has_one_shape_and_gives_the_same_images():
     alone, padded = draw_one(generator, 50, source), draw_one(generator, 50, source, pad_to=4)
     assert set(shapes) == {2, 8}  # twice the images, for classifier-free guidance
     assert padded.shape == alone.shape and (padded - alone).abs().max() < 1e-4
+
+
+def test_compiling_pads_every_batch_to_one_shape(few, tmp_path, monkeypatch):
+    compiled, shapes, real = [], set(), models.load_generator
+
+    def load(*arguments):
+        pipe = real(*arguments)
+        pipe.unet.register_forward_pre_hook(lambda _, inputs: shapes.add(tuple(inputs[0].shape)))
+        return pipe
+
+    monkeypatch.setattr(models, "load_generator", load)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    out = draw(few, tmp_path / "s", "--compile")
+    assert compiled == ["UNet2DConditionModel"] and shapes == {(10, 4, 8, 8)}
+    assert rows_of(out) == rows_of(few[1])
+    for name in rows_of(out):
+        a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (out, few[1]))
+        assert abs(a - b).max() <= 1
+
+
+def test_without_text_guidance_images_equal_plain_calls_too():
+    """As SDXL-Turbo wants it: no second pass under the empty text."""
+    pipe = models.load_generator(TINY, "cpu")
+    source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    drawn = draw_one(generators.Generator(pipe, steps=4, text_guidance=0.0), 50, source)
+    plain = pipe(
+        "a nine", image=source, strength=0.5, num_inference_steps=4, guidance_scale=0.0, output_type="pt",
+        generator=torch.Generator().manual_seed(spectrum.Unit("a", 50, 0).noise_seed()),
+    ).images  # fmt: skip
+    assert (drawn - plain).abs().max() < 1e-4
 
 
 def test_a_pipeline_of_any_other_kind_is_called_with_images_and_texts(monkeypatch):

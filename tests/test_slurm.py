@@ -175,11 +175,12 @@ def test_a_generation_array_killed_and_requeued_draws_the_images_of_a_run_withou
     folder = tmp_path / "runs/jobs/generate_spectrum"
     first = json.loads((folder / "submission.json").read_text())["tasks"][0]["job_id"]
     end = time.monotonic() + 120
-    while not list((tmp_path / "s").glob("shard-*/*.png")):
+    while not list((tmp_path / "s").glob("shard-*")):  # it has begun, and loads its models
         assert time.monotonic() < end
         time.sleep(0.2)
     subprocess.run(["scancel", "--signal=USR2", first], check=False)  # what a preemption sends
     wait_for_jobs(folder)
+    assert any("Caught signal SIGUSR2" in log.read_text() for log in (folder / "logs").glob(f"{first}_*"))
     import spectrum
 
     expected = {row["file_name"].split("/")[1]: row for row in spectrum.read_rows(road.spectrum, decode=True)}
@@ -217,7 +218,7 @@ def test_plain_sbatch_files_requeue_and_draw_the_same_images(road, tmp_path):
         for job in jobs
     ]
     end = time.monotonic() + 120
-    while not list((tmp_path / "s").glob("shard-*/*.png")):
+    while not list((tmp_path / "s").glob("shard-*")):  # it has begun, and loads its models
         assert time.monotonic() < end
         time.sleep(0.2)
     subprocess.run(["scancel", "--signal=USR2", "--batch", f"{ids[0]}_0"], check=False)
@@ -232,5 +233,7 @@ def test_plain_sbatch_files_requeue_and_draw_the_same_images(road, tmp_path):
     def names(folder: Path) -> set[str]:
         return {row["file_name"].split("/")[1] for row in spectrum.read_rows(folder, decode=True)}
 
-    assert names(tmp_path / "s") == names(road.spectrum), [log.read_text() for log in tmp_path.glob("*.log")]
+    logs = [log.read_text() for log in tmp_path.glob("*.log")]
+    assert any("interrupted; back to the queue" in log for log in logs), logs
+    assert names(tmp_path / "s") == names(road.spectrum), logs
     assert (tmp_path / "run/results.json").is_file()
