@@ -2,8 +2,9 @@
 
     cifar   ResNet-32 on 32x32 images in batches of 128: train_lt.py's pass over images on the device, against
             PIL transforms in a DataLoader and a plain fp32 loop
-    loader  500x375 JPEGs, decoded, cropped at random to 224 and put into batches: batches.py, against torchvision's
-            ImageFolder with its PIL transforms, the same number of worker processes on each side
+    loader  500x375 JPEGs, decoded, cropped at random to 224 and put into batches: batches.py, whose batches are bytes
+            that the device flips and normalises, against torchvision's ImageFolder with its PIL transforms; the same
+            number of worker processes on each side. A second line includes that work of the device, a third jitter
 
 Reads:  nothing: images are drawn from noise
 Writes: a line of JSON to --out for each part
@@ -136,8 +137,8 @@ def bench_cifar(args, device: str) -> dict:
     return compare(ours, theirs, count, args.rounds)
 
 
-def bench_loader(args, device: str, jitter: float = 0.0) -> dict:
-    """Reading of JPEGs alone, up to batches on the device that a network can take."""
+def bench_loader(args, device: str, prepare: bool, jitter: float) -> dict:
+    """Reading of JPEGs alone; with `prepare` up to batches that a network can take."""
     import torch
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -168,15 +169,17 @@ def bench_loader(args, device: str, jitter: float = 0.0) -> dict:
             places = torch.randperm(len(paths)).split(64)
             generator = torch.Generator().manual_seed(0)
             for images in store.training(places, places, 0):
-                images = augmentations.augment(own, images, generator, len(images))
-                augmentations.normalise(images, datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
+                if prepare:
+                    images = augmentations.augment(own, images, generator, len(images))
+                    augmentations.normalise(images, datasets.IMAGENET_MEAN, datasets.IMAGENET_STD)
 
         def theirs() -> None:
             for images, _ in plain:
                 images.to(device, non_blocking=True)
 
         size = statistics.mean(path.stat().st_size for path in paths)
-        return compare(ours, theirs, len(paths), args.rounds) | {"jpeg_bytes": round(size), "color_jitter": jitter}
+        found = compare(ours, theirs, len(paths), args.rounds)
+        return found | {"jpeg_bytes": round(size), "device_work": prepare, "color_jitter": jitter}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -189,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     if "cifar" in args.parts:
         found.append({"part": "cifar", **bench_cifar(args, device)})
     if "loader" in args.parts:
-        found += [{"part": "loader", **bench_loader(args, device, jitter)} for jitter in (0.0, 0.4)]
+        cases = ((False, 0.0), (True, 0.0), (True, 0.4))
+        found += [{"part": "loader", **bench_loader(args, device, *case)} for case in cases]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("a", encoding="utf-8") as file:
         for row in found:
