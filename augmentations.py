@@ -62,11 +62,11 @@ def color_jitter(
     factors = 1 + strength * (2 * torch.rand(3, count, generator=generator)[:, rows] - 1)
     brightness, contrast, saturation = factors.to(images.device)[:, :, None, None, None]
     grey = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
-    images = (images.float() * brightness).clamp(0, 255)
-    mean = (images * grey).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    images = (mean + contrast * (images - mean)).clamp(0, 255)
+    images = images.to(torch.float32, copy=True).mul_(brightness).clamp_(0, 255)
+    mean = (images.mean((2, 3), keepdim=True) * grey).sum(1, keepdim=True)
+    images.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 255)
     own = (images * grey).sum(1, keepdim=True)
-    return (own + saturation * (images - own)).clamp(0, 255)
+    return images.sub_(own).mul_(saturation).add_(own).clamp_(0, 255)
 
 
 def augment(args, images: torch.Tensor, generator: torch.Generator, count: int, rows: slice = ALL) -> torch.Tensor:
@@ -86,7 +86,7 @@ def augment(args, images: torch.Tensor, generator: torch.Generator, count: int, 
 def normalise(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
     """Images (N, 3, H, W) of values 0 to 255, as float with the channels' mean and standard deviation taken out."""
     mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
-    return images.float() / (255 * std) - mean / std
+    return images.to(torch.float32, copy=True).div_(255 * std).sub_(mean / std)
 
 
 def mixer(name: str, num_classes: int):

@@ -6,6 +6,7 @@ on how many workers there are.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from cli import UserError
 from datasets import ImageSet
@@ -153,23 +156,29 @@ def centre_box(width: int, height: int) -> tuple[float, float, float, float]:
 def decode(path: Path, size: int, rng: np.random.Generator | None) -> np.ndarray:
     """An image file, cropped (at random, or the centre without `rng`) and resized: uint8 (size, size, 3).
 
-    A JPEG is decoded at a half, a quarter or an eighth where that still holds every pixel that is needed, and the crop
-    and the resizing are one step.
+    A JPEG is decoded at a half, a quarter or an eighth where that still holds every pixel that is needed.
 
     Raises:
         UserError: it does not decode.
     """
     try:
-        with Image.open(path) as image:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
             box = random_box(width, height, rng) if rng is not None else centre_box(width, height)
-            needed = size / (box[2] - box[0]), size / (box[3] - box[1])
-            image.draft("RGB", (math.ceil(width * needed[0]), math.ceil(height * needed[1])))
-            x, y = image.size[0] / width, image.size[1] / height
-            image = image if image.mode == "RGB" else image.convert("RGB")
-            box = (box[0] * x, box[1] * y, min(box[2] * x, image.size[0]), min(box[3] * y, image.size[1]))
-            return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
+            needed = size / min(box[2] - box[0], box[3] - box[1])
+            image.draft("RGB", (math.ceil(width * needed), math.ceil(height * needed)))
+            if image.format == "JPEG" and image.mode == "RGB" and image.size == (width, height):
+                # torchvision's decoder is a little faster than Pillow's, but has no draft mode.
+                pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+            else:
+                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({error})") from None
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from None
+    x, y = pixels.shape[2] / width, pixels.shape[1] / height
+    left, top, right, bottom = round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y)
+    crop = pixels[None, :, top : max(top + 1, bottom), left : max(left + 1, right)]
+    # On whole bytes torch's filter takes a third of the time of Pillow's, and gives the same to within one grey value.
+    return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()

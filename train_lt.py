@@ -499,11 +499,12 @@ class Trainer:
 
     def measure_progress(self, epoch: int, state: dict) -> dict[int, float]:
         """The progress of each level since the last look, after a short pass over uniform real images (DisCL)."""
+        args = self.args
         before = state["look"] or self.look()
         real = np.flatnonzero((self.pool.levels == 100) & ~self.pool.held)
-        rng = np.random.default_rng([self.args.seed, epoch, 1])
-        if self.args.real_pass_images:
-            self.train(epoch, rng.permutation(real)[: self.args.real_pass_images], "real pass")
+        rng = np.random.default_rng([args.seed, epoch, 1])
+        if args.real_pass_images:
+            self.train(epoch, rng.permutation(real)[: args.real_pass_images], "real pass")
         state["look"] = self.look()
         return {level: curricula.progress_of(before[level], state["look"][level]) for level in before}
 

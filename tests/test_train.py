@@ -43,7 +43,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("curriculum", ["none", "d2s", "random"])
+@pytest.mark.parametrize("curriculum", [pytest.param("none", marks=pytest.mark.slow), "d2s", "random"])
 def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatch, curriculum):
     train(road, tmp_path / "whole", "--curriculum", curriculum)
     log, calls = train_lt.log, []
