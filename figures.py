@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 # Figures share these colours; the order keeps neighbours apart for colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+COLUMNS, TILE, LINE = 8, 72, 24  # of a sheet: images a row; sides of an image and its text in pixels
 
 
 def new_figure(*args, **kwargs):
@@ -54,4 +56,37 @@ def draw_acceptance(names: list[str], levels: list[int], made: np.ndarray, kept:
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel("guidance level (%)")
     axis.set_title("images that CLIPScore keeps", fontsize=10)
+    save_figure(figure, path)
+
+
+def sheet(images: list[np.ndarray], captions: list[tuple[str, str]]) -> np.ndarray:
+    """Images uint8 (H, W, 3) in rows of eight, two lines of text below each: uint8 (height, width, 3)."""
+    rows = -(-len(images) // COLUMNS)
+    page = Image.new("RGB", (COLUMNS * (TILE + 4), rows * (TILE + LINE + 4)), "white")
+    draw = ImageDraw.Draw(page)
+    for number, (pixels, (first, second)) in enumerate(zip(images, captions, strict=True)):
+        left, top = number % COLUMNS * (TILE + 4), number // COLUMNS * (TILE + LINE + 4)
+        page.paste(Image.fromarray(pixels).resize((TILE, TILE)), (left, top))
+        draw.text((left, top + TILE), first, "black", font_size=10)
+        draw.text((left, top + TILE + 11), second[:12], "black", font_size=10)
+    return np.asarray(page)
+
+
+def draw_confusion(counts: np.ndarray, hard: np.ndarray, class_names: list[str], path: Path) -> None:
+    """Write a PNG of what the test images of the hard classes were taken for, in shares of each class.
+
+    Args:
+        counts: int (C, C), of evaluation.confusion.
+        hard: class indices of the rows, (H,).
+    """
+    classes = counts.shape[1]
+    rows = counts[hard] / np.maximum(1, counts[hard].sum(1, keepdims=True))
+    figure, axes = new_figure(figsize=(min(20, 2 + 0.2 * classes), min(20, 1.5 + 0.22 * len(hard))))
+    drawn = axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    if classes <= 100:
+        axes.set_xticks(range(classes), class_names, rotation=90, fontsize=6)
+    if len(hard) <= 100:
+        axes.set_yticks(range(len(hard)), [class_names[label] for label in hard], fontsize=6)
+    axes.set(xlabel="taken for", ylabel="few-shot class", title="Test images of the few-shot classes")
+    figure.colorbar(drawn, label="share of the class")
     save_figure(figure, path)

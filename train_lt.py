@@ -718,7 +718,7 @@ def open_writer(folder: Path, epoch: int):
 
 def sheet(trainer: Trainer, epoch: int, places: np.ndarray) -> np.ndarray:
     """A picture of some of an epoch's training images before augmentation, half of them synthetic if it has any."""
-    import pictures
+    import figures
 
     pool, data = trainer.pool, trainer.data
     rng = np.random.default_rng([trainer.args.seed, epoch, 2])
@@ -733,7 +733,7 @@ def sheet(trainer: Trainer, epoch: int, places: np.ndarray) -> np.ndarray:
         ("real" if pool.levels[place] == 100 else f"level {pool.levels[place]}", data.class_names[pool.labels[place]])
         for place in chosen
     ]
-    return pictures.sheet(images, captions)
+    return figures.sheet(images, captions)
 
 
 def log(writer, epoch: int, record: dict) -> None:
@@ -787,20 +787,20 @@ def finish(trainer: Trainer, state: dict, writer) -> None:
     }
     np.savez(args.out / "predictions.npz", logits=logits.numpy(), labels=data.test.labels)
     if len(data.groups["few"]):
-        import pictures
+        import figures
 
         counts = evaluation.confusion(logits, data.test.labels)
-        pictures.draw_confusion(counts, data.groups["few"], data.class_names, args.out / "confusion.png")
+        figures.draw_confusion(counts, data.groups["few"], data.class_names, args.out / "confusion.png")
         picture = np.asarray(datasets.read_image(args.out / "confusion.png"))
         writer.add_image("test/confusion", picture, args.epochs - 1, dataformats="HWC")
-    figures = {f"test/{name}": last[name] for name in ("overall", *data.groups) if last[name] is not None}
-    for name, value in figures.items():
+    metrics = {f"test/{name}": last[name] for name in ("overall", *data.groups) if last[name] is not None}
+    for name, value in metrics.items():
         writer.add_scalar(name, value, args.epochs - 1)
-    log_hparams(writer, args, figures)
+    log_hparams(writer, args, metrics)
     writer.close()
     runs.write_text(args.out / "history.jsonl", "".join(json.dumps(record) + "\n" for record in state["history"]))
     runs.write_json(args.out / "results.json", results)
-    shown = ", ".join(f"{name.removeprefix('test/')} {value:.1f}" for name, value in figures.items())
+    shown = ", ".join(f"{name.removeprefix('test/')} {value:.1f}" for name, value in metrics.items())
     print(f"{args.out}: test accuracy % after the last epoch: {shown}")
 
 
