@@ -83,7 +83,10 @@ SMALL = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "max_position_embeddings": 77,
-        "vocab_size": 580,
+        "vocab_size": 580,  # of the tiny tokenizer
+        "bos_token_id": 578,
+        "eos_token_id": 579,
+        "pad_token_id": 579,
     },
 }
 NAME = "stabilityai/stable-diffusion-xl-refiner-1.0"  # nothing is loaded by it here

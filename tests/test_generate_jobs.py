@@ -339,7 +339,9 @@ def test_the_check_names_what_is_wrong(few, tmp_path, capsys):
 
 
 TINY_REFINER = {
-    "unet": bench.SMALL["unet"] | {"block_out_channels": (16, 32, 32, 32), "attention_head_dim": (1, 2, 2, 2)},
+    # Groups of several channels: those of one channel and one pixel would blow rounding errors up.
+    "unet": bench.SMALL["unet"]
+    | {"block_out_channels": (16, 32, 32, 32), "attention_head_dim": (1, 2, 2, 2), "norm_num_groups": 4},
     "vae": bench.SMALL["vae"] | {"block_out_channels": (8, 16, 16, 16)},
     "text": bench.SMALL["text"] | {"num_hidden_layers": 1},
 }
@@ -558,3 +560,30 @@ def test_each_class_is_drawn_with_its_own_lora(road, tmp_path):
         assert row == without[name]
         a, b = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("without", "with"))
         assert (abs(a - b).max() > 3) == (row["label"] == 9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the benchmark
+
+
+def test_the_benchmark_compares_the_same_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(bench.CONFIGS, "small", TINY_REFINER)
+    command = ["--sources", "3", "--plain-sources", "2", "--levels", "50", "90", "--steps", "4", "--size", "62x38"]
+    result = bench.main([*command, "--out", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert result["size"] == [64, 40] and 0 < result["unet_share_of_wall_time"] < 1
+    assert result["largest_difference"] < 1e-4
+    assert result["ratio"] == pytest.approx(result["images_per_second"] / result["plain_images_per_second"])
+    assert models.load_generator.__module__ == "models" and generators.to_host.__module__ == "generators"
+
+
+def test_the_benchmark_times_the_unet_and_counts_its_operations():
+    pipe = bench.build_refiner(TINY_REFINER)
+    generator = generators.Generator(pipe, steps=4, text_guidance=5.0)
+    batch = worklist.Batch(50, (64, 64), None, [spectrum.Unit("a", 50, 0)])
+    with bench.UnetTimer(pipe.unet) as timer:
+        generator.draw(batch, 0, ["a nine"], {"a": Image.new("RGB", (64, 64))})
+    assert timer.calls == 2 and timer.seconds > 0
+    # Operations of convolutions and of attention's projections grow with the pixels.
+    small, large = bench.unet_flops(pipe, (64, 64)), bench.unet_flops(pipe, (128, 64))
+    assert 1.5 * small < large < 2.5 * small
