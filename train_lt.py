@@ -456,6 +456,7 @@ class Trainer:
             last = number + 1 == len(parts)
             if purpose == "epoch" and not last and (distributed.world() == 1 or number % 10 == 0):
                 if distributed.any_of(self.signals.received is not None, device):
+                    total = distributed.total(total, device) / distributed.world()
                     state = {"batches": number + 1, "total": total, "generator": generator.get_state()}
                     raise Stopped(state | {"rng": torch.get_rng_state()})
         seconds = time.monotonic() - began

@@ -134,9 +134,10 @@ def test_adaptive_trains_on_the_level_of_most_progress():
 
 
 def test_progress_by_hand():
-    # Changes 0, .1, .2, .3, .4, 9: quartiles .125 and .375, so what lies outside [-.25, .75] is dropped.
+    # Changes 0, .1, .2, .3, .4, .8: quartiles .125 and .375, so what lies outside [-.25, .75] is dropped.
     before = np.zeros(6)
-    assert progress_of(before, np.array([0, 0.1, 0.2, 0.3, 0.4, 9])) == pytest.approx(0.2)
+    assert progress_of(before, np.array([0, 0.1, 0.2, 0.3, 0.4, 0.8])) == pytest.approx(0.2)
+    assert progress_of(before, np.array([0, 0.1, 0.2, 0.3, 0.4, 0.7])) == pytest.approx(1.7 / 6)
     assert progress_of(np.array([0.5, 0.7]), np.array([0.6, 0.6])) == pytest.approx(0)
     assert progress_of(np.array([0.2]), np.array([0.9])) == pytest.approx(0.7)
 

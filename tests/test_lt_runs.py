@@ -262,18 +262,26 @@ def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # several processes
 
+# With STOP_AT set, the second process sends itself a SIGTERM before that batch.
 SCRIPT = """
-import sys
+import os, signal, sys
 sys.path.insert(0, {root!r})
-import train_lt
+import augmentations, train_lt
+augment, steps = augmentations.augment, []
+def counting(*args):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and len(steps) == int(os.environ.get("STOP_AT", 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return augment(*args)
+augmentations.augment = counting
 raise SystemExit(train_lt.main(sys.argv[1:]))
 """
 
 
-def launch(tmp_path, processes, *flags):
+def launch(tmp_path, processes, *flags, **variables):
     script = tmp_path / "launch.py"
     script.write_text(SCRIPT.format(root=str(ROOT)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script]
         + [*flags],
@@ -297,6 +305,19 @@ def test_two_processes_have_the_loss_curve_of_one(road, tmp_path, extra):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["images"] == b["images"] and a["val_overall"] == b["val_overall"]
     assert np.allclose(logits_of(tmp_path / "one"), logits_of(tmp_path / "two"), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_together(road, tmp_path):
+    flags = ["--spectrum", str(road.spectrum), "--curriculum", "d2s", "--epochs", "4", "--curriculum-epochs", "3"]
+    flags += ["--model", "timm:test_vit", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.01", "--batch-size", "8"]
+    assert train_lt.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    done = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "two"), STOP_AT="28")
+    assert done.returncode != 0 and "checkpoint written in epoch 1, after batch" in done.stdout, done.stderr[-3000:]
+    done = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "two"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (runs.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
+    assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
