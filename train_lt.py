@@ -22,6 +22,7 @@ import io
 import json
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -571,16 +572,17 @@ def main(argv: list[str] | None = None) -> int:
         inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
     if args.init_checkpoint:
         inputs["init_checkpoint"] = runs.digest_files([args.init_checkpoint])
-    if distributed.rank() == 0:
-        complete = runs.open_run(args.out, args, inputs, args.overwrite)
-    else:
-        complete = (args.out / "results.json").exists() and not args.overwrite
-    if complete:
-        print(f"{args.out}: already complete")
-        return 0
-    if distributed.rank() == 0 and args.dataset in DRAWN and args.imb_ratio is not None:
-        write_subset(args.out / "subset.csv", data)
-    with runs.StopSignals() as signals:
+    main_process = distributed.rank() == 0
+    with runs.claim(args.out) if main_process else nullcontext(), runs.StopSignals() as signals:
+        if main_process:
+            complete = runs.open_run(args.out, args, inputs, args.overwrite)
+        else:
+            complete = (args.out / "results.json").exists() and not args.overwrite
+        if complete:
+            print(f"{args.out}: already complete")
+            return 0
+        if main_process and args.dataset in DRAWN and args.imb_ratio is not None:
+            write_subset(args.out / "subset.csv", data)
         trainer, state = prepare(args, data, synthetic, signals)
         code = fit(trainer, state, levels, np.isin(np.arange(len(data.class_names)), hard_classes))
         distributed.stop()

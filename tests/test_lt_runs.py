@@ -245,6 +245,13 @@ def test_the_moving_average_is_that_of_the_weights(road, tmp_path):
         assert torch.equal(value, state["average"][f"module.{name}"])
 
 
+def test_a_folder_that_another_process_trains_in_is_left_alone(road, tmp_path):
+    with runs.claim(tmp_path / "r"):
+        with pytest.raises(UserError, match="another process is at work there"):
+            train(road, tmp_path / "r")
+    assert train(road, tmp_path / "r") == 0
+
+
 def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
