@@ -571,7 +571,7 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     found = runs.load_checkpoint(path, "cpu")
     assert torch.equal(found["model"].pop("w"), state["model"].pop("w"))
     assert found == state
-    assert os.listdir(tmp_path) == ["checkpoint.pt"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.previous.pt", "checkpoint.pt"]
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
