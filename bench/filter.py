@@ -7,7 +7,7 @@ the model is faster.
 
 Writes: OUT, a JSON with both rates, the largest difference between the scores, and the machine
 
-    python bench/filter.py --images 48 --out bench/results/filter_cpu.json
+    python bench/filter.py --images 16 --size 256 --out bench/results/filter_cpu.json
     python bench/filter.py --images 20000 --plain-images 500 --batch-size 512 --out bench/results/filter_cuda.json
 """
 

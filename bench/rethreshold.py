@@ -2,7 +2,7 @@
 
 Writes: OUT, a JSON with the seconds, the peak memory and the machine
 
-    python bench/rethreshold.py --rows 200000 --out bench/results/rethreshold.json
+    python bench/rethreshold.py --rows 200000 --out bench/results/filter_rethreshold.json
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "rethreshold")
     parser.add_argument("--rows", type=cli.whole(32), default=200_000, metavar="N", help="synthetic images")
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results/rethreshold.json"), metavar="FILE", help="the file to write"
+        "--out",
+        type=Path,
+        default=Path("bench/results/filter_rethreshold.json"),
+        metavar="FILE",
+        help="the file to write",
     )
     return parser
 

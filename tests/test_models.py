@@ -166,7 +166,11 @@ def test_the_generator_draws_without_watermark_and_safety_checker():
     assert next(pipe.unet.parameters()).dtype == torch.float32
 
 
-def test_openai_weights_would_be_built_with_quickgelu(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "quick_gelu"),
+    [("ViT-B-32:openai", True), ("ViT-B-32:metaclip_400m", True), ("ViT-B-32:laion2b_s34b_b79k", False)],
+)
+def test_weights_that_were_trained_with_quickgelu_would_be_built_with_it(monkeypatch, name, quick_gelu):
     import open_clip
 
     asked = {}
@@ -177,8 +181,8 @@ def test_openai_weights_would_be_built_with_quickgelu(monkeypatch):
 
     monkeypatch.setattr(open_clip, "create_model_from_pretrained", record)
     with pytest.raises(UserError, match="no network here"):
-        models.load_clip("ViT-B-32:openai", "cpu")
-    assert asked["force_quick_gelu"] and asked["pretrained"] == "openai"
+        models.load_clip(name, "cpu")
+    assert asked["force_quick_gelu"] == quick_gelu and f"ViT-B-32:{asked['pretrained']}" == name
 
 
 def test_the_tokenizers_give_each_caption_word_one_token():
