@@ -515,6 +515,8 @@ def main(argv: list[str] | None = None) -> int:
     device = models.pick_device(args.device)
     models.check_generator(args.generator)
     known = models.GENERATORS.get(args.generator, models.UNKNOWN_GENERATOR)
+    if args.size == "native" and known is models.UNKNOWN_GENERATOR:
+        raise cli.UserError(f"--size native: not known for {args.generator}; expected source or WIDTHxHEIGHT")
     if not known.text_guidance[0] <= args.text_guidance <= known.text_guidance[1]:
         print(f"--text-guidance {args.text_guidance:g}: unusual for {args.generator}: {known.note}")
     loras = find_loras(args, list(hard.values()))

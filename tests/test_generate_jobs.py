@@ -304,6 +304,11 @@ def test_images_may_be_drawn_large_and_saved_small_in_other_formats(few, tmp_pat
         )  # a generator for 16x16, but level 90
 
 
+def test_the_native_size_of_an_unknown_generator_is_asked_for(few, tmp_path):
+    with pytest.raises(UserError, match="--size native: not known for"):
+        draw(few, tmp_path / "s", "--size", "native")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the check
 
