@@ -39,8 +39,6 @@ CHECKSUMS = {
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "check_data")
     parser.add_dataset()
-    parser.add_argument("--data-root", type=Path, metavar="FOLDER", help="folder (for CIFAR also a zip) of the images")
-    parser.add_argument("--data-seed", type=cli.whole(0), default=0, metavar="N", help="as that of train_lt.py")
     parser.add_argument(
         "--decode", type=cli.whole(0), default=200, metavar="N", help="images of each split that are decoded"
     )

@@ -62,6 +62,19 @@ class Parser(argparse.ArgumentParser):
             metavar="RATIO",
             help="images of the largest training class over those of the smallest",
         )
+        group.add_argument(
+            "--data-root",
+            type=existing_path,
+            metavar="FOLDER",
+            help="folder of the data set's images (for CIFAR also a zip); digits needs none",
+        )
+        group.add_argument(
+            "--data-seed",
+            type=whole(0),
+            default=0,
+            metavar="N",
+            help="which images a data set that is made long-tailed keeps, and which are held out for validation",
+        )
 
     def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
         """Parse, after the flags have taken the chosen data set's defaults (so that `--help` shows those)."""
@@ -139,6 +152,14 @@ def existing_file(text: str) -> Path:
     path = Path(text)
     if _paths_checked and not path.is_file():
         raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return path
+
+
+def existing_path(text: str) -> Path:
+    """The argparse type of a file or folder that must be there."""
+    path = Path(text)
+    if _paths_checked and not path.exists():
+        raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
     return path
 
 

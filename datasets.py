@@ -22,8 +22,21 @@ import spectrum
 from cli import UserError
 from defaults import DEFAULTS
 
+PHOTOS = [
+    "a photo of a {}",
+    "a 8k real photo: a {}",
+    "a 8k real photo: a {} in bright daylight",
+    "a 8k real photo: a {} in the evening",
+    "a 8k real photo: a {} seen from close by",
+    "a 8k real photo: a {} seen from afar",
+    "a 8k real photo: a {} seen from the side",
+    "a 8k real photo: a {} outdoors",
+    "a 8k real photo: a {} indoors",
+    "a 8k real photo: a {} against a plain background",
+]
 # Templates of `write_prompts.py --source template`; the first is also the one that CLIPScore is taken against.
 TEMPLATES: dict[str, list[str]] = {
+    **dict.fromkeys(DEFAULTS, PHOTOS),
     "digits": [
         "a photo of a {}",
         "a {} in black ink",

@@ -34,6 +34,17 @@ LARGE = {
     "memory_format": "channels_last",
 }
 
+# The paper's generator, guidance and filter. Small images are drawn at the size that the generator was made for.
+REFINER = {
+    "generator": "stabilityai/stable-diffusion-xl-refiner-1.0",
+    "levels": [0, 10, 30, 50],
+    "seeds": 8,
+    "steps": 50,
+    "text_guidance": 10.0,
+}
+CIFAR_REFINER = REFINER | {"levels": [50, 70, 90], "size": (512, 512), "save_size": "source"}
+CLIP_FILTER = {"clip": "ViT-B-32:openai", "threshold": 0.3}
+
 # data set -> "data" (the flags that all scripts share) or the script -> flag -> value
 DEFAULTS: dict[str, dict[str, dict]] = {
     "digits": {
@@ -48,8 +59,8 @@ DEFAULTS: dict[str, dict[str, dict]] = {
         "filter_clipscore": {"clip": str(ASSETS / "tiny_clip"), "threshold": 0.3},
         "train_lt": {
             "model": "resnet8",
-            "epochs": 72,
-            "curriculum_epochs": 60,
+            "epochs": 60,
+            "curriculum_epochs": 48,
             "undersample": 0.43,  # makes a curriculum epoch (184 images) as long as a real one
             "progress_images": 10,
             "real_pass_images": 64,
@@ -59,10 +70,20 @@ DEFAULTS: dict[str, dict[str, dict]] = {
         },
     },
     # The trainer's recipes for CIFAR are those of Bag of Tricks (Zhang et al., 2021); for the large sets the paper's.
-    "cifar10_lt": {"data": {"imb_ratio": 100.0}, "train_lt": CIFAR},
-    "cifar100_lt": {"data": {"imb_ratio": 100.0}, "train_lt": CIFAR},
-    "imagefolder": {"train_lt": LARGE},
-    "imagenet_lt": {"train_lt": LARGE},
-    "inat2018": {"train_lt": LARGE},
-    "places_lt": {"train_lt": LARGE},
+    "cifar10_lt": {
+        "data": {"imb_ratio": 100.0},
+        "generate_spectrum": CIFAR_REFINER,
+        "filter_clipscore": CLIP_FILTER,
+        "train_lt": CIFAR,
+    },
+    "cifar100_lt": {
+        "data": {"imb_ratio": 100.0},
+        "generate_spectrum": CIFAR_REFINER,
+        "filter_clipscore": CLIP_FILTER,
+        "train_lt": CIFAR,
+    },
+    "imagefolder": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
+    "imagenet_lt": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
+    "inat2018": {"generate_spectrum": REFINER | {"seeds": 4}, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
+    "places_lt": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
 }

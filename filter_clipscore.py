@@ -51,12 +51,6 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "filter_clipscore")
     parser.add_dataset()
     parser.add_argument(
-        "--data-root",
-        type=cli.existing_folder,
-        metavar="FOLDER",
-        help="folder that the sources are relative to, where they are files",
-    )
-    parser.add_argument(
         "--spectrum",
         type=cli.existing_folder,
         default=Path("runs/spectrum"),
@@ -485,7 +479,7 @@ def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     plan = spectrum.read_plan(args.spectrum)
-    for name in ("dataset", "imb_ratio"):
+    for name in ("dataset", "imb_ratio", "data_seed"):
         if plan[name] != getattr(args, name):
             raise cli.UserError(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: {args.spectrum} was made with {plan[name]}"
@@ -514,7 +508,7 @@ def main(argv: list[str] | None = None) -> int:
 
     train = clip = None
     if new or args.distance or "groups" not in note:
-        data = datasets.load(args.dataset, args.imb_ratio)
+        data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
         train = data.train
         note["groups"] = {
             str(label): group for group, labels in data.groups.items() for label in labels.tolist() if label in names

@@ -34,12 +34,6 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "find_hard")
     parser.add_dataset()
     parser.add_argument(
-        "--data-root",
-        type=cli.existing_folder,
-        metavar="FOLDER",
-        help="folder that the training images' names are relative to, where they are files",
-    )
-    parser.add_argument(
         "--rule",
         choices=["few", "confidence"],
         default="few",
@@ -108,50 +102,45 @@ def find_few(data: datasets.LongTailed, few_max: int) -> list[int]:
 # confidence
 
 
-def checkpoint_classifier(args, data: datasets.LongTailed):
-    """Logits of a train_lt.py checkpoint: a function of images uint8 (N, 3, H, W), and its device.
+def checkpoint_batches(args, data: datasets.LongTailed, places: list[int]):
+    """Batches of (places, probabilities of all classes (n, C) or None, place -> what is wrong), by a checkpoint.
+
+    The images are those of the run's own evaluation: its size, its crop, its normalisation.
 
     Raises:
-        UserError: the run is of other data, or its checkpoint does not fit its model.
+        UserError: the run is of other data, its checkpoint does not fit its model, or an image does not decode.
     """
+    import torch
+
+    import batches
+    from augmentations import normalise
     from models import build_classifier, pick_device
 
     trained = runs.read_json(args.checkpoint / "args.json")["args"]
-    for name in ("dataset", "imb_ratio"):
+    for name in ("dataset", "imb_ratio", "data_seed"):
         if trained[name] != getattr(args, name):
             raise cli.UserError(
                 f"--checkpoint {args.checkpoint}: was trained with --{name.replace('_', '-')} {trained[name]}; "
                 f"expected {getattr(args, name)}"
             )
     device = pick_device(args.device)
-    model = build_classifier(trained["model"], len(data.class_names)).to(device).eval()
+    size = data.train.images.shape[1] if data.train.in_memory else trained["image_size"]
+    model = build_classifier(trained["model"], len(data.class_names), size, cosine_head=trained["loss"] == "ldam")
     path = args.checkpoint / "checkpoint.pt"
     if not path.is_file():
         raise cli.UserError(f"--checkpoint {args.checkpoint}: no checkpoint.pt there; expected a run of train_lt.py")
     try:
-        model.load_state_dict(runs.load_checkpoint(path, device)["model"])
+        model.load_state_dict(runs.load_checkpoint(path, "cpu")["model"])
     except (KeyError, RuntimeError) as error:
         raise cli.UserError(f"{path}: does not fit the model {trained['model']} of args.json") from error
-    return lambda images: model(images.float() / 127.5 - 1), device
-
-
-def checkpoint_batches(args, data: datasets.LongTailed, places: list[int]):
-    """Batches of (places, probabilities of all classes (n, C) or None, place -> what is wrong), by a checkpoint."""
-    import torch
-    from torchvision.transforms.functional import pil_to_tensor
-
-    import embeddings
-
-    classify, device = checkpoint_classifier(args, data)
-    workers = embeddings.default_workers(device) if args.workers is None else args.workers
-    read = embeddings.read_training_images(data.train, args.data_root)
-    names = [data.train.sources[place] for place in places]
-    for found, images, wrong in embeddings.batches(names, read, pil_to_tensor, args.batch_size, workers, device):
-        if images is None:
-            yield found, None, wrong
-            continue
+    model.to(device).eval()
+    store = batches.build([data.train], device, size, args.workers or 0, "contiguous")
+    done = 0
+    for images in store.evaluation(np.array(places), args.batch_size):
         with torch.inference_mode():
-            yield found, classify(images).float().softmax(1).cpu(), wrong
+            probabilities = model(normalise(images, data.mean, data.std)).float().softmax(1).cpu()
+        yield list(range(done, done + len(images))), probabilities, {}
+        done += len(images)
 
 
 def clip_batches(args, data: datasets.LongTailed, places: list[int]):
@@ -282,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError("--checkpoint and --clip: expected with --rule confidence only")
     if args.clip and any("{}" not in template for template in args.templates):
         raise cli.UserError("--templates: expected texts with {}, where the class name goes")
-    data = datasets.load(args.dataset, args.imb_ratio)
+    data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     picture = args.out.with_suffix(".png")
     missing = []
     if args.rule == "few":

@@ -80,12 +80,6 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "generate_spectrum")
     parser.add_dataset()
     parser.add_argument(
-        "--data-root",
-        type=cli.existing_folder,
-        metavar="FOLDER",
-        help="folder that the sources of hard.csv are relative to, where they are files",
-    )
-    parser.add_argument(
         "--hard", type=cli.existing_file, default=Path("runs/hard.csv"), metavar="FILE", help="table of find_hard.py"
     )
     parser.add_argument(
@@ -212,6 +206,7 @@ def make_plan(args, hard: list[spectrum.Hard], dtype: str, loras: dict[str, Path
     return {
         "dataset": args.dataset,
         "imb_ratio": args.imb_ratio,
+        "data_seed": args.data_seed,
         "sources": len(hard),
         "hard_classes": sorted({row.label for row in hard}),
         "hard_digest": runs.digest_files([args.hard]),
@@ -542,7 +537,9 @@ def main(argv: list[str] | None = None) -> int:
         for units in extra:
             asked |= units
 
-        sources = images.Sources(datasets.load(args.dataset, args.imb_ratio).train, args.data_root)
+        sources = images.Sources(
+            datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed).train, args.data_root
+        )
         sizes, unreadable = {}, {}
         if "source" in (args.size, args.save_size) or args.size == "native":
             sizes, unreadable = read_sizes(list(hard), sources)

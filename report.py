@@ -45,9 +45,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--spectrum", type=cli.existing_folder, metavar="FOLDER", help="a filtered spectrum folder")
     parser.add_argument(
         "--data-root",
-        type=cli.existing_folder,
+        type=cli.existing_path,
         metavar="FOLDER",
-        help="folder that the spectrum's sources are relative to, where they are files",
+        help="folder of the data set that the spectrum was drawn from; digits needs none",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="FOLDER", help="where the report goes")
     return parser
@@ -185,7 +185,7 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
     ][:rows_shown]
     shown.sort(key=lambda source: next(row["label"] for row in rows if row["source"] == source))
     cells = {(row["source"], row["level"]): row for row in rows if row["seed"] == 0}
-    train = datasets.load(plan["dataset"], plan["imb_ratio"]).train
+    train = datasets.load(plan["dataset"], plan["imb_ratio"], data_root, plan["data_seed"]).train
     real = dict(zip(shown, (image for image, _ in datasets.read_sources(shown, train, data_root)), strict=True))
 
     columns = [*plan["levels"], 100]

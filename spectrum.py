@@ -39,7 +39,7 @@ HARD_COLUMNS = ["source", "label", "class_name", "reason", "score"]
 EXTRA_COLUMNS = ["source", "level", "seed", "prompt"]
 SCORE_COLUMNS = ["file_name", "text_score", "image_score", "kept", "reason"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".webp")
-PLAN_KEYS = {"dataset", "imb_ratio", "hard_classes", "levels"}
+PLAN_KEYS = {"dataset", "imb_ratio", "data_seed", "hard_classes", "levels"}
 ROW_FIELDS = {
     "file_name": str,
     "source": str,

@@ -47,16 +47,6 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "train_lt")
     parser.add_dataset()
     parser.add_argument(
-        "--data-root", type=Path, metavar="FOLDER", help="folder (for CIFAR also a zip) of the data set's images"
-    )
-    parser.add_argument(
-        "--data-seed",
-        type=cli.whole(0),
-        default=0,
-        metavar="N",
-        help="which images a data set that is made long-tailed keeps, and which are held out for validation",
-    )
-    parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="run folder (default: runs/DATASET_LOSS_CURRICULUM_seedN)"
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")

@@ -219,9 +219,11 @@ def main(argv: list[str] | None = None) -> int:
             )
     new = sorted(label for label in names if not prompts.get(label, {}).get("prompts"))
     templates = TEMPLATES[args.dataset]
+    # CIFAR's names and others' have underscores for spaces.
+    spoken = {label: name.replace("_", " ") for label, name in names.items()}
 
     def add(label: int, texts: list[str], source: str, **marks) -> None:
-        score_prompt = prompts.get(label, {}).get("score_prompt") or templates[0].replace("{}", names[label])
+        score_prompt = prompts.get(label, {}).get("score_prompt") or templates[0].replace("{}", spoken[label])
         entry = {"class_name": names[label], "score_prompt": score_prompt, "prompts": texts, "source": source}
         prompts[label] = entry | marks
 
@@ -235,13 +237,13 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.source == "template":
         for label in new:
-            add(label, [template.replace("{}", names[label]) for template in templates], "template")
+            add(label, [template.replace("{}", spoken[label]) for template in templates], "template")
     elif args.source == "scenes":
         for label in new:
-            described = scenes.describe(names[label], args.count)
+            described = scenes.describe(spoken[label], args.count)
             add(label, [args.frame.replace("{}", text) for text in described], "scenes")
     elif args.source == "llm" and new:
-        write_by_llm(new, names, args, add_described)
+        write_by_llm(new, spoken, args, add_described)
     elif args.source == "file":
         own = read_own(args.file, names)
         missing = [label for label in new if label not in own]
