@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import random
 import shutil
 import time
@@ -288,8 +289,8 @@ def leave_out_planned(extra: list[dict], plan: dict, prompt_of) -> list[dict]:
     return kept
 
 
-def print_forecast(args, todo: list[Batch]) -> None:
-    """What drawing these batches takes."""
+def print_forecast(args, todo: list[Batch], sizes: dict[str, tuple[int, int]]) -> None:
+    """What drawing these batches takes; `sizes` has the sources' own width and height."""
     count = sum(len(batch.units) for batch in todo)
     steps = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
     by_level = Counter()
@@ -306,6 +307,8 @@ def print_forecast(args, todo: list[Batch]) -> None:
     sample = [path.stat().st_size for path in list(args.out.glob(f"shard-*/*.{args.format}"))[:1000]]
     if isinstance(args.save_size, tuple):
         pixels = count * args.save_size[0] * args.save_size[1]
+    elif args.save_size == "source":
+        pixels = sum(math.prod(sizes[unit.source]) for batch in todo for unit in batch.units)
     gigabytes = (sum(sample) / len(sample) * count if sample else pixels * images.BYTES_PER_PIXEL[args.format]) / 1e9
     place = next(folder for folder in [args.out.resolve(), *args.out.resolve().parents] if folder.exists())
     print(
@@ -569,7 +572,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{known.native}x{known.native}; consider --size {known.native}x{known.native} --save-size source"
             )
         if args.dry_run:
-            print_forecast(args, todo)
+            print_forecast(args, todo, sizes)
             return 0
         job = Job(args, plan, folder, hard, prompt_of, size_of, adapter_of, sizes, images.Reader(sources, unreadable))
         if todo:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL
 
+import cli
 from cli import UserError
 
 spec = importlib.util.spec_from_file_location("submit", ROOT / "slurm/submit.py")
@@ -75,6 +77,19 @@ def test_the_command_line_is_split_at_scripts():
         submit.split_command_line([*TRAIN, "--then", "report.py"])
     with pytest.raises(UserError, match="--slurm-nodelist: expected a value"):
         submit.split_command_line(["--slurm-nodelist", *TRAIN])
+
+
+def documented_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text() + submit.__doc__.replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.strip().startswith("python slurm/submit.py")]
+
+
+@pytest.mark.parametrize("command", documented_commands())
+def test_documented_launcher_commands_parse(command):
+    own, scripts, _ = submit.split_command_line(shlex.split(command)[2:])
+    with cli.paths_unchecked(True):
+        args = submit.build_parser().parse_args(own)
+        assert args.status or [submit.check(words, False) for words in scripts]
 
 
 @pytest.mark.parametrize(
@@ -150,6 +165,20 @@ def test_a_sweep_through_slurm_gives_the_numbers_of_runs_without_it(tmp_path):
     assert "4 completed" in status.stdout, status.stdout
     again = launch(tmp_path, *words)
     assert "nothing to submit" in again.stdout
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_two_tasks_of_a_node_train_one_run_together(tmp_path):
+    words = ["--partition", "cpu", "--cpus-per-task", "1", "--tasks-per-node", "2", *TRAIN, "--out", "together"]
+    done = launch(tmp_path, *words)
+    assert done.returncode == 0, done.stderr
+    [job] = wait_for_jobs(tmp_path / "runs/jobs/train_lt")
+    logs = {path.name: path.read_text() for path in (tmp_path / "runs/jobs/train_lt/logs").glob(f"{job}_*_log.*")}
+    assert (tmp_path / "together/results.json").is_file(), logs
+    # Each batch was divided: both processes ran, and only the first wrote.
+    assert {f"{job}_{task}_log.out" for task in (0, 1)} <= set(logs)
+    assert sum("test accuracy" in log for log in logs.values()) == 1
 
 
 @needs_slurm
