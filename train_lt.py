@@ -521,6 +521,18 @@ def run_folder(args) -> Path:
     return args.out or Path(f"runs/{args.dataset}_{args.loss}_{args.curriculum}_seed{args.seed}")
 
 
+def print_gaps(hard_classes: list[int], synthetic: dict[int, datasets.ImageSet], class_names: list[str]) -> None:
+    """Say which hard classes the filter left without an image at a level, and what training does there."""
+    gaps = [(label, level) for level in sorted(synthetic) for label in hard_classes
+            if label not in synthetic[level].labels]  # fmt: skip
+    if gaps and distributed.rank() == 0:
+        print(
+            f"{len(gaps)} of {len(hard_classes) * len(synthetic)} hard classes and levels have no accepted image, the "
+            f"first {class_names[gaps[0][0]]} at level {gaps[0][1]}: there a class has its real images alone; "
+            "filter_clipscore.py --min-per-class-level plans more of them"
+        )
+
+
 def stage_of(args, epoch: int, levels: list[int], progress: dict[int, float] | None = None) -> list[int]:
     """The levels of an epoch."""
     return curricula.epoch_levels(
@@ -560,6 +572,7 @@ def main(argv: list[str] | None = None) -> int:
         stage_of(args, 0, levels)
         synthetic = datasets.load_spectrum(args.spectrum, levels, data)
         inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
+        print_gaps(hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:
         inputs["init_checkpoint"] = runs.digest_files([args.init_checkpoint])
     main_process = distributed.rank() == 0

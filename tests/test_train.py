@@ -218,6 +218,22 @@ def test_a_level_without_an_accepted_image_is_named(road, tmp_path):
         train_lt.main(["--spectrum", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *SHORT, "--curriculum", "d2s"])
 
 
+def test_a_class_without_an_accepted_image_at_a_level_is_named(road, tmp_path, capsys):
+    shutil.copytree(road.spectrum, tmp_path / "s")
+    rows = {row["file_name"]: row for row in spectrum.read_rows(tmp_path / "s")}
+    scores = spectrum.read_scores(tmp_path / "s/scores.csv")
+    spectrum.write_scores(
+        tmp_path / "s/scores.csv",
+        (
+            {"file_name": name, **score, "kept": int((rows[name]["label"], rows[name]["level"]) != (9, 50))}
+            for name, score in scores.items()
+        ),
+    )
+    train_lt.main(["--spectrum", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *SHORT, "--curriculum", "d2s"])
+    said = capsys.readouterr().out
+    assert "1 of 21 hard classes and levels have no accepted image, the first nine at level 50" in said
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
