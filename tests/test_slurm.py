@@ -209,7 +209,7 @@ def test_a_generation_array_killed_and_requeued_draws_the_images_of_a_run_withou
         time.sleep(0.2)
     subprocess.run(["scancel", "--signal=USR2", first], check=False)  # what a preemption sends
     wait_for_jobs(folder)
-    assert any("Caught signal SIGUSR2" in log.read_text() for log in (folder / "logs").glob(f"{first}_*"))
+    assert any("Caught signal SIGUSR2" in log.read_text() for log in (folder / "logs").glob(f"{first}_*log.*"))
     import spectrum
 
     expected = {row["file_name"].split("/")[1]: row for row in spectrum.read_rows(road.spectrum, decode=True)}

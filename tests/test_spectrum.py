@@ -163,7 +163,7 @@ def test_a_folder_without_a_plan_is_no_spectrum(tmp_path):
     with pytest.raises(UserError, match="plan.json: not valid JSON"):
         spectrum.read_plan(tmp_path)
     write(tmp_path / "plan.json", '{"levels": [0]}')
-    with pytest.raises(UserError, match="plan.json: lacks dataset, hard_classes, imb_ratio"):
+    with pytest.raises(UserError, match="plan.json: lacks data_seed, dataset, hard_classes, imb_ratio"):
         spectrum.read_plan(tmp_path)
 
 
@@ -171,7 +171,7 @@ def test_tables_are_written_whole_and_leave_nothing_beside_them(tmp_path):
     rows = [{"source": "a", "label": 1, "class_name": "one", "reason": "few", "score": 2}]
     spectrum.write_hard(tmp_path / "deep/hard.csv", rows)
     assert (tmp_path / "deep/hard.csv").read_text() == HARD_HEADER + "a,1,one,few,2\n"
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError):
         spectrum.write_hard(tmp_path / "deep/hard.csv", [rows[0], {"source": "b"}])
     assert (tmp_path / "deep/hard.csv").read_text() == HARD_HEADER + "a,1,one,few,2\n"
 
