@@ -323,6 +323,12 @@ def add_extra(folder: Path, path: Path, known: Collection[str]) -> None:
     beside.unlink()
 
 
+def _read_unit(path: Path, number: int, row: dict[str, str]) -> Unit:
+    if not row["level"].isdecimal() or int(row["level"]) > 99 or not row["seed"].isdecimal():
+        raise UserError(f"{path} row {number}: expected a level from 0 to 99 and a seed of 0 or more, whole numbers")
+    return Unit(row["source"], int(row["level"]), int(row["seed"]))
+
+
 def read_extra(paths: Iterable[Path], known: Collection[str]) -> list[dict[Unit, str]]:
     """Further work units, with the columns EXTRA_COLUMNS: a dictionary for each file.
 
@@ -341,9 +347,7 @@ def read_extra(paths: Iterable[Path], known: Collection[str]) -> list[dict[Unit,
         for number, row in _read_csv(path, EXTRA_COLUMNS[:3]):
             if row["source"] not in known:
                 raise UserError(f"{path} row {number}: source {row['source']!r}: expected one of hard.csv")
-            if not row["level"].isdecimal() or int(row["level"]) > 99 or not row["seed"].isdecimal():
-                raise UserError(f"{path} row {number}: expected a level from 0 to 99 and a seed of 0 or more")
-            unit, prompt = Unit(row["source"], int(row["level"]), int(row["seed"])), row.get("prompt", "")
+            unit, prompt = _read_unit(path, number, row), row.get("prompt", "")
             if unit not in before:
                 before[unit] = extra[-1][unit] = prompt
             elif before[unit] != prompt:
@@ -504,9 +508,7 @@ def read_top_up(path: Path) -> list[tuple[Unit, str]]:
     """
     asked: dict[Unit, str] = {}
     for number, row in _read_csv(path, EXTRA_COLUMNS):
-        if not row["level"].isdecimal() or int(row["level"]) > 99 or not row["seed"].isdecimal():
-            raise UserError(f"{path} row {number}: expected a level from 0 to 99 and a seed, whole numbers")
-        unit = Unit(row["source"], int(row["level"]), int(row["seed"]))
+        unit = _read_unit(path, number, row)
         if unit in asked:
             raise UserError(f"{path} row {number}: the same image is asked for above; expected each once")
         asked[unit] = row["prompt"]
