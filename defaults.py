@@ -34,16 +34,19 @@ LARGE = {
     "memory_format": "channels_last",
 }
 
-# The paper's generator, guidance and filter. Small images are drawn at the size that the generator was made for.
+# The paper's filter; generate_spectrum.py --score takes it too.
+CLIP_FILTER = {"clip": "ViT-B-32:openai", "threshold": 0.3}
+TINY_FILTER = {"clip": str(ASSETS / "tiny_clip"), "threshold": 0.3}
+# The paper's generator and guidance. Small images are drawn at the size that the generator was made for.
 REFINER = {
     "generator": "stabilityai/stable-diffusion-xl-refiner-1.0",
     "levels": [0, 10, 30, 50],
     "seeds": 8,
     "steps": 50,
     "text_guidance": 10.0,
+    **CLIP_FILTER,
 }
 CIFAR_REFINER = REFINER | {"levels": [50, 70, 90], "size": (512, 512), "save_size": "source"}
-CLIP_FILTER = {"clip": "ViT-B-32:openai", "threshold": 0.3}
 
 # data set -> "data" (the flags that all scripts share) or the script -> flag -> value
 DEFAULTS: dict[str, dict[str, dict]] = {
@@ -55,8 +58,9 @@ DEFAULTS: dict[str, dict[str, dict]] = {
             "seeds": 4,
             "steps": 20,
             "text_guidance": 3.0,
+            **TINY_FILTER,
         },
-        "filter_clipscore": {"clip": str(ASSETS / "tiny_clip"), "threshold": 0.3},
+        "filter_clipscore": TINY_FILTER,
         "train_lt": {
             "model": "resnet8",
             "epochs": 60,

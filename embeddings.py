@@ -5,8 +5,10 @@ torch is imported at the top: scripts import this module where they embed.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ from models import load_clip, pick_device
 # What yields, for each name, its RGB image, or a line that says why there is none.
 Reader = Callable[[list[str]], Iterator[Image.Image | str]]
 MOST_WORKERS = 16
+# Embeddings of sources that a Scorer keeps, 8 MB of them: twice as many as a spectrum's work list draws from at a time.
+KEPT_SOURCES = 4096
 
 
 def read_files(folder: Path) -> Reader:
@@ -131,11 +135,12 @@ class Clip:
             Places in `names` (n), float32 (n, D), and, for images that cannot be read, place -> what is wrong.
         """
         for places, pixels, wrong in batches(names, read, self.preprocess, self.batch_size, self.workers, self.device):
-            vectors = torch.empty(0, 0)
-            if pixels is not None:
-                with torch.inference_mode(), autocast(self.device):
-                    vectors = F.normalize(self.model.encode_image(pixels).float(), dim=-1).cpu()
-            yield places, vectors, wrong
+            yield places, torch.empty(0, 0) if pixels is None else self.vectors(pixels), wrong
+
+    def vectors(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Embeddings float32 (n, D) of images as `preprocess` makes them, (n, 3, H, W) on the device."""
+        with torch.inference_mode(), autocast(self.device):
+            return F.normalize(self.model.encode_image(pixels).float(), dim=-1).cpu()
 
     def all_images(self, names: list[str], read: Reader, what: str) -> tuple[torch.Tensor, dict[int, str]]:
         """Embeddings of all images at once, under a progress bar called `what`.
@@ -151,6 +156,51 @@ class Clip:
                     gathered[places] = vectors
                 bar.update(len(places) + len(errors))
         return gathered, wrong
+
+
+class Scorer:
+    """CLIPScores of images in memory, the same ones that filter_clipscore.py gives their files.
+
+    Args:
+        clip: what embeds.
+        score_prompts: the text that the images of a class are scored against, by class index.
+
+    Raises:
+        UserError: the CLIP gives a text no finite embedding.
+    """
+
+    def __init__(self, clip: Clip, score_prompts: dict[int, str]):
+        self.clip = clip
+        self.texts = dict(zip(score_prompts, clip.texts(list(score_prompts.values())), strict=True))
+        if not all(vector.isfinite().all() for vector in self.texts.values()):
+            raise UserError("--clip: gives a text an embedding that is not finite; expected another checkpoint")
+        self.sources: dict[str, torch.Tensor] = {}
+        self.pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+
+    def missing(self, sources: Collection[str]) -> list[str]:
+        """Those of the sources whose embedding is not there, each once."""
+        return [source for source in dict.fromkeys(sources) if source not in self.sources]
+
+    def add_sources(self, prepared: dict[str, torch.Tensor]) -> None:
+        """Embed sources, each as the CLIP's `preprocess` makes it, float (3, H, W); of many the oldest are dropped."""
+        if prepared:
+            vectors = self.clip.vectors(torch.stack(list(prepared.values())).to(self.clip.device))
+            self.sources |= dict(zip(prepared, vectors, strict=True))
+            for source in list(self.sources)[: max(0, len(self.sources) - max(KEPT_SOURCES, len(prepared)))]:
+                del self.sources[source]
+
+    def score(
+        self, images: list[Image.Image], labels: list[int], sources: list[str]
+    ) -> tuple[list[float], list[float]]:
+        """Text and image score of each image, cosines in [-1, 1] to six digits; -inf where one is not finite."""
+        pixels = torch.stack(list(self.pool.map(self.clip.preprocess, images))).to(self.clip.device)
+        vectors = self.clip.vectors(pixels)
+        to_text = (vectors * torch.stack([self.texts[label] for label in labels])).sum(1)
+        to_source = (vectors * torch.stack([self.sources[source] for source in sources])).sum(1)
+        return tuple(
+            [round(value, 6) if math.isfinite(value) else -math.inf for value in scores.tolist()]
+            for scores in (to_text, to_source)
+        )
 
 
 def autocast(device: str):

@@ -11,7 +11,8 @@ Writes: SPECTRUM/scores.csv (file_name, text_score, image_score, kept, reason), 
         top_up.csv, the images that generate_spectrum.py --plan draws next (source, level, seed, prompt)
         with --distance: distance.csv and distance.png (how far each level is from the real images)
 
-Images scored before by the same CLIP are not scored again, so another threshold takes no time. Killed at any moment,
+Images scored before by the same CLIP, here or by generate_spectrum.py --score, are not scored again, so another
+threshold takes no time. Killed at any moment,
 the same command goes on where it was.
 
     python filter_clipscore.py --spectrum runs/spectrum --prompts runs/prompts.json
@@ -476,6 +477,13 @@ def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict
     }
 
 
+def same_scorer(plan: dict, made_by: dict, prompts: Path) -> bool:
+    """Whether the scores that generate_spectrum.py --score took are those that would be taken here."""
+    score = plan.get("score") or {}
+    same_clip = all(score.get(name) == made_by[name] for name in ("clip", "clip_digest"))
+    return same_clip and plan.get("prompts_digest") == runs.digest_files([prompts])
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     plan = spectrum.read_plan(args.spectrum)
@@ -489,15 +497,18 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError(f"{args.spectrum}: holds no image; run generate_spectrum.py")
     names = {row["label"]: row["class_name"] for row in rows}
     prompts = spectrum.read_prompts(args.prompts, names)
-    folder = Path(args.clip)
-    made_by = {
-        "clip": folder.name if folder.is_dir() else args.clip,
-        "clip_digest": runs.digest_files(sorted(folder.glob("*"))) if folder.is_dir() else "",
-        "score_prompts": {str(label): prompts[label]["score_prompt"] for label in sorted(names)},
-    }
+    made_by = spectrum.describe_clip(args.clip)
+    made_by["score_prompts"] = {str(label): prompts[label]["score_prompt"] for label in sorted(names)}
     path, note_path = args.spectrum / "scores.csv", args.spectrum / "scores.json"
     note = runs.read_json(note_path) if note_path.exists() else {}
     scores = read_scored(path, note, made_by, rows)
+    scored = len(scores)
+    if same_scorer(plan, made_by, args.prompts):
+        for row in rows:
+            if row["file_name"] not in scores and "text_score" in row:
+                pair = {name: row[name] for name in spectrum.SCORED_FIELDS}
+                scores[row["file_name"]] = pair | {"kept": False, "reason": ""}
+    scored = len(scores) - scored
     there = {
         f"{shard.name}/{file.name}" for shard in args.spectrum.glob("shard-*") for file in os.scandir(shard)
     }  # one listing a folder: asking for each of 200,000 files takes minutes on a network disk
@@ -544,7 +555,10 @@ def main(argv: list[str] | None = None) -> int:
         else f"as the best {args.keep_share:.1%} of each {args.share_of}".replace("each all", "all")
     )
     total = sum(kept.values())
-    print(f"{path}: {total} of {len(rows)} images kept ({total / len(rows):.1%}) {by}, {len(new)} newly scored")
+    print(
+        f"{path}: {total} of {len(rows)} images kept ({total / len(rows):.1%}) {by}, {len(new)} newly scored"
+        f"{f', {scored} scored when they were drawn' if scored else ''}"
+    )
     if line := paper_line(args.dataset, args.imb_ratio, len(rows), total):
         print(line)
     if args.min_per_class_level is not None:

@@ -14,6 +14,10 @@ Several processes share the work by --shard 0/4 to --shard 3/4; what one has dra
 begun with four shards may be finished with sixteen. --plan takes further images into the plan, for good: a CSV file
 with the columns source,level,seed,prompt, whose prompt may be empty (then one of the class's, as everywhere).
 
+With --score, CLIPScore is taken of the images while they are still in memory, as filter_clipscore.py would take it of
+their files, which then reads no image again. An image under the threshold is drawn again, with another prompt of its
+class and other noise, up to --max-redraws times, and the best is kept (DisCL).
+
 Sources are drawn at their own size unless --size says otherwise, each side rounded to the nearest multiple of what the
 generator's autoencoder divides by (8 for all published ones: 480x270 becomes 480x272), and saved as drawn unless
 --save-size says otherwise. Small images want --size 512x512 --save-size source: generators are poor at small sizes.
@@ -35,6 +39,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image
 
 import cli
 import datasets
@@ -160,6 +166,27 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--format", choices=list(images.SAVE_OPTIONS), default="png", help="of the files; jpg and webp at quality 95"
     )
+    group = parser.add_argument_group("score while drawing")
+    group.add_argument(
+        "--score",
+        action="store_true",
+        help="take the CLIPScore of each image, and draw those under the threshold again; the best of each is kept",
+    )
+    group.add_argument(
+        "--clip",
+        metavar="NAME",
+        help="for --score: open_clip model, ARCHITECTURE:TAG, ARCHITECTURE:FILE, hf-hub:NAME or folder",
+    )
+    group.add_argument(
+        "--threshold", type=cli.number(-1, 1), metavar="COSINE", help="for --score: text scores from here up are enough"
+    )
+    group.add_argument(
+        "--max-redraws",
+        type=cli.whole(0),
+        default=5,
+        metavar="N",
+        help="for --score: how often an image is drawn again, each time with another prompt of its class",
+    )
     group = parser.add_argument_group("how")
     group.add_argument(
         "--batch-size",
@@ -198,6 +225,10 @@ def build_parser() -> cli.Parser:
 
 def make_plan(args, hard: list[spectrum.Hard], dtype: str, loras: dict[str, Path]) -> dict:
     """Everything that determines the images."""
+    score = None
+    if args.score:
+        rule = {"threshold": args.threshold, "max_redraws": args.max_redraws}
+        score = spectrum.describe_clip(args.clip) | rule
     local = Path(args.generator)
     if local.is_dir():  # a folder may move or be trained again: its content is what counts
         files = sorted(path for path in local.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
@@ -225,12 +256,23 @@ def make_plan(args, hard: list[spectrum.Hard], dtype: str, loras: dict[str, Path
         "size": args.size if isinstance(args.size, str) else list(args.size),
         "save_size": list(args.save_size) if isinstance(args.save_size, tuple) else args.save_size,
         "format": args.format,
+        "score": score,
     }
 
 
-def choose_prompt(unit: spectrum.Unit, texts: list[str]) -> str:
-    """The prompt of a unit, by its digest."""
-    return random.Random(unit.noise_seed()).choice(texts)
+def choose_prompt(unit: spectrum.Unit, texts: list[str], another: int = 0) -> str:
+    """The prompt of a unit, by its digest.
+
+    Args:
+        another: from 1 up, the others one after another instead, and then from the first of them again.
+    """
+    rng = random.Random(unit.noise_seed())
+    first = rng.choice(texts)
+    others = [text for text in texts if text != first]
+    if not another or not others:
+        return first
+    rng.shuffle(others)
+    return others[(another - 1) % len(others)]
 
 
 def read_sizes(names: list[str], sources: images.Sources) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
@@ -315,6 +357,8 @@ def print_forecast(args, todo: list[Batch], sizes: dict[str, tuple[int, int]]) -
         f"  {count} images, {len(todo)} batches, {steps} denoising steps: {hours}; about {gigabytes:.3g} GB of "
         f"{shutil.disk_usage(place).free / 1e9:.4g} GB free"
     )
+    if args.score:
+        print(f"  besides: images under --threshold {args.threshold:g} are drawn up to {args.max_redraws} times again")
 
 
 class Job:
@@ -325,17 +369,21 @@ class Job:
         plan: what determines the images.
         folder: the shard's folder.
         hard: hard images by source.
-        prompt_of: the prompt of a unit.
+        prompt_of: the prompt of a unit at a redraw, 0 for its first drawing.
         size_of: width and height at which a source is drawn.
         adapter_of: name of the LoRA adapter that a source is drawn with, None where all have the same.
         sizes: the sources' own width and height, where they matter.
         reader: reads the sources; it may know of some already that they cannot be read.
+        scorer: an embeddings.Scorer with --score, else None.
     """
 
-    def __init__(self, args, plan: dict, folder: Path, hard: dict, prompt_of, size_of, adapter_of, sizes, reader):
+    def __init__(
+        self, args, plan: dict, folder: Path, hard: dict, prompt_of, size_of, adapter_of, sizes, reader, scorer
+    ):
         self.args, self.plan, self.folder, self.hard, self.sizes = args, plan, folder, hard, sizes
         self.prompt_of, self.size_of, self.adapter_of, self.reader = prompt_of, size_of, adapter_of, reader
-        self.saved = self.redraws = 0
+        self.scorer = scorer
+        self.saved = self.redraws = self.reached = 0
         self.failed: list[spectrum.Unit] = []
 
     def draw(self, pipe, todo: list[Batch], done: set[spectrum.Unit], stop: runs.StopSignals) -> None:
@@ -350,7 +398,7 @@ class Job:
         total = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
         began = time.monotonic()
         with images.ImageWriter(self.folder) as writer, cli.progress(total, "drawing", "step") as bar:
-            for redraw in range(MAX_REDRAWS + 1):
+            for redraw in range(1 if self.scorer else MAX_REDRAWS + 1):
                 for batch, following in itertools.zip_longest(todo, todo[1:]):
                     if stop.received:
                         break
@@ -361,7 +409,6 @@ class Job:
                 self.stop_if_broken(writer)
                 units = [spectrum.Unit(row["source"], row["level"], row["seed"]) for row in writer.rejected]
                 writer.rejected.clear()
-                self.redraws += len(units)
                 todo = worklist.make_batches(units, self.size_of, args.batch_size, self.adapter_of)
                 if stop.received or not todo:
                     break
@@ -374,30 +421,87 @@ class Job:
 
     def draw_batch(self, batch: Batch, following: Batch | None, redraw: int, done: set, writer) -> None:
         """Draw a batch, while the sources of the following one are being read."""
+        found = self.read_sources(batch)
+        if following:
+            self.reader.begin(self.missing_sources(following), following.size)
+        batch = batch._replace(units=[unit for unit in batch.units if unit.source not in self.reader.unreadable])
+        if done.issuperset(batch.units):
+            return
+        if self.scorer:
+            pixels, good, arrived, rows = self.draw_best(batch)
+        else:
+            pixels, good, arrived = self.draw_once(batch, redraw, found)
+            rows = [self.row(unit, redraw, batch.size) for unit in batch.units]
+        todo = [None if unit in done else row for unit, row in zip(batch.units, rows, strict=True)]
+        if self.scorer:
+            self.reached += sum(row is not None and row["text_score"] >= self.args.threshold for row in todo)
+        writer.put(pixels, good, arrived, todo)
+
+    def missing_sources(self, batch: Batch) -> list[str]:
+        """The sources of a batch whose images are needed: by the generator, or by the scorer."""
+        wanted = self.generator.missing_sources(batch)
+        if self.scorer:
+            wanted = list(dict.fromkeys(wanted + self.scorer.missing(unit.source for unit in batch.units)))
+        return wanted
+
+    def read_sources(self, batch: Batch) -> dict:
+        """The images of a batch's sources that are needed, but for the unreadable ones. The scorer gets its own."""
+        found = self.reader.finish(self.missing_sources(batch), batch.size)
+        if self.scorer:
+            self.scorer.add_sources(self.reader.prepared)
+            self.reader.prepared.clear()
+        return found
+
+    def draw_once(self, batch: Batch, redraw: int, found: dict) -> tuple:
+        """Draw a batch: what generators.to_host gives of it."""
         from torch import OutOfMemoryError
 
         from generators import to_host
 
-        found = self.reader.finish(self.generator.missing_sources(batch), batch.size)
-        if following:
-            self.reader.begin(self.generator.missing_sources(following), following.size)
-        batch = batch._replace(units=[unit for unit in batch.units if unit.source not in self.reader.unreadable])
-        if done.issuperset(batch.units):
-            return
-        texts = [self.prompt_of(unit) for unit in batch.units]
+        texts = [self.prompt_of(unit, redraw if self.scorer else 0) for unit in batch.units]
         pad_to = self.args.batch_size if self.args.compile else 0
+        self.redraws += len(batch.units) if redraw else 0
         try:
-            drawn = self.generator.draw(batch, redraw, texts, found, pad_to)
+            return to_host(self.generator.draw(batch, redraw, texts, found, pad_to))
         except OutOfMemoryError:
             raise cli.UserError(
                 f"--batch-size {self.args.batch_size}: batches of {batch.size[0]}x{batch.size[1]} do not fit into the "
                 "memory of this device; expected a smaller one"
             ) from None
-        rows = [
-            None if unit in done else self.row(unit, text, redraw, batch.size)
-            for unit, text in zip(batch.units, texts, strict=True)
-        ]
-        writer.put(*to_host(drawn), rows)
+
+    def draw_best(self, batch: Batch) -> tuple:
+        """Draw a batch, and those of its images that are under the threshold again and again; the best of each (DisCL).
+
+        The redraws of a batch follow from its own images alone, so that neither a kill nor the number of shards changes
+        them.
+
+        Returns:
+            As `generators.to_host`, and the images' rows.
+        """
+        import torch
+
+        args, waiting = self.args, list(range(len(batch.units)))
+        best: list[tuple] = [(-math.inf,)] * len(waiting)
+        for redraw in range(args.max_redraws + 1):
+            some = batch._replace(units=[batch.units[place] for place in waiting])
+            pixels, good, arrived = self.draw_once(some, redraw, self.read_sources(some))
+            arrived()
+            rows = [self.row(unit, redraw, batch.size) for unit in some.units]
+            pictures = [
+                images.resize(Image.fromarray(one.numpy()), (row["width"], row["height"]))
+                for one, row in zip(pixels, rows, strict=True)
+            ]
+            scores = self.scorer.score(pictures, [row["label"] for row in rows], [unit.source for unit in some.units])
+            for place, one, fine, row, text, image in zip(waiting, pixels, good.tolist(), rows, *scores, strict=True):
+                fine = fine and math.isfinite(text + image)
+                score = text if fine else -math.inf
+                if redraw == 0 or score > best[place][0]:
+                    best[place] = score, one, fine, row | {"text_score": text, "image_score": image}
+            waiting = [place for place in waiting if best[place][0] < args.threshold]
+            if not waiting:
+                break
+        _, pixels, good, rows = zip(*best, strict=True)
+        return torch.stack(pixels), torch.tensor(good), arrived, list(rows)
 
     def stop_if_broken(self, writer: images.ImageWriter) -> None:
         """Raise UserError where most of what was drawn is not good, before a day is spent on it."""
@@ -408,8 +512,8 @@ class Job:
                 f"work in {self.plan['dtype']}; expected another --dtype or --generator"
             )
 
-    def row(self, unit: spectrum.Unit, prompt: str, redraw: int, drawn: tuple[int, int]) -> dict:
-        """The row of an image in metadata.jsonl."""
+    def row(self, unit: spectrum.Unit, redraw: int, drawn: tuple[int, int]) -> dict:
+        """The row of an image in metadata.jsonl, but for its scores."""
         args, source = self.args, self.hard[unit.source]
         width, height = {None: drawn, "source": self.sizes.get(unit.source)}.get(args.save_size, args.save_size)
         return {
@@ -421,7 +525,7 @@ class Job:
             "level": unit.level,
             "seed": unit.seed,
             "redraws": redraw,
-            "prompt": prompt,
+            "prompt": self.prompt_of(unit, redraw if self.scorer else 0),
             "text_guidance": args.text_guidance,
             "steps": steps_at(unit.level, args.steps),
             "start_timestep": self.generator.start_timestep(unit.level),
@@ -438,10 +542,12 @@ class Job:
             {"source": name, "level": None, "seed": None, "reason": why}
             for name, why in sorted(self.reader.unreadable.items())
         ]
-        failures += [unit._asdict() | {"reason": f"blank or not finite, {MAX_REDRAWS} redraws"} for unit in self.failed]
+        redraws = self.args.max_redraws if self.scorer else MAX_REDRAWS
+        failures += [unit._asdict() | {"reason": f"blank or not finite, {redraws} redraws"} for unit in self.failed]
         path = self.folder / "failures.jsonl"
         path.unlink(missing_ok=True)
-        print(f"{self.args.out}: {self.saved} images drawn, {self.redraws} redraws")
+        reached = f", {self.reached} of them with a CLIPScore of {self.args.threshold:g} or more" if self.scorer else ""
+        print(f"{self.args.out}: {self.saved} images drawn, {self.redraws} redraws{reached}")
         if not failures:
             return 0
         runs.write_text(path, "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures))
@@ -449,7 +555,7 @@ class Job:
             print(f"{len(self.reader.unreadable)} sources cannot be read, the first: {failures[0]['reason']}")
         if self.failed:
             print(
-                f"{len(self.failed)} images stayed blank or not finite after {MAX_REDRAWS} redraws, the first "
+                f"{len(self.failed)} images stayed blank or not finite after {redraws} redraws, the first "
                 f"{self.failed[0].source} at level {self.failed[0].level}"
             )
         print(f"{path}: all that could not be drawn")
@@ -466,6 +572,15 @@ def find_loras(args, hard: list[spectrum.Hard]) -> dict[str, Path]:
 
     labels = sorted({row.label for row in hard}) if args.lora_by_class else None
     return models.find_loras(args.lora or args.lora_by_class, labels)
+
+
+def build_scorer(args, prompts: dict[int, dict], hard: dict[str, spectrum.Hard]):
+    """The CLIP that --score names, and the texts of the hard classes."""
+    import embeddings
+
+    clip = embeddings.Clip(args.clip, args.device, args.batch_size, workers=0)
+    labels = sorted({row.label for row in hard.values()})
+    return embeddings.Scorer(clip, {label: prompts[label]["score_prompt"] for label in labels})
 
 
 def finished(args) -> bool:
@@ -532,8 +647,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run and args.plan:
             paths.append(args.plan)
 
-        def prompt_of(unit: spectrum.Unit) -> str:
-            return asked.get(unit) or choose_prompt(unit, prompts[hard[unit.source].label]["prompts"])
+        def prompt_of(unit: spectrum.Unit, redraw: int = 0) -> str:
+            return asked.get(unit) or choose_prompt(unit, prompts[hard[unit.source].label]["prompts"], redraw)
 
         asked: dict[spectrum.Unit, str] = {}
         extra = leave_out_planned(spectrum.read_extra(paths, hard), plan, prompt_of)
@@ -574,7 +689,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             print_forecast(args, todo, sizes)
             return 0
-        job = Job(args, plan, folder, hard, prompt_of, size_of, adapter_of, sizes, images.Reader(sources, unreadable))
+        scorer = build_scorer(args, prompts, hard) if args.score and todo else None
+        reader = images.Reader(sources, unreadable, scorer.clip.preprocess if scorer else None)
+        job = Job(args, plan, folder, hard, prompt_of, size_of, adapter_of, sizes, reader, scorer)
         if todo:
             pipe = models.load_generator(args.generator, device, args.revision, args.dtype, args.scheduler)
             if loras:

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -91,14 +92,20 @@ class Sources:
 class Reader:
     """Reads the sources of a batch in the background, at the size at which they are drawn.
 
+    Args:
+        prepare: what else to make of each source at its own size, if anything.
+
     Attributes:
         sha256: of each source that was read.
+        prepared: what `prepare` made of the sources that `finish` gave, until it is taken away.
         unreadable: why, for each source that could not be read.
     """
 
-    def __init__(self, sources: Sources, unreadable: dict[str, str]):
+    def __init__(self, sources: Sources, unreadable: dict[str, str], prepare: Callable | None = None):
         self.sources, self.unreadable, self.pool = sources, dict(unreadable), ThreadPoolExecutor(4)
+        self.prepare = prepare
         self.sha256: dict[str, str] = {}
+        self.prepared: dict = {}
         self.begun: dict[tuple, object] = {}
 
     def begin(self, names: list[str], size: tuple[int, int]) -> None:
@@ -113,27 +120,33 @@ class Reader:
         found = {}
         for name in names:
             if name not in self.unreadable:
-                image, self.sha256[name] = self.begun.pop((name, size)).result()
+                image, about, prepared = self.begun.pop((name, size)).result()
                 if image is None:
-                    self.unreadable[name] = self.sha256.pop(name)
+                    self.unreadable[name] = about
                 else:
-                    found[name] = image
+                    found[name], self.sha256[name] = image, about
+                    if self.prepare:
+                        self.prepared[name] = prepared
         return found
 
     def _read(self, name: str, size: tuple[int, int]) -> tuple:
+        """The image, its sha256, and what `prepare` makes of it; None, why not, and None where it cannot be read."""
         try:
             image, sha256 = self.sources.read(name)
         except UserError as error:
-            return None, str(error)
-        resample = Image.Resampling.LANCZOS
-        return (image if image.size == size else image.resize(size, resample)), sha256
+            return None, str(error), None
+        return resize(image, size), sha256, self.prepare(image) if self.prepare else None
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image at this width and height, by the Lanczos filter; itself where it has them."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def save_image(pixels: np.ndarray, path: Path, size: tuple[int, int] | None = None) -> None:
     """Save pixels, uint8 (H, W, 3), under their final name, whole or not at all, resized to width and height `size`."""
     image = Image.fromarray(pixels)
-    if size is not None and size != image.size:
-        image = image.resize(size, Image.Resampling.LANCZOS)
+    image = image if size is None else resize(image, size)
     beside = path.with_name(f".{path.name}.tmp")
     try:
         image.save(beside, **SAVE_OPTIONS[path.suffix[1:]])

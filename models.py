@@ -234,9 +234,11 @@ def load_generator(
         UserError: nothing of that name can be loaded.
     """
     import diffusers
+    import transformers
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     check_generator(name_or_path)
     # Whether a pipeline knows these two depends on its class; from_pretrained warns of what it does not know, once.
     options = {"add_watermarker": False, "safety_checker": None, "requires_safety_checker": False}

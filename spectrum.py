@@ -31,7 +31,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from cli import UserError
-from runs import digest_int, read_json
+from runs import digest_files, digest_int, read_json
 
 SHORT_COLUMNS = ["label", "class_name", "level", "made", "kept", "short"]
 DISTANCE_COLUMNS = ["level", "images", "count", "real_count", "mmd", "frechet", "frechet_floor"]
@@ -59,6 +59,7 @@ ROW_FIELDS = {
     "revision": str,
     "scheduler": str,
 }
+SCORED_FIELDS = {"text_score": float, "image_score": float}  # what a spectrum drawn with --score has besides
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,20 @@ def read_plan(folder: Path) -> dict:
     if missing:
         raise UserError(f"{folder / 'plan.json'}: lacks {', '.join(sorted(missing))}; expected a plan of this version")
     return plan
+
+
+def describe_clip(name: str) -> dict[str, str]:
+    """What tells one CLIP's scores from another's: `clip`, its name, and `clip_digest`, of the files of a folder.
+
+    A folder may move or be trained again: its content counts, not its place.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return {"clip": name, "clip_digest": ""}
+    return {
+        "clip": folder.name,
+        "clip_digest": digest_files(sorted(path for path in folder.glob("*") if path.is_file())),
+    }
 
 
 def read_rows(folder: Path, decode: bool = False) -> list[dict]:
@@ -369,14 +384,18 @@ def check(folder: Path) -> tuple[int, list[str]]:
         UserError: the folder is no spectrum.
     """
     plan, wrong = read_plan(folder), []
+    fields = ROW_FIELDS | (SCORED_FIELDS if plan.get("score") else {})
     rows: dict[str, dict] = {}
     units: dict[Unit, str] = {}
     for path, number, row in _read_lines(folder):
         if row is None or not (folder / row["file_name"]).is_file():
             continue
         name = row["file_name"]
-        bad = [
-            f"{field} is {row.get(field)!r}" for field, kind in ROW_FIELDS.items() if type(row.get(field)) is not kind
+        bad = [f"{field} is {row.get(field)!r}" for field, kind in fields.items() if type(row.get(field)) is not kind]
+        bad += [
+            f"{field} is {row[field]}, no cosine"
+            for field in fields.keys() & SCORED_FIELDS
+            if not bad and not -1.001 <= row[field] <= 1.001
         ]
         if bad:
             wrong.append(f"{path} row {number}: {', '.join(bad)}")
@@ -444,8 +463,9 @@ def _without_garbage_collection():
 def read_made(folder: Path) -> list[dict]:
     """What CLIPScore filtering needs of every row of all shards, also of those whose image is gone.
 
-    Each has `file_name` (relative to `folder`), `source`, `label`, `class_name`, `level`, `seed` and `prompt`. A file
-    with two rows counts once, as in `read_rows`; a line that a kill left unfinished is no row.
+    Each has `file_name` (relative to `folder`), `source`, `label`, `class_name`, `level`, `seed` and `prompt`; one that
+    was scored when it was drawn has `text_score` and `image_score` too. A file with two rows counts once, as in
+    `read_rows`; a line that a kill left unfinished is no row.
 
     Raises:
         UserError: a row lacks one of these, or two rows of one file disagree on them.
@@ -487,12 +507,20 @@ def read_made(folder: Path) -> list[dict]:
                     "seed": seed,
                     "prompt": sys.intern(prompt),
                 }
+                if "text_score" in row:
+                    made[name] |= {field: _score(shard, number, row, field) for field in SCORED_FIELDS}
             elif any(first[field] != row[field] for field in ("source", "label", "level", "seed")):
                 raise UserError(
                     f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level or "
                     "seed; expected one row a file"
                 )
     return list(made.values())
+
+
+def _score(path: Path, number: int, row: dict, field: str) -> float:
+    if type(row.get(field)) is not float or not math.isfinite(row[field]):
+        raise UserError(f"{path} row {number}: {field} is {row.get(field)!r}; expected a number")
+    return row[field]
 
 
 def write_top_up(path: Path, rows: Iterable[dict]) -> None:
