@@ -37,6 +37,7 @@ import optimization
 import road
 import runs
 import spectrum
+import tables
 
 DEFAULT_SPECTRUM = Path("runs/spectrum")
 DRAWN = ("cifar10_lt", "cifar100_lt", "imagefolder")  # data sets that --imb-ratio draws a part of
@@ -47,7 +48,10 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "train_lt")
     parser.add_dataset()
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="run folder (default: runs/DATASET_LOSS_CURRICULUM_seedN)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="run folder (default: runs/DATASET_LOSS_CURRICULUM_seedN, with what differs from the data set's defaults)",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
     parser.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of weights, order and draws")
@@ -518,7 +522,7 @@ def finished(args) -> bool:
 
 def run_folder(args) -> Path:
     """Where a run goes: --out, or a name that its main settings make."""
-    return args.out or Path(f"runs/{args.dataset}_{args.loss}_{args.curriculum}_seed{args.seed}")
+    return args.out or Path("runs", f"{tables.folder_name(vars(args))}_seed{args.seed}")
 
 
 def print_gaps(hard_classes: list[int], synthetic: dict[int, datasets.ImageSet], class_names: list[str]) -> None:
