@@ -1,163 +1,291 @@
-"""Rows of result tables: what a run's settings are called, and the recipes that say which rows there should be.
-
-A recipe is a file of arguments that opens with five comment lines of this form:
-
-    # ImageNet-LT, ResNet-10: BS + d2s
-    # python train_lt.py @recipes/imagenet_lt/r10_bs_d2s.args --seed 0
-    # expected: many 52.68, medium 37.68, few 21.36, all 41.33 (DisCL)
-    # GPU-hours: 2 (estimate)
-    # needs: recipes/imagenet_lt/r10_ce.args with seed 0, recipes/imagenet_lt/filter.args
-
-The first says which table and row a training run of it makes; the third, test figures in percent and where they were
-published, or `not published` and why. A file that is only included by others opens as it likes.
-"""
+"""Tables of results: what run folders hold, beside what recipes expect, as Markdown, LaTeX and CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 
-import cli
-from defaults import DEFAULTS
+import curricula
+import losses
+import recipes
+import runs
+from cli import UserError
+from recipes import Recipe
 
-FOLDER = Path(__file__).resolve().parent / "recipes"
-SEEDS = (0, 1, 2)  # of each recipe of a training run, what a complete table holds
-DATASET_NAMES = {
-    "cifar10_lt": "CIFAR10-LT",
-    "cifar100_lt": "CIFAR100-LT",
-    "imagenet_lt": "ImageNet-LT",
-    "inat2018": "iNaturalist 2018",
-    "places_lt": "Places-LT",
-}
-LOSS_NAMES = {"ce": "CE", "bs": "BS", "focal": "focal", "ldam": "LDAM", "la": "LA"}
-CURRICULUM_NAMES = {"text_only": "text only", "all": "all levels"}
-HEADER = re.compile(
-    r"# (?P<title>.+)\n# (?P<command>python (?P<script>\w+)\.py .+)\n# expected: (?P<expected>.+)\n"
-    r"# GPU-hours: (?P<hours>.+)\n# needs: (?P<needs>.+)\n"
-)
+FIGURES = ("many", "medium", "few", "overall")  # of results.json, in a table's order; others follow in their own order
+NAMES = {"overall": "all", "ood_f1": "OOD macro-F1", "id_f1": "ID macro-F1"}
+NOT_FIGURES = ("epoch", "per_class")
+MAY_DIFFER = ("seed", "spectrum", "init_checkpoint")  # between the runs of a row, and a run and its recipe
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe.
+@dataclass
+class Row:
+    """The runs of one row, by ascending seed; `recipe` is the one that asks for them, if any does."""
 
-    Attributes:
-        expected: published test figures in percent by their name in results.json; empty where there are none.
-        source: where they were published, or why they were not.
-        settings: what the recipe and the data set's defaults set, by flag with underscores.
-    """
+    name: str
+    runs: list[dict]
+    recipe: Recipe | None = None
 
-    path: Path
-    title: str
-    command: str
-    script: str
-    expected: dict[str, float]
-    source: str
-    settings: dict[str, object]
+    @property
+    def args(self) -> dict:
+        return self.runs[0]["args"]
 
 
-def row_name(args: dict) -> str:
-    """What a table calls a run's settings."""
-    loss = args.get("loss", "ce")
-    name = LOSS_NAMES.get(loss, loss)
-    curriculum = args.get("curriculum", "none")
-    if loss == "bs" and args.get("prior") == "stage":
-        name += " (stage prior)"
-    if args.get("augment") == "cuda":
-        name += " + CUDA"
-    if curriculum == "fixed":
-        name += f" + level {args.get('fixed_level', 50)}"
-    elif curriculum != "none":
-        name += f" + {CURRICULUM_NAMES.get(curriculum, curriculum)}"
-    elif loss == "ce" and args.get("init_checkpoint"):
-        name += ", trained on"
-    if args.get("balanced"):
-        name += ", balanced fill"
-    return name
+@dataclass
+class Table:
+    """A table: its rows by name, and the recipes whose rows it would hold."""
+
+    name: str
+    rows: dict[str, Row] = field(default_factory=dict)
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> list[str]:
+        """The names of the test figures that its runs have."""
+        found = [
+            name
+            for row in self.rows.values()
+            for name, value in row.runs[0]["results"]["last"].items()
+            if name not in NOT_FIGURES and isinstance(value, int | float | None)
+        ]
+        return sorted(dict.fromkeys(found), key=lambda name: FIGURES.index(name) if name in FIGURES else len(FIGURES))
 
 
-def table_name(args: dict) -> str:
-    """What the table of a run's settings is called: data set, imbalance ratio where it was chosen, and model."""
-    name = DATASET_NAMES.get(args["dataset"], args["dataset"])
-    if args.get("imb_ratio") is not None:
-        name += f" IR{float(args['imb_ratio']):g}"
-    return f"{name}, {re.sub(r'^resnet', 'ResNet-', str(args['model']))}"
+def run_folders(given: list[Path]) -> list[Path]:
+    """The run folders among and below those given, in their order; what is empty or unfinished is named."""
+    found = []
+    for folder in given:
+        below = sorted(path.parent for path in folder.rglob("args.json"))
+        if not below:
+            print(f"{folder}: not finished, left out (it holds no run)")
+        for one in below:
+            if (one / "results.json").is_file():
+                found.append(one)
+            else:
+                print(f"{one}: not finished, left out")
+    return list(dict.fromkeys(found))
 
 
-def folder_name(args: dict, script: str = "train_lt") -> str:
-    """The run folder of settings, without the seed: those that differ from the data set's defaults stand in it."""
-    shipped = DEFAULTS[args["dataset"]]
-    words = [args["dataset"]]
-    if args["imb_ratio"] not in (None, shipped.get("data", {}).get("imb_ratio")):
-        words.append(f"ir{args['imb_ratio']:g}")
-    if args["model"] != shipped[script]["model"]:
-        words.append(re.sub(r"\W", "-", args["model"]))
-    if args["init_checkpoint"]:
-        words.append("init")
-    words.append(args["loss"])
-    if args["prior"] == "stage":
-        words.append("stage")
-    if args["augment"] == "cuda":
-        words.append("cuda")
-    words.append(f"fixed{args['fixed_level']}" if args["curriculum"] == "fixed" else args["curriculum"])
-    if args["balanced"]:
-        words.append("balanced")
-    return "_".join(words)
+def read_run(folder: Path) -> dict:
+    """A finished run: `folder`, `args`, `commit`, `results`, and `history`, which is empty where none was kept."""
+    content = runs.read_json(folder / "args.json")
+    history = folder / "history.jsonl"
+    return {
+        "folder": folder,
+        "args": content["args"],
+        "commit": content.get("environment", {}).get("commit"),
+        "results": runs.read_json(folder / "results.json"),
+        "history": runs.read_json_lines(history) if history.is_file() else [],
+    }
 
 
-def read_recipe(path: Path) -> Recipe:
-    """A recipe of the form above.
+def read(folders: list[Path], wanted: list[Recipe]) -> list[Table]:
+    """The tables that run folders make, with the recipes that belong to them; rows in the tables' own order.
 
     Raises:
-        UserError: its header has another form.
+        UserError: two runs of one row that have the same seed, or differ in more than the seed.
     """
-    header = HEADER.match(path.read_text(encoding="utf-8"))
-    if not header:
-        raise cli.UserError(f"{path}: expected a header of five lines: title, command, expected, GPU-hours, needs")
-    figures, _, source = header["expected"].removesuffix(")").partition(" (")
-    expected = {}
-    for name, value in re.findall(r"([\w ]+?) (\d+\.?\d*)(?:, |$)", figures):
-        expected[{"all": "overall"}.get(name, name)] = float(value)
-    if not expected:
-        source = header["expected"]
-    words = [word for word, _ in cli.expand_files([f"@{path}"])]
-    return Recipe(path, header["title"], header["command"], header["script"], expected, source,
-                  settings(words, header["script"]))  # fmt: skip
+    found: dict[str, Table] = {}
+    for folder in folders:
+        run = read_run(folder)
+        args = run["args"]
+        table = found.setdefault(recipes.table_name(args), Table(recipes.table_name(args)))
+        row = table.rows.setdefault(recipes.row_name(args), Row(recipes.row_name(args), []))
+        for other in row.runs:
+            different = [
+                name
+                for name in sorted(args.keys() | other["args"].keys())
+                if name not in MAY_DIFFER and args.get(name) != other["args"].get(name)
+            ]
+            if different:
+                raise UserError(
+                    f"{folder} and {other['folder']} are both '{row.name}', but differ in {', '.join(different)}; "
+                    "expected one setting a row"
+                )
+            if args["seed"] == other["args"]["seed"]:
+                raise UserError(
+                    f"{folder} and {other['folder']} are the same run with the same seed; expected one of them"
+                )
+        row.runs.append(run)
+    for recipe in wanted:
+        table = found.get(recipes.table_name(recipe.settings))
+        if table:
+            table.recipes[recipes.row_name(recipe.settings)] = recipe
+    for table in found.values():
+        for row in table.rows.values():
+            row.runs.sort(key=lambda run: run["args"]["seed"])
+            row.recipe = table.recipes.get(row.name)
+        table.rows = dict(sorted(table.rows.items(), key=lambda item: row_order(item[1].args)))
+    return list(found.values())
 
 
-def settings(words: list[str], script: str) -> dict[str, object]:
-    """What a command line of `script` sets, with the data set's defaults where it says nothing, by flag."""
-    said: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            flag, equals, value = word[2:].replace("-", "_").partition("=")
-            said[flag] = [value] if equals else []
-        else:
-            said[list(said)[-1]].append(word)
-    shipped = DEFAULTS[said["dataset"][0]]
-    return shipped.get("data", {}) | shipped.get(script, {}) | {flag: _value(some) for flag, some in said.items()}
+def row_order(args: dict) -> tuple:
+    """What rows are sorted by: the loss, then the curriculum, then what is special."""
 
+    def place(names: tuple[str, ...], name: str | None) -> int:
+        return names.index(name) if name in names else len(names)
 
-def _value(words: list[str]) -> object:
-    values = [float(word) if re.fullmatch(r"-?\d+(\.\d*)?(e-?\d+)?", word) else word for word in words]
-    return True if not values else values[0] if len(values) == 1 else values
-
-
-def recipes(folder: Path = FOLDER) -> list[Recipe]:
-    """All recipes below a folder that make rows of tables, in the order of their paths.
-
-    Raises:
-        UserError: a header of another form.
-    """
-    found = [path for path in sorted(folder.rglob("*.args")) if "\n# expected: " in path.read_text(encoding="utf-8")]
-    read = [read_recipe(path) for path in found]
-    return [recipe for recipe in read if recipe.script.startswith("train_")]
-
-
-def same(value: object, wanted: object) -> bool:
-    """Whether an effective argument is what a recipe says: numbers as numbers, one value as a list of one."""
-    first, second = ([*some] if isinstance(some, list | tuple) else [some] for some in (value, wanted))
-    return len(first) == len(second) and all(
-        a == b or (isinstance(a, Path) and str(a) == b) for a, b in zip(first, second, strict=True)
+    return (
+        place(losses.LOSSES, args.get("loss", "ce")),
+        args.get("prior") == "stage",
+        place(curricula.CURRICULA, args.get("curriculum", "none")),
+        bool(args.get("init_checkpoint")) and args.get("curriculum") == "none",
+        args.get("augment") == "cuda",
+        args.get("fixed_level", 0),
+        bool(args.get("balanced")),
+        recipes.row_name(args),
     )
+
+
+def summary(values: list[float | None]) -> tuple[float, float | None] | None:
+    """Mean and standard deviation over seeds, the latter None for one seed; None where a group has no class."""
+    known = [value for value in values if value is not None]
+    return (mean(known), stdev(known) if len(known) > 1 else None) if known else None
+
+
+def results_of(row: Row, figure: str, epoch: str = "last") -> tuple[float, float | None] | None:
+    return summary([run["results"].get(epoch, {}).get(figure) for run in row.runs])
+
+
+def heading(table: Table) -> list[str]:
+    """The words above a table's columns; those of what was published only where something was."""
+    words = ["test accuracy, %" if "overall" in table.figures else "test, %"]
+    words += [NAMES.get(name, name) for name in table.figures] + ["seeds"]
+    return words + (["published", "difference"] if published(table) else [])
+
+
+def published(table: Table) -> bool:
+    return any(row.recipe and row.recipe.expected for row in table.rows.values())
+
+
+def cells(table: Table, row: Row) -> list[str]:
+    """A row as text: its name, mean (standard deviation) of each figure, seeds, what was published, the difference."""
+    pairs = {name: results_of(row, name) for name in table.figures}
+    words = [row.name]
+    for pair in pairs.values():
+        spread = f" ({pair[1]:.1f})" if pair and pair[1] is not None else ""
+        words.append(f"{pair[0]:.1f}{spread}" if pair else "–")
+    words.append(str(len(row.runs)))
+    if published(table):
+        expected = row.recipe.expected if row.recipe else {}
+        shown = [f"{NAMES.get(name, name)} {value:g}" for name, value in expected.items()]
+        differences = [
+            f"{NAMES.get(name, name)} {pairs[name][0] - value:+.1f}".replace("-", "−")
+            for name, value in expected.items()
+            if pairs.get(name)
+        ]
+        words += [", ".join(shown) or "–", ", ".join(differences) or "–"]
+    return words
+
+
+def notes(table: Table) -> list[str]:
+    """What a reader has to know of a table: other settings than the recipes', mixed code, missing rows and seeds."""
+    lines = []
+    for row in table.rows.values():
+        if row.recipe:
+            different = [
+                f"--{flag.replace('_', '-')} {shown(row.args.get(flag))} (recipe: {shown(value)})"
+                for flag, value in row.recipe.settings.items()
+                if flag not in MAY_DIFFER and not recipes.same(row.args.get(flag), value)
+            ]
+            if different:
+                lines.append(f"{row.name} was not run as {place(row.recipe)} says: {', '.join(different)}")
+    by_commit: dict[str, list[str]] = {}
+    for row in table.rows.values():
+        for run in row.runs:
+            if run["commit"]:
+                by_commit.setdefault(run["commit"], []).append(str(run["folder"]))
+    if len(by_commit) > 1:
+        parts = [f"{commit} made {', '.join(folders)}" for commit, folders in by_commit.items()]
+        lines.append(f"Mixed code versions, comparable only if nothing between them matters: {'; '.join(parts)}")
+    waiting = [f"{name} (seed {', '.join(map(str, seeds))})" for name, (_, seeds) in missing(table).items()]
+    if waiting:
+        lines.append(f"Missing: {', '.join(waiting)}")
+    return lines
+
+
+def missing(table: Table) -> dict[str, tuple[Recipe, list[int]]]:
+    """Rows that recipes ask for, with the recipe and the seeds of which there is no run."""
+    found = {}
+    for name, recipe in table.recipes.items():
+        there = {run["args"]["seed"] for run in table.rows[name].runs} if name in table.rows else set()
+        seeds = [seed for seed in recipes.SEEDS if seed not in there]
+        if seeds:
+            found[name] = recipe, seeds
+    return dict(sorted(found.items(), key=lambda item: row_order(item[1][0].settings)))
+
+
+def place(recipe: Recipe) -> str:
+    return re.search(r"@(\S+)", recipe.command)[1]
+
+
+def shown(value: object) -> str:
+    """A flag's value as it would be typed."""
+    words = value if isinstance(value, list | tuple) else [value]
+    return " ".join(f"{word:g}" if isinstance(word, int | float) and word is not True else str(word) for word in words)
+
+
+def markdown(found: list[Table]) -> str:
+    """The tables as Markdown; each has a heading where there are several."""
+    parts = []
+    for table in found:
+        words = heading(table)
+        lines = [f"### {table.name}", ""] if len(found) > 1 else []
+        lines += ["| " + " | ".join(words) + " |", "|---" * len(words) + "|"]
+        lines += ["| " + " | ".join(cells(table, row)) + " |" for row in table.rows.values()]
+        lines += [text for note in notes(table) for text in ("", note)]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def latex(found: list[Table]) -> str:
+    """The tables as LaTeX (booktabs)."""
+
+    def line(words: list[str]) -> str:
+        escaped = [re.sub(r"([%&_#$])", r"\\\1", word).replace("–", "--").replace("−", "$-$") for word in words]
+        return " & ".join(escaped) + r" \\"
+
+    parts = []
+    for table in found:
+        words = heading(table)
+        body = [line(cells(table, row)) for row in table.rows.values()]
+        parts.append(
+            "\n".join(
+                [f"% {table.name}; needs \\usepackage{{booktabs}}", rf"\begin{{tabular}}{{l{'r' * (len(words) - 1)}}}",
+                 r"\toprule", line(words), r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+            )
+            + "\n"
+        )  # fmt: skip
+    return "\n".join(parts)
+
+
+def long_csv(found: list[Table]) -> str:
+    """All figures of all tables, one a line, after the last epoch and at the best by validation; 2 decimals."""
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(["table", "row", "epoch", "seeds", "figure", "mean", "std", "published", "difference", "source"])
+    for table in found:
+        for row in table.rows.values():
+            for epoch in ("last", "best_by_val"):
+                for name in table.figures:
+                    pair = results_of(row, name, epoch)
+                    expected = row.recipe.expected.get(name) if row.recipe and epoch == "last" else None
+                    out.writerow(
+                        [
+                            table.name,
+                            row.name,
+                            epoch,
+                            len(row.runs),
+                            NAMES.get(name, name),
+                            f"{pair[0]:.2f}" if pair else "",
+                            f"{pair[1]:.2f}" if pair and pair[1] is not None else "",
+                            f"{expected:.2f}" if expected is not None else "",
+                            f"{pair[0] - expected:+.2f}" if pair and expected is not None else "",
+                            row.recipe.source if expected is not None else "",
+                        ]
+                    )
+    return text.getvalue()

@@ -30,8 +30,8 @@ import datasets
 import distributed
 import losses
 import optimization
+import recipes
 import runs
-import tables
 import training
 
 DRAWN = ("cifar10_lt", "cifar100_lt", "imagefolder")  # data sets that --imb-ratio draws a part of
@@ -301,7 +301,7 @@ def finished(args) -> bool:
 
 def run_folder(args) -> Path:
     """Where a run goes: --out, or a name that its main settings make."""
-    return args.out or Path("runs", f"{tables.folder_name(vars(args))}_seed{args.seed}")
+    return args.out or Path("runs", f"{recipes.folder_name(vars(args))}_seed{args.seed}")
 
 
 def write_subset(path: Path, data: datasets.LongTailed) -> None:

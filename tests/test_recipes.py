@@ -21,8 +21,8 @@ import cli
 import datasets
 import find_hard
 import models
+import recipes
 import runs
-import tables
 import train_lt
 from cli import UserError
 
@@ -44,7 +44,7 @@ def name_of(path) -> str:
 
 def command_of(path) -> tuple[str, list[str]]:
     """The script and the arguments of a recipe's own command, its @file where it lies."""
-    _, script, *words = shlex.split(tables.read_recipe(path).command)
+    _, script, *words = shlex.split(recipes.read(path).command)
     assert f"@recipes/{name_of(path)}" in words
     return script.removesuffix(".py"), [word.replace("@recipes", f"@{ROOT}/recipes") for word in words]
 
@@ -62,7 +62,7 @@ def parse(path):
 
 @pytest.mark.parametrize("path", WITH_COMMAND, ids=name_of)
 def test_a_recipe_says_what_it_is(path):
-    recipe, args = tables.read_recipe(path), parse(path)
+    recipe, args = recipes.read(path), parse(path)
     text = path.read_text(encoding="utf-8")
     assert all(len(line) <= 150 for line in text.splitlines())
     for needed in re.findall(r"recipes/\S+\.args", text.splitlines()[4]):
@@ -70,19 +70,19 @@ def test_a_recipe_says_what_it_is(path):
     assert "(estimate)" in text.splitlines()[3] or "CPU" in text.splitlines()[3]
     if not recipe.script.startswith("train_"):
         return
-    assert recipe.title == f"{tables.table_name(vars(args))}: {tables.row_name(vars(args))}"
+    assert recipe.title == f"{recipes.table_name(vars(args))}: {recipes.row_name(vars(args))}"
     assert recipe.expected or recipe.source.startswith("not published")
     assert args.out is None, "seeds would share a folder"
     # What the recipe sets, read without the script's parser, is what the parser reads.
     for flag, value in recipe.settings.items():
-        assert tables.same(getattr(args, flag), value), flag
+        assert recipes.same(getattr(args, flag), value), flag
 
 
 def test_no_two_recipes_share_a_run_folder_or_a_row():
     trained = [parse(path) for path in WITH_COMMAND if command_of(path)[0] == "train_lt"]
     folders = [str(train_lt.run_folder(args)) for args in trained]
     assert len(folders) > 100 and len(set(folders)) == len(folders)
-    named = [(tables.table_name(vars(args)), tables.row_name(vars(args))) for args in trained]
+    named = [(recipes.table_name(vars(args)), recipes.row_name(vars(args))) for args in trained]
     assert len(set(named)) == len(named)
 
 
@@ -100,13 +100,13 @@ def test_recipes_start_from_the_runs_that_they_need():
 
 @pytest.mark.parametrize("model", ["resnet10", "resnet32", "resnet50"])
 def test_every_model_of_the_recipes_is_built(model):
-    assert model in {tables.read_recipe(path).settings.get("model") for path in WITH_COMMAND}
+    assert model in {recipes.read(path).settings.get("model") for path in WITH_COMMAND}
     with torch.device("meta"):
         assert models.build_classifier(model, 10, 32)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_the_header_is_read():
-    recipe = tables.read_recipe(ROOT / "recipes/imagenet_lt/r10_bs_d2s.args")
+    recipe = recipes.read(ROOT / "recipes/imagenet_lt/r10_bs_d2s.args")
     assert recipe.expected == {"many": 52.68, "medium": 37.68, "few": 21.36, "overall": 41.33}
     assert recipe.source == "DisCL" and recipe.script == "train_lt"
     assert (recipe.settings["lr"], recipe.settings["curriculum"], recipe.settings["epochs"]) == (1e-3, "d2s", 65)
@@ -115,7 +115,7 @@ def test_the_header_is_read():
 def test_a_recipe_without_its_header_is_named(tmp_path):
     (tmp_path / "a.args").write_text("# a row\n# expected: nothing\n--dataset digits\n")
     with pytest.raises(UserError, match="a.args: expected a header of five lines"):
-        tables.recipes(tmp_path)
+        recipes.read_all(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
