@@ -7,9 +7,9 @@ say (recipes/).
 Reads:  run folders of the trainers, or what was kept of them (args.json, results.json, perhaps history.jsonl), a
         spectrum folder, the recipes
 Writes: OUT/report.html (all of it on one page that needs no other file), table.md, table.tex, table.csv (test figures
-        after the last epoch, and in table.csv also at the best by validation), and for each table curriculum.png (level
-        and validation accuracy by epoch), groups.png, frequency.png, gain.png, synthetic.png; spectrum.png (rows: hard
-        images; columns: levels), acceptance.png (kept share by class and level), distance.png
+        after the last epoch, and in table.csv also at the best by validation); for each table curriculum.png (level and
+        validation accuracy by epoch), groups.png, synthetic.png, frequency.png, gain.png, cuda.png; spectrum.png (rows:
+        hard images; columns: levels), acceptance.png (kept share by class and level), distance.png
 
     python report.py --runs runs/digits_* --spectrum runs/spectrum --out runs/report
 """
@@ -140,10 +140,15 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
         if gain:
             add("gain", "What a curriculum adds over the same loss without one, by how many training images a class "
                 "has.", figures.draw_by_frequency, gain, np.array(counts), "gain (points)")  # fmt: skip
-    levels = {row.name: line for row in rows if (line := curves(row, "cuda_level")) is not None}
-    if levels:
-        add("cuda", "CUDA's level of learning, mean over the classes, by epoch.",
-            figures.draw_lines, {"level of learning": levels}, 1)  # fmt: skip
+    learned = {
+        f"level of learning, {tables.NAMES.get(group, group)}": {
+            row.name: line for row in rows if (line := curves(row, f"cuda_{group}")) is not None
+        }
+        for group in ("overall", *GROUPS)
+    }
+    learned = {group: lines for group, lines in learned.items() if lines}
+    if learned:
+        add("cuda", "CUDA's level of learning by epoch: 0 augments nothing, 10 most.", figures.draw_lines, learned, 1)
     return drawn
 
 

@@ -124,10 +124,11 @@ def add_model_flags(group) -> None:
     )
     group.add_argument(
         "--augment",
-        choices=["none", "shift", "crop_flip", "resized_crop"],
+        choices=["none", "shift", "crop_flip", "resized_crop", "cuda"],
         default="shift",
         help="shift: by up to 1/8, edges repeated; crop_flip: the same on black, and mirrored; resized_crop: a random "
-        "part of a large image, mirrored",
+        "part of a large image, mirrored; cuda: crop_flip or resized_crop, and as many random operations as the "
+        "class's level of learning says",
     )
     group.add_argument(
         "--color-jitter",
@@ -196,10 +197,12 @@ class Trainer(training.Trainer):
     Attributes:
         is_hard: whether a class is hard, bool (C,).
         val: the validation images (batches.py).
+        learned: the level of learning of each class, int (C,), which --augment cuda goes by; None without it.
     """
 
     is_hard: np.ndarray
     val: object
+    learned: np.ndarray | None = None
 
     def __post_init__(self):
         if self.args.loss == "ldam":
@@ -223,7 +226,7 @@ class Trainer(training.Trainer):
 
         def loss_of(part, rows: slice, images, generator):
             weights = losses.image_weights(labels[part], synthetic[part], class_weights, args.real_weight)
-            images = augmentations.augment(args, images, generator, len(part), rows)
+            images = augmentations.augment(args, images, generator, len(part), rows, not data.train.in_memory)
             images = augmentations.normalise(images, data.mean, data.std)
             if args.memory_format == "channels_last":
                 images = images.contiguous(memory_format=torch.channels_last)
@@ -241,6 +244,48 @@ class Trainer(training.Trainer):
             return distributed.world() * (values * own_weights).sum() / whole
 
         return loss_of
+
+    def begin_epoch(self, epoch: int, state: dict) -> None:
+        """See training.Trainer: with --augment cuda, try the model on each class and move its level of learning."""
+        if self.learned is None:
+            return
+        import evaluation
+        import level_of_learning
+
+        args, pool, classes = self.args, self.pool, len(self.data.class_names)
+        real = np.flatnonzero((pool.levels == 100) & ~pool.held)
+        chosen, strengths = level_of_learning.trial(
+            pool.labels[real], self.learned, np.random.default_rng([args.seed, epoch, 3])
+        )
+        seed = runs.digest_int("trial", args.seed, epoch)
+        distributed.same_buffers(self.model)
+        logits = evaluation.predict(
+            self.model, pool.images, real[chosen], self.data, self.device, args.precision,
+            augmentation=(strengths, seed),
+        )  # fmt: skip
+        labels = pool.labels[real][chosen]
+        right, tried = (
+            level_of_learning.counted(labels, strengths, rows, classes)
+            for rows in (logits.argmax(1).numpy() == labels, np.ones(len(labels), dtype=bool))
+        )
+        self.learned = level_of_learning.updated(self.learned, right, tried)
+        state["learned"] = self.learned.tolist()
+
+    def strengths(self, epoch: int, places: np.ndarray, purpose: str) -> np.ndarray | None:
+        """See training.Trainer."""
+        if self.learned is None:
+            return None
+        import level_of_learning
+
+        rng = np.random.default_rng(runs.digest_int("strengths", purpose, self.args.seed, epoch))
+        return level_of_learning.epoch_strengths(self.pool.labels[places], self.learned, rng)
+
+    def epoch_figures(self) -> dict[str, float]:
+        """The mean level of learning, over all classes and over each group."""
+        if self.learned is None:
+            return {}
+        groups = {"overall": slice(None)} | {name: own for name, own in self.data.groups.items() if len(own)}
+        return {f"cuda_{name}": float(self.learned[own].mean()) for name, own in groups.items()}
 
     def epoch_places(self, epoch: int, stage: list[int]) -> np.ndarray:
         """See training.Trainer."""
@@ -368,6 +413,7 @@ def prepare(
     trainer = Trainer(
         args, data, sorted(synthetic), pool, model, step_model, average, optimizer, device, signals, is_hard,
         build_store(args, [data.val], device),
+        np.array(state.setdefault("learned", [0] * len(data.class_names))) if args.augment == "cuda" else None,
     )  # fmt: skip
     return trainer, state
 

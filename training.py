@@ -252,6 +252,17 @@ class Trainer:
         """Test the last and the best-by-validation weights, and write what the run leaves; `writer` in one process."""
         raise NotImplementedError
 
+    def begin_epoch(self, epoch: int, state: dict) -> None:
+        """What is done before an epoch; what it changes is kept in `state`, for a run that goes on within the epoch."""
+
+    def strengths(self, epoch: int, places: np.ndarray, purpose: str) -> np.ndarray | None:
+        """At which strength each image of a pass is augmented (level_of_learning.py), int (N,); None: not at all."""
+        return None
+
+    def epoch_figures(self) -> dict[str, float]:
+        """Further figures of an epoch for its history, by name; those called cuda_NAME are logged."""
+        return {}
+
     def pictures(self, epoch: int, places: np.ndarray) -> dict[str, np.ndarray]:
         """What TensorBoard shows where a stage begins: tag -> picture, uint8 (H, W, 3)."""
         return {"train/images": sheet(self, epoch, places)}
@@ -286,6 +297,7 @@ class Trainer:
             generator.set_state(start["generator"].cpu())
             torch.set_rng_state(start["rng"].cpu())
         own = [distributed.share(len(part)) for part in parts]
+        strengths = self.strengths(epoch, places, purpose)
         images = self.pool.images.training(
             [torch.from_numpy(places)[part[rows]] for part, rows in zip(parts[done:], own[done:], strict=True)],
             [
@@ -293,6 +305,9 @@ class Trainer:
                 for begin, part, rows in zip(starts[done:], parts[done:], own[done:], strict=False)
             ],
             runs.digest_int("crop", purpose, args.seed, epoch),
+            strengths
+            if strengths is None
+            else [torch.from_numpy(strengths)[part[rows]] for part, rows in zip(parts[done:], own[done:], strict=True)],
         )
         self.step_model.train()
         began = time.monotonic()
@@ -467,6 +482,8 @@ def fit(trainer: Trainer, state: dict) -> int:
         for epoch in range(state["epoch"], args.epochs):
             began = time.monotonic()
             partial, state["partial"] = state["partial"], None
+            if not partial:
+                trainer.begin_epoch(epoch, state)
             if partial:
                 progress = partial["progress"]
             elif args.curriculum == "adaptive" and epoch < args.curriculum_epochs:
@@ -497,6 +514,7 @@ def fit(trainer: Trainer, state: dict) -> int:
                     "epoch": epoch,
                     "levels": stage or [100],
                     **record,
+                    **trainer.epoch_figures(),
                     **{f"val_{name}": value for name, value in found.items()},
                     **({"progress": {str(level): value for level, value in progress.items()}} if progress else {}),
                 }
@@ -563,6 +581,9 @@ def log(writer, epoch: int, record: dict) -> None:
     for name in ("loss", "lr", "images_per_second", "synthetic_share"):
         writer.add_scalar(f"train/{name}", record[name], epoch)
     writer.add_scalar("curriculum/level", np.mean(record["levels"]), epoch)
+    for name, value in record.items():
+        if name.startswith("cuda_"):
+            writer.add_scalar(f"cuda/{name[5:]}", value, epoch)
     for level, value in record.get("progress", {}).items():
         writer.add_scalar(f"curriculum/progress_level{level}", value, epoch)
     for name, value in record.items():
