@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-AUGMENTATIONS = ("none", "shift", "crop_flip", "resized_crop")
+AUGMENTATIONS = ("none", "shift", "crop_flip", "resized_crop", "cuda")
 ALL = slice(None)
 
 
@@ -69,14 +69,17 @@ def color_jitter(
     return images.sub_(own).mul_(saturation).add_(own).clamp_(0, 255)
 
 
-def augment(args, images: torch.Tensor, generator: torch.Generator, count: int, rows: slice = ALL) -> torch.Tensor:
+def augment(
+    args, images: torch.Tensor, generator: torch.Generator, count: int, rows: slice = ALL, cropped: bool = False
+) -> torch.Tensor:
     """Training images uint8 (n, 3, H, W), rows `rows` of a batch of `count`, augmented: values 0 to 255.
 
-    The crop of `resized_crop` is made where the image is decoded (batches.py); its flip is made here.
+    The crop of `resized_crop` is made where the image is decoded (batches.py); its flip is made here. So are the
+    operations of `cuda`, beside which an image is flipped and, if it was not `cropped` there, shifted as by crop_flip.
     """
-    if args.augment in ("shift", "crop_flip"):
-        images = shift(images, generator, count, rows, args.augment == "crop_flip", args.augment == "shift")
-    elif args.augment == "resized_crop":
+    if args.augment in ("shift", "crop_flip") or (args.augment == "cuda" and not cropped):
+        images = shift(images, generator, count, rows, args.augment != "shift", args.augment == "shift")
+    elif args.augment in ("resized_crop", "cuda"):
         images = flip(images, generator, count, rows)
     if args.color_jitter:
         images = color_jitter(images, args.color_jitter, generator, count, rows)

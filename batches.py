@@ -19,6 +19,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from cli import UserError
 from datasets import ImageSet
+from level_of_learning import augmented
 
 EVALUATION_ZOOM = 256 / 224  # the shorter side of a test image, over the side of the centre crop
 
@@ -45,13 +46,27 @@ class InMemory:
         self.images = images if memory_format == "channels_last" else images.contiguous()
         self.randaugment = randaugment
 
-    def training(self, batches: list[torch.Tensor], keys: list[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
-        """Batches of the images at the given places, int64 (n,) each; `keys` number the images of an epoch."""
-        for places, numbers in zip(batches, keys, strict=True):
+    def training(
+        self,
+        batches: list[torch.Tensor],
+        keys: list[torch.Tensor],
+        seed: int,
+        strengths: list[torch.Tensor] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Batches of the images at the given places, int64 (n,) each.
+
+        Args:
+            keys: number the images of an epoch.
+            strengths: at which each is augmented (level_of_learning.py); None: not at all.
+        """
+        for at, (places, numbers) in enumerate(zip(batches, keys, strict=True)):
             images = self.images[places.to(self.images.device)]
             if self.randaugment:
                 pairs = zip(images, numbers.tolist(), strict=True)
                 images = torch.stack([randaugmented(image, seed, number) for image, number in pairs])
+            if strengths is not None:
+                rows = zip(images, strengths[at].tolist(), numbers.tolist(), strict=True)
+                images = torch.stack([augmented(image, strength, seed, number) for image, strength, number in rows])
             yield images
 
     def evaluation(self, places: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
@@ -67,18 +82,25 @@ class Decoded:
         self.paths, self.device, self.image_size, self.workers = paths, device, image_size, workers
         self.randaugment = randaugment
 
-    def training(self, batches: list[torch.Tensor], keys: list[torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+    def training(
+        self,
+        batches: list[torch.Tensor],
+        keys: list[torch.Tensor],
+        seed: int,
+        strengths: list[torch.Tensor] | None = None,
+    ) -> Iterator[torch.Tensor]:
         """As InMemory's; each image is a random crop, drawn from the seed and the image's number in the epoch."""
+        strengths = strengths or [torch.zeros_like(places) for places in batches]
         jobs = [
-            [(place, (seed, number)) for place, number in zip(places.tolist(), numbers.tolist(), strict=True)]
-            for places, numbers in zip(batches, keys, strict=True)
+            [(int(place), (seed, int(number)), int(strength)) for place, number, strength in zip(*row, strict=True)]
+            for row in zip(batches, keys, strengths, strict=True)
         ]
         yield from self._load(jobs)
 
     def evaluation(self, places: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
         """As InMemory's; each image is the centre crop."""
         jobs = [
-            [(place, None) for place in places[start : start + batch_size].tolist()]
+            [(place, None, 0) for place in places[start : start + batch_size].tolist()]
             for start in range(0, len(places), batch_size)
         ]
         yield from self._load(jobs)
@@ -108,13 +130,14 @@ class _Files(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, job: tuple[int, tuple[int, int] | None]) -> np.ndarray:
-        place, key = job
+    def __getitem__(self, job: tuple[int, tuple[int, int] | None, int]) -> np.ndarray:
+        place, key, strength = job
         rng = None if key is None else np.random.default_rng(key)
         pixels = decode(self.paths[place], self.image_size, rng)
-        if key is not None and self.randaugment:
-            image = randaugmented(torch.from_numpy(pixels).permute(2, 0, 1), *key)
-            pixels = image.permute(1, 2, 0).numpy()
+        if key is not None and (self.randaugment or strength):
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+            image = randaugmented(image, *key) if self.randaugment else image
+            pixels = augmented(image, strength, *key).permute(1, 2, 0).numpy()
         return pixels
 
 

@@ -9,7 +9,16 @@ import distributed
 from augmentations import normalise
 
 
-def predict(model, store, places: np.ndarray, data, device: str, precision: str = "fp32", batch_size: int = 512):
+def predict(
+    model,
+    store,
+    places: np.ndarray,
+    data,
+    device: str,
+    precision: str = "fp32",
+    batch_size: int = 512,
+    augmentation: tuple[np.ndarray, int] | None = None,
+):
     """Logits, float (N, C), on the CPU; the model is left as it was, in evaluation mode.
 
     Several processes share the work, and each has the whole result.
@@ -18,15 +27,19 @@ def predict(model, store, places: np.ndarray, data, device: str, precision: str 
         model: not wrapped: each process looks at images of its own.
         store: the images (batches.py), of which those at `places`, int (N,), are looked at.
         data: the data set, for its channels' mean and standard deviation and the number of classes.
+        augmentation: look at training images, augmented at these strengths, int (N,), by draws from this seed.
     """
     model.eval()
     mine = np.arange(distributed.rank(), len(places), distributed.world())
     logits = torch.zeros(len(places), len(data.class_names))
+    if augmentation is None:
+        batches = store.evaluation(places[mine], batch_size)
+    else:
+        split = (torch.from_numpy(some).split(batch_size) for some in (places[mine], mine, augmentation[0][mine]))
+        chosen, keys, strengths = split
+        batches = store.training(chosen, keys, augmentation[1], strengths)
     with torch.inference_mode(), torch.autocast(device.split(":")[0], torch.bfloat16, precision == "bf16"):
-        parts = [
-            model(normalise(images, data.mean, data.std)).float().cpu()
-            for images in store.evaluation(places[mine], batch_size)
-        ]
+        parts = [model(normalise(images, data.mean, data.std)).float().cpu() for images in batches]
     if parts:
         logits[mine] = torch.cat(parts)
     return distributed.total(logits, device).cpu()

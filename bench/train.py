@@ -96,7 +96,7 @@ def bench_cifar(args, device: str) -> dict:
     pixels, labels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, count)
     part = datasets.ImageSet(pixels, labels, [f"index:{i}" for i in range(count)])
     data = datasets.LongTailed("bench", [str(i) for i in range(100)], part, part, part, mean=MEAN, std=STD)
-    trainer, _ = train_lt.prepare(own, data, {}, StopSignals())
+    trainer, _ = train_lt.prepare(own, data, {}, [], StopSignals())
 
     class Plain(torch.utils.data.Dataset):
         transform = transforms.Compose(

@@ -21,6 +21,7 @@ import optimization
 import runs
 import spectrum
 import train_lt
+import training
 from cli import UserError
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8"]
@@ -46,7 +47,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("curriculum", [pytest.param("none", marks=pytest.mark.slow), "d2s", "random"])
 def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatch, curriculum):
     train(road, tmp_path / "whole", "--curriculum", curriculum)
-    log, calls = train_lt.log, []
+    log, calls = training.log, []
 
     def stop_in_the_third_epoch(*args):
         calls.append(args)
@@ -54,11 +55,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatc
             raise Interrupted
         log(*args)
 
-    monkeypatch.setattr(train_lt, "log", stop_in_the_third_epoch)
+    monkeypatch.setattr(training, "log", stop_in_the_third_epoch)
     with pytest.raises(Interrupted):
         train(road, tmp_path / "resumed", "--curriculum", curriculum)
     assert not (tmp_path / "resumed/results.json").exists()
-    monkeypatch.setattr(train_lt, "log", log)
+    monkeypatch.setattr(training, "log", log)
     train(road, tmp_path / "resumed", "--curriculum", curriculum)
     for name in ("model", "best"):
         states = [runs.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu") for run in ("whole", "resumed")]
