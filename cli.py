@@ -6,7 +6,7 @@ import argparse
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,13 +47,13 @@ class Parser(argparse.ArgumentParser):
         except ValueError as error:  # an open quote, or no text at all
             self.error(f"{' '.join(word for word in args if word.startswith('@'))}: {error}")
 
-    def add_dataset(self) -> None:
+    def add_dataset(self, default: str = "digits", choices: Iterable[str] = DEFAULTS) -> None:
         """The flags that choose the data. Defaults of other flags follow the data set (`defaults.py`)."""
         group = self.add_argument_group("data")
         group.add_argument(
             "--dataset",
-            default="digits",
-            choices=sorted(DEFAULTS),
+            default=default,
+            choices=sorted(choices),
             help="data set; the defaults shown here are the chosen one's",
         )
         group.add_argument(
@@ -66,7 +66,7 @@ class Parser(argparse.ArgumentParser):
             "--data-root",
             type=existing_path,
             metavar="FOLDER",
-            help="folder of the data set's images (for CIFAR also a zip); digits needs none",
+            help="folder of the data set's images (for CIFAR also a zip); digits and toycam need none",
         )
         group.add_argument(
             "--data-seed",

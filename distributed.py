@@ -95,6 +95,21 @@ def total(value, device: str):
     return value
 
 
+def gathered(value, rows: slice, count: int):
+    """A batch's vectors, (count, ...), from each process's rows of them; the gradient flows back to every process.
+
+    Where each process computes the same loss of the whole batch from them, the mean over the processes of the gradients
+    of their weights is that of the loss.
+    """
+    if rows == slice(None):
+        return value
+    from torch.distributed.nn.functional import all_reduce
+
+    whole = value.new_zeros(count, *value.shape[1:])
+    whole[rows] = value
+    return all_reduce(whole)
+
+
 def same_buffers(model) -> None:
     """Give every process the first one's BatchNorm statistics."""
     import torch

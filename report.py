@@ -47,7 +47,7 @@ def build_parser() -> cli.Parser:
         "--data-root",
         type=cli.existing_path,
         metavar="FOLDER",
-        help="folder of the data set that the spectrum was drawn from; digits needs none",
+        help="folder of the data set that the spectrum was drawn from; digits and toycam need none",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="FOLDER", help="where the report goes")
     return parser
