@@ -1,8 +1,9 @@
 """toycam: a tiny stand-in for iWildCam, drawn into a folder of WILDS's layout (`metadata.csv`, `train/*.jpg`).
 
 16x16 scenes of four animals, and of none, seen by camera traps. A trap has its own background and light, and its own
-share of each animal; the out-of-domain splits come from other traps, in snow and sand. Four in ten images are of low
-quality: dark, blurred, or with the animal cut off by the frame. Which they are stands in metadata.csv (`quality`).
+share of each animal; the out-of-domain splits come from other traps, in snow, dark forest and red earth, more often at
+night. Four in ten images are of low quality: dark, blurred, or with the animal cut off by the frame. Which they are
+stands in metadata.csv (`quality`).
 
 The tiny generator and CLIP for it know the same animals from a *web* of clear pictures, drawn anew and in other scenes
 (assets/make_assets.py).
@@ -31,8 +32,8 @@ SEED = 20241101
 SPLITS = {"train": (0, 6, 480), "val": (6, 2, 150), "test": (8, 4, 400), "id_val": (0, 6, 150), "id_test": (0, 6, 300)}
 COLUMNS = ("split", "y", "filename", "location_remapped", "sequence_remapped", "datetime", "quality")
 # Ground and backdrop (RGB, 0 to 255) of the traps by where they stand; those of OTHER are never in domain.
-HOME = [((96, 110, 52), (52, 84, 44)), ((120, 100, 64), (70, 92, 60)), ((84, 96, 70), (96, 120, 120))]
-OTHER = [((214, 218, 226), (150, 166, 184)), ((206, 178, 120), (170, 196, 214)), ((150, 96, 70), (120, 84, 84))]
+HOME = [((150, 162, 92), (104, 140, 96)), ((182, 162, 112), (128, 150, 110)), ((150, 160, 146), (172, 186, 192))]
+OTHER = [((214, 218, 226), (150, 166, 184)), ((78, 84, 52), (44, 66, 44)), ((128, 84, 62), (96, 72, 80))]
 COATS = [(124, 84, 48), (88, 66, 52), (60, 52, 48), (146, 112, 72), (104, 100, 96)]
 
 
@@ -136,7 +137,7 @@ def trap(number: int) -> dict:
     trunks = np.column_stack([rng.uniform(0, 1, 3), rng.uniform(0.05, 0.12, 3), rng.uniform(0, 1, 3)])
     return {
         "scene": (ground, backdrop, rng.uniform(0.3, 0.5), trunks[: rng.integers(4)]),
-        "night": rng.uniform(0.2, 0.6),
+        "night": rng.uniform(0.2, 0.5) if palette is HOME else rng.uniform(0.4, 0.8),
         "shares": rng.dirichlet([1.2] * len(CLASSES)),
     }
 
