@@ -96,18 +96,30 @@ def total(value, device: str):
 
 
 def gathered(value, rows: slice, count: int):
-    """A batch's vectors, (count, ...), from each process's rows of them; the gradient flows back to every process.
+    """A batch's vectors, (count, ...), from each process's `rows` of them, for a loss of the whole batch.
 
-    Where each process computes the same loss of the whole batch from them, the mean over the processes of the gradients
-    of their weights is that of the loss.
+    Each process has to compute that same loss. The gradient that reaches its own rows is then `world()` times the
+    loss's, so that after the mean over the processes the weights have the loss's gradient, as those have that stand
+    behind no gathering (a logit scale).
     """
+    import torch
+
     if rows == slice(None):
         return value
-    from torch.distributed.nn.functional import all_reduce
 
-    whole = value.new_zeros(count, *value.shape[1:])
-    whole[rows] = value
-    return all_reduce(whole)
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, own):
+            whole = own.new_zeros(count, *own.shape[1:])
+            whole[rows] = own
+            torch.distributed.all_reduce(whole)
+            return whole
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return world() * gradient[rows]
+
+    return Gather.apply(value)
 
 
 def same_buffers(model) -> None:

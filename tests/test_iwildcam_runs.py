@@ -317,7 +317,8 @@ class Features(torch.nn.Module):
         unit = torch.nn.functional.normalize
         return unit(self.both["model"](a), dim=1), unit(self.both["model"](b), dim=1), self.both.scale.exp()
 rows = distributed.share(7)
-image, text, scaled = distributed.wrap(Features(), "cpu")(images[rows], texts[rows])
+wrapped = distributed.wrap(Features(), "cpu")
+image, text, scaled = wrapped(images[rows], texts[rows])
 image, text = (distributed.gathered(one, rows, 7) for one in (image, text))
 loss = losses.contrastive(image, text, scaled)
 loss.backward()
