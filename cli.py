@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +22,8 @@ class UserError(ValueError):
 class Parser(argparse.ArgumentParser):
     """argparse, with defaults in the help, no abbreviated flags, and arguments from a file.
 
-    `@recipe.args` reads arguments from a file as a shell would: several to a line, quotes, and comments after `#`.
+    `@recipe.args` reads arguments from a file as a shell would: several to a line, quotes, and comments after `#`. An
+    @file in a file is looked for beside that file.
     """
 
     def __init__(self, doc: str, script: str):
@@ -29,23 +32,25 @@ class Parser(argparse.ArgumentParser):
             description=doc,
             formatter_class=_Formatter,
             allow_abbrev=False,
-            fromfile_prefix_chars="@",
         )
         self.script = script
+        self._read: list[tuple[str, Path | None]] = []  # words, and the files that they stand in
 
     def error(self, message: str) -> None:
-        """Say in one line what is wrong, and leave with exit code 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        """Say in one line what is wrong, and in which @file, and leave with exit code 2."""
+        named = set(re.split(r"[\s'\":,]+", message.partition("(choose from")[0]))
+        typed = {word for word, file in self._read if file is None}
+        files = [file for word, file in self._read if file is not None and word in named - typed]
+        place = f", in {files[-1]}" if files else ""
+        self.exit(2, f"{self.prog}: error: {message}{place} (see --help)\n")
 
     def expand_files(self, args: list[str]) -> list[str]:
         """Arguments with those of each @file in its place."""
         try:
-            return self._read_args_from_files(args)
-        except ValueError as error:  # an open quote, or no text at all
-            self.error(f"{' '.join(word for word in args if word.startswith('@'))}: {error}")
+            self._read = expand_files(args)
+        except UserError as error:
+            self.error(str(error))
+        return [word for word, _ in self._read]
 
     def add_dataset(self, default: str = "digits", choices: Iterable[str] = DEFAULTS) -> None:
         """The flags that choose the data. Defaults of other flags follow the data set (`defaults.py`)."""
@@ -66,7 +71,8 @@ class Parser(argparse.ArgumentParser):
             "--data-root",
             type=existing_path,
             metavar="FOLDER",
-            help="folder of the data set's images (for CIFAR also a zip); digits and toycam need none",
+            help="folder of the data set's images (for CIFAR also a zip); digits and toycam need none (default: "
+            "$DISCL_DATA/DATASET, where that variable is set)",
         )
         group.add_argument(
             "--data-seed",
@@ -80,10 +86,7 @@ class Parser(argparse.ArgumentParser):
         """Parse, after the flags have taken the chosen data set's defaults (so that `--help` shows those)."""
         args = self.expand_files(sys.argv[1:] if args is None else list(args))
         if self.get_default("dataset"):
-            chooser = argparse.ArgumentParser(
-                add_help=False, allow_abbrev=False, fromfile_prefix_chars="@", exit_on_error=False
-            )
-            chooser.convert_arg_line_to_args = self.convert_arg_line_to_args
+            chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
             chooser.add_argument("--dataset", default=self.get_default("dataset"))
             try:
                 dataset = chooser.parse_known_args(args)[0].dataset
@@ -91,7 +94,55 @@ class Parser(argparse.ArgumentParser):
                 dataset = None
             shipped = DEFAULTS.get(dataset, {})
             self.set_defaults(**shipped.get("data", {}), **shipped.get(self.script, {}))
-        return super().parse_args(args, namespace)
+        parsed = super().parse_args(args, namespace)
+        if getattr(parsed, "data_root", "") is None and self.get_default("dataset"):
+            parsed.data_root = default_data_root(parsed.dataset)
+        return parsed
+
+
+def expand_files(
+    words: list[str], folder: Path = Path(), within: tuple[Path, ...] = ()
+) -> list[tuple[str, Path | None]]:
+    """The words of a command line, those of each @file in its place.
+
+    Args:
+        folder: what the names of @files are relative to.
+        within: the files that are being read.
+
+    Returns:
+        Pairs of a word and the file that it stands in, None for the command line itself.
+
+    Raises:
+        UserError: a file that cannot be read, an open quote in it, or one that includes itself.
+    """
+    found: list[tuple[str, Path | None]] = []
+    for word in words:
+        if not word.startswith("@"):
+            found.append((word, within[-1] if within else None))
+            continue
+        path = folder / word[1:]
+        includer = f", which {within[-1]} includes" if within else ""
+        if path.resolve() in [other.resolve() for other in within]:
+            raise UserError(f"{path}: includes itself")
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            inside = [part for line in lines for part in shlex.split(line, comments=True)]
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}{includer}") from None
+        except ValueError as error:  # an open quote, or no text at all
+            raise UserError(f"{path}: {error}") from None
+        found += expand_files(inside, path.parent, (*within, path))
+    return found
+
+
+def default_data_root(dataset: str) -> Path | None:
+    """Where a data set lies if no flag says so: $DISCL_DATA/DATASET (or .zip); None without that variable."""
+    root = os.environ.get("DISCL_DATA")
+    if not root or dataset in ("digits", "toycam"):
+        return None
+    folder = Path(root) / dataset
+    archive = folder.with_suffix(".zip")
+    return archive if archive.is_file() and not folder.exists() else folder
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

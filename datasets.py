@@ -159,7 +159,10 @@ def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed
     if name not in LOADERS:
         raise UserError(f"--dataset {name}: unknown; expected one of {', '.join(DEFAULTS)}")
     if data_root is None:
-        raise UserError(f"--dataset {name}: expected --data-root, the folder of its images; {LAYOUTS[name]}")
+        raise UserError(
+            f"--dataset {name}: expected --data-root, the folder of its images, or $DISCL_DATA with a folder {name}; "
+            f"{LAYOUTS[name]}"
+        )
     if not data_root.exists():
         raise UserError(f"--data-root {data_root}: no such folder; {LAYOUTS[name]}")
     return LOADERS[name](name, imb_ratio, data_root, seed)

@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw
 
 # Figures share these colours; the order keeps neighbours apart for colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = ("x", "s", "o", "+", "^", "v", "d")
+SMOOTHED = 5  # epochs that a bold line is the mean of
 COLUMNS, TILE, LINE = 8, 72, 24  # of a sheet: images a row; sides of an image and its text in pixels
 
 
@@ -108,4 +110,80 @@ def draw_confusion(counts: np.ndarray, hard: np.ndarray, class_names: list[str],
         axes.set_yticks(range(len(hard)), [class_names[label] for label in hard], fontsize=6)
     axes.set(xlabel="taken for", ylabel="few-shot class", title="Test images of the few-shot classes")
     figure.colorbar(drawn, label="share of the class")
+    save_figure(figure, path)
+
+
+def draw_curriculum(
+    levels: dict[str, list[tuple[int, int]]], panels: dict[str, dict[str, np.ndarray]], path: Path
+) -> None:
+    """Guidance levels by epoch, and below it curves by epoch.
+
+    Args:
+        levels: curriculum -> pairs of epoch, from 1, and level in percent; several of an epoch that mixes levels.
+        panels: what a panel shows -> row -> values by epoch, (E,).
+    """
+    figure, (top, *others) = new_figure(
+        1 + len(panels), 1, figsize=(8, 3 + 3 * len(panels)), sharex=True, height_ratios=(2, *[3] * len(panels))
+    )
+    for number, (name, points) in enumerate(levels.items()):
+        marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
+        top.plot(*zip(*points, strict=True), marker, color=colour, markersize=4, label=name)
+    top.set_ylabel("guidance level (%)\n100 = real images only")
+    top.set_ylim(-5, 105)
+    top.grid(alpha=0.3)
+    if levels:
+        top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    _draw_panels(others, panels)
+    save_figure(figure, path)
+
+
+def draw_lines(panels: dict[str, dict[str, np.ndarray]], smoothed: int, path: Path) -> None:
+    """Curves by epoch: what a panel shows -> row -> values, (E,). `smoothed`: epochs that a line is the mean of."""
+    figure, axes = new_figure(len(panels), 1, figsize=(8, 3 * len(panels)), sharex=True, squeeze=False)
+    _draw_panels(axes[:, 0], panels, smoothed)
+    save_figure(figure, path)
+
+
+def _draw_panels(axes, panels: dict[str, dict[str, np.ndarray]], smoothed: int = SMOOTHED) -> None:
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    for (label, lines), axis in zip(panels.items(), axes, strict=True):
+        for name, values in lines.items():
+            number = names.index(name)
+            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
+            epochs = np.arange(1, len(values) + 1)
+            if smoothed > 1:
+                # Few validation images make a jagged line: show it faintly, under its mean over some epochs.
+                axis.plot(epochs, values, alpha=0.2, linewidth=1, **style)
+            means = [values[max(0, i - smoothed + 1) : i + 1].mean() for i in range(len(values))]
+            axis.plot(epochs, means, linewidth=2, label=name, **style)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("epoch")
+    axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def draw_by_frequency(lines: dict[str, np.ndarray], counts: np.ndarray, label: str, path: Path) -> None:
+    """A figure of each class by how many training images it has: classes in order of that, in up to 10 groups.
+
+    Args:
+        lines: row -> figure of each class, (C,), NaN where it has none.
+        counts: training images of each class, (C,).
+        label: what the figure is, with its unit.
+    """
+    groups = [group for group in np.array_split(np.argsort(-counts, kind="stable"), 10) if len(group)]
+    figure, axis = new_figure(figsize=(8, 4))
+    for number, (name, values) in enumerate(lines.items()):
+        found = [values[group][~np.isnan(values[group])] for group in groups]
+        means = [group.mean() if len(group) else np.nan for group in found]
+        axis.plot(
+            range(len(groups)), means, linewidth=2, marker=".", label=name, color=COLOURS[number % len(COLOURS)],
+            linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
+        )  # fmt: skip
+    ranges = [(counts[group].max(), counts[group].min()) for group in groups]
+    axis.set_xticks(range(len(groups)), [f"{most}" if most == least else f"{most}–{least}" for most, least in ranges])
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set(xlabel="training images of a class", ylabel=label)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, path)

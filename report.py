@@ -1,35 +1,48 @@
-"""Step 6: tables and figures from run folders and a spectrum. Nothing in them is typed by hand.
+"""Step 6: tables, figures and one page from run folders and a spectrum. Nothing in them is typed by hand.
 
-Runs that differ in nothing but the seed make one row: mean and standard deviation over the seeds.
+Runs that differ in nothing but the seed make one row: mean and standard deviation over the seeds. Rows of one data set,
+imbalance ratio and model make one table. What was published, and which rows and seeds are missing, is what the recipes
+say (recipes/).
 
-Reads:  run folders of train_lt.py, a spectrum folder
-Writes: OUT/table.md, table.csv (test accuracy by group, after the last epoch and at the best by validation),
-        curriculum.png (level and validation accuracy by epoch), spectrum.png (rows: hard images; columns: levels),
-        acceptance.png (kept share by class and level)
+Reads:  run folders of the trainers, or what was kept of them (args.json, results.json, perhaps history.jsonl), a
+        spectrum folder, the recipes
+Writes: OUT/report.html (all of it on one page that needs no other file), table.md, table.tex, table.csv (test figures
+        after the last epoch, and in table.csv also at the best by validation), and for each table curriculum.png (level
+        and validation accuracy by epoch), groups.png, frequency.png, gain.png, synthetic.png; spectrum.png (rows: hard
+        images; columns: levels), acceptance.png (kept share by class and level), distance.png
 
     python report.py --runs runs/digits_* --spectrum runs/spectrum --out runs/report
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import re
+import shutil
 from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
 
 import cli
 import datasets
 import figures
+import page
+import recipes
 import runs
 import spectrum
-from figures import COLOURS, new_figure, save_figure
+import tables
 
-LOSS_NAMES = {"ce": "CE", "bs": "BS"}
-CURRICULUM_NAMES = {"text_only": "text only", "all": "all levels"}
-GROUPS = ("many", "medium", "few", "overall")
-MARKERS = ("x", "s", "o", "+")
+GROUPS = ("many", "medium", "few")
+PANELS = {
+    "val_overall": "validation accuracy, all classes (%)",
+    "val_few": "validation accuracy, few-shot (%)",
+    "val_ood_f1": "validation macro-F1, OOD (%)",
+    "val_id_f1": "validation macro-F1, ID (%)",
+}
+INTRODUCTION = (
+    "Every number is from a run's own test figures after its last epoch: mean and, in brackets, standard deviation "
+    "over seeds. Many-, medium- and few-shot are classes by their training images. What was published is what the "
+    "row's recipe quotes; the difference is ours minus that, in points."
+)
 
 
 def build_parser() -> cli.Parser:
@@ -40,132 +53,98 @@ def build_parser() -> cli.Parser:
         nargs="*",
         default=[],
         metavar="FOLDER",
-        help="run folders of train_lt.py; unfinished ones are named and left out",
+        help="run folders, or folders that hold some; unfinished ones are named and left out",
     )
     parser.add_argument("--spectrum", type=cli.existing_folder, metavar="FOLDER", help="a filtered spectrum folder")
     parser.add_argument(
         "--data-root",
         type=cli.existing_path,
         metavar="FOLDER",
-        help="folder of the data set that the spectrum was drawn from; digits and toycam need none",
+        help="folder of the data set that the spectrum was drawn from; digits and toycam need none (default: "
+        "$DISCL_DATA/DATASET, where that variable is set)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="FOLDER", help="where the report goes")
     return parser
 
 
-def read_runs(folders: list[Path]) -> dict[str, list[dict]]:
-    """Finished runs by row name, in the order given; each has `args`, `results`, `history`.
-
-    Raises:
-        UserError: two runs of one row and one seed.
-    """
-    rows: dict[str, list[dict]] = {}
-    for folder in folders:
-        if not (folder / "results.json").is_file():
-            print(f"{folder}: not finished, left out")
-            continue
-        args = runs.read_json(folder / "args.json")["args"]
-        history = runs.read_json_lines(folder / "history.jsonl")
-        run = {"folder": folder, "args": args, "results": runs.read_json(folder / "results.json"), "history": history}
-        row = rows.setdefault(row_name(args), [])
-        for other in row:
-            if {**other["args"], "seed": None} != {**args, "seed": None}:
-                different = [name for name in args if name != "seed" and other["args"].get(name) != args[name]]
-                raise cli.UserError(
-                    f"{folder} and {other['folder']} are both '{row_name(args)}', but differ in "
-                    f"{', '.join(different)}; expected one setting a row"
-                )
-            if other["args"]["seed"] == args["seed"]:
-                raise cli.UserError(f"{folder} and {other['folder']} are the same run with the same seed")
-        row.append(run)
-    return rows
+# ---------------------------------------------------------------------------------------------------------------------
+# figures
 
 
-def row_name(args: dict) -> str:
-    """What the table calls a run's settings."""
-    name = LOSS_NAMES.get(args["loss"], args["loss"])
-    if args["loss"] == "bs" and args["prior"] == "stage":
-        name += " (stage prior)"
-    if args["curriculum"] == "fixed":
-        return f"{name} + level {args['fixed_level']}"
-    if args["curriculum"] != "none":
-        name += f" + {CURRICULUM_NAMES.get(args['curriculum'], args['curriculum'])}"
-    return name
+def curves(row: tables.Row, name: str) -> np.ndarray | None:
+    """A figure of the history by epoch, mean over the seeds, (E,); None where it was not kept or has no class."""
+    found = [[record.get(name) for record in run["history"]] for run in row.runs]
+    if not all(found) or len({len(one) for one in found}) > 1 or any(value is None for one in found for value in one):
+        return None
+    return np.array(found, dtype=float).mean(0)
 
 
-def summary(values: list[float | None]) -> tuple[float, float] | None:
-    """Mean and standard deviation (0 for one value) over seeds; None where a group has no class."""
-    known = [value for value in values if value is not None]
-    return (mean(known), stdev(known) if len(known) > 1 else 0.0) if known else None
+def per_class(row: tables.Row) -> np.ndarray | None:
+    """Accuracy of each class in percent, mean over the seeds, NaN without a test image, (C,)."""
+    found = [run["results"]["last"].get("per_class") for run in row.runs]
+    return np.array(found, dtype=float).mean(0) if all(found) else None
 
 
-def write_tables(rows: dict[str, list[dict]], out: Path) -> str:
-    """table.md and table.csv; returns the Markdown."""
-    title = {"overall": "all"}
-    lines = [
-        "| test accuracy, % | " + " | ".join(title.get(group, group) for group in GROUPS) + " | seeds |",
-        "|---|" + "---|" * (len(GROUPS) + 1),
-    ]
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["row", "epoch", "seeds", *(f"{group}_{what}" for group in GROUPS for what in ("mean", "std"))])
-    for name, row in rows.items():
-        for epoch in ("last", "best_by_val"):
-            found = [summary([run["results"][epoch][group] for run in row]) for group in GROUPS]
-            table.writerow(
-                [
-                    name,
-                    epoch,
-                    len(row),
-                    *(f"{value:.2f}" if pair else "" for pair in found for value in pair or (None, None)),
-                ]
-            )
-            if epoch == "last":
-                cells = [f"{pair[0]:.1f} ({pair[1]:.1f})" if pair else "–" for pair in found]
-                lines.append(f"| {name} | {' | '.join(cells)} | {len(row)} |")
-    markdown = "\n".join(lines) + "\n"
-    runs.write_text(out / "table.md", markdown)
-    runs.write_text(out / "table.csv", text.getvalue())
-    return markdown
+def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, str]]:
+    """The figures that a table's runs allow: files and what they show."""
+    drawn = []
 
+    def add(name: str, caption: str, draw, *args) -> None:
+        path = out / f"{prefix}{name}.png"
+        draw(*args, path)
+        drawn.append((path, caption))
 
-def draw_curriculum(rows: dict[str, list[dict]], path: Path) -> None:
-    """Level, and validation accuracy over all and over few-shot classes, by epoch: mean over the seeds."""
-    panels = {"val_overall": "validation accuracy, all classes (%)", "val_few": "validation accuracy, few-shot (%)"}
-    figure, (top, *others) = new_figure(3, 1, figsize=(8, 9), sharex=True, height_ratios=(2, 3, 3))
-    drawn = {}
-    for colour, (name, row) in zip(COLOURS * len(rows), rows.items(), strict=False):
-        history = row[0]["history"]
-        epochs = [record["epoch"] + 1 for record in history]
-        # An epoch that mixes levels has a point for each; rows with the same curriculum share their points.
-        points = [(epoch, level) for epoch, record in zip(epochs, history, strict=True) for level in record["levels"]]
-        curriculum = row[0]["args"]["curriculum"]
-        if curriculum != "none" and points not in drawn.values():
-            drawn[name] = points
-            top.plot(
-                *zip(*points, strict=True),
-                MARKERS[len(drawn) % len(MARKERS)],
-                color=colour,
-                markersize=4,
-                label=curriculum,
-            )
-        for panel, axis in zip(panels, others, strict=True):
-            values = np.array([[record[panel] for record in run["history"]] for run in row], dtype=float).mean(0)
-            # Few validation images make a jagged line: show it faintly, under its mean over five epochs.
-            axis.plot(epochs, values, color=colour, alpha=0.2, linewidth=1)
-            smooth = [values[max(0, i - 4) : i + 1].mean() for i in range(len(values))]
-            axis.plot(epochs, smooth, color=colour, linewidth=2, label=name)
-    top.set_ylabel("guidance level (%)\n100 = real images only")
-    top.set_ylim(-5, 105)
-    for axis, label in zip(others, panels.values(), strict=True):
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    others[-1].set_xlabel("epoch")
-    others[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    if drawn:
-        top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    top.grid(alpha=0.3)
-    save_figure(figure, path)
+    rows = list(table.rows.values())
+    points = {}
+    for row in rows:
+        history = row.runs[0]["history"]
+        curriculum = row.args.get("curriculum", "none")
+        found = [(record["epoch"] + 1, level) for record in history for level in record["levels"]]
+        # Rows with the same curriculum share their points.
+        if history and curriculum != "none" and found not in points.values():
+            points[curriculum if curriculum not in points else row.name] = found
+    by_epoch = {name: {row.name: curves(row, name) for row in rows} for name in PANELS}
+    by_epoch = {name: {k: v for k, v in lines.items() if v is not None} for name, lines in by_epoch.items()}
+    by_epoch = {PANELS[name]: lines for name, lines in by_epoch.items() if lines}
+    if by_epoch:
+        add(
+            "curriculum",
+            "Above: the guidance level of each epoch's synthetic images; 100 is the real image. Below: accuracy on the "
+            "validation set, mean over seeds; bold, over the last five epochs.",
+            figures.draw_curriculum, points, by_epoch,
+        )  # fmt: skip
+    by_group = {
+        f"{group} (%)": {row.name: line for row in rows if (line := curves(row, f"val_{group}")) is not None}
+        for group in GROUPS
+    }
+    by_group = {group: lines for group, lines in by_group.items() if lines}
+    if by_group:
+        add("groups", "Validation accuracy of each group of classes by epoch, mean over seeds and five epochs.",
+            figures.draw_lines, by_group, figures.SMOOTHED)  # fmt: skip
+    share = {row.name: 100 * line for row in rows
+             if (line := curves(row, "synthetic_share")) is not None and line.any()}  # fmt: skip
+    if share:
+        add("synthetic", "Share of each epoch's training images that are synthetic.",
+            figures.draw_lines, {"synthetic images (%)": share}, 1)  # fmt: skip
+    counts = next((row.runs[0]["results"].get("train_counts") for row in rows), None)
+    known = {row.name: line for row in rows if (line := per_class(row)) is not None and counts}
+    if known:
+        add("frequency", "Test accuracy by how many training images a class has: classes in order, in groups of equal "
+            "size.", figures.draw_by_frequency, known, np.array(counts), "test accuracy (%)")  # fmt: skip
+        plain = {row.args.get("loss"): known[row.name] for row in reversed(rows)
+                 if row.name in known and row.args.get("curriculum", "none") == "none"
+                 and row.args.get("augment") != "cuda"}  # fmt: skip
+        gain = {row.name: known[row.name] - plain[row.args.get("loss")] for row in rows
+                if row.name in known and row.args.get("curriculum", "none") != "none"
+                and row.args.get("loss") in plain}  # fmt: skip
+        if gain:
+            add("gain", "What a curriculum adds over the same loss without one, by how many training images a class "
+                "has.", figures.draw_by_frequency, gain, np.array(counts), "gain (points)")  # fmt: skip
+    levels = {row.name: line for row in rows if (line := curves(row, "cuda_level")) is not None}
+    if levels:
+        add("cuda", "CUDA's level of learning, mean over the classes, by epoch.",
+            figures.draw_lines, {"level of learning": levels}, 1)  # fmt: skip
+    return drawn
 
 
 def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: int = 10) -> None:
@@ -189,7 +168,9 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
     real = dict(zip(shown, (image for image, _ in datasets.read_sources(shown, train, data_root)), strict=True))
 
     columns = [*plan["levels"], 100]
-    figure, axes = new_figure(len(shown), len(columns), figsize=(len(columns) * 1.05, len(shown) * 1.05), squeeze=False)
+    figure, axes = figures.new_figure(
+        len(shown), len(columns), figsize=(len(columns) * 1.05, len(shown) * 1.05), squeeze=False
+    )
     for line, source in zip(axes, shown, strict=True):
         for level, axis in zip(columns, line, strict=True):
             axis.set_xticks([])
@@ -209,7 +190,24 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
     for level, axis in zip(columns, axes[0], strict=True):
         axis.set_title({0: "text only\nlevel 0", 100: "real\n100"}.get(level, f"\n{level}"), fontsize=9)
     figure.text(0.5, 0.085, "red frame: rejected by CLIPScore", ha="center", fontsize=9, color="red")
-    save_figure(figure, path)
+    figures.save_figure(figure, path)
+
+
+def draw_spectrum_figures(folder: Path, data_root: Path | None, out: Path) -> list[tuple[Path, str]]:
+    """The figures of a spectrum folder: files and what they show."""
+    draw_spectrum(
+        folder, data_root or cli.default_data_root(spectrum.read_plan(folder)["dataset"]), out / "spectrum.png"
+    )
+    drawn = [(out / "spectrum.png", "Each row starts at text only and ends at the real image, level 100.")]
+    if (folder / "scores.csv").exists():
+        draw_acceptance(folder, out / "acceptance.png")
+        drawn.append(
+            (out / "acceptance.png", "How many synthetic images CLIPScore keeps, by class and guidance level.")
+        )
+    if (folder / "distance.png").exists():
+        shutil.copyfile(folder / "distance.png", out / "distance.png")
+        drawn.append((out / "distance.png", "How far the synthetic images of each level are from the real ones."))
+    return drawn
 
 
 def draw_acceptance(folder: Path, path: Path) -> None:
@@ -225,23 +223,59 @@ def draw_acceptance(folder: Path, path: Path) -> None:
     figures.draw_acceptance([names[label] for label in labels], levels, made, kept, path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the page
+
+
+def table_section(table: tables.Table, drawn: list[tuple[Path, str]]) -> list[str]:
+    """A table's part of the page."""
+    body = [page.table(tables.heading(table), [tables.cells(table, row) for row in table.rows.values()])]
+    body += [page.note(text) for text in tables.notes(table)]
+    commands = [row.recipe.command for row in table.rows.values() if row.recipe]
+    if commands:
+        body.append(page.commands("Commands of these rows", commands))
+    waiting = [
+        recipe.command.replace("--seed 0", f"--seed {seed}")
+        for recipe, seeds in tables.missing(table).values()
+        for seed in seeds
+    ]
+    if waiting:
+        body.append(page.commands("Commands of what is missing", waiting))
+    body += [page.figure(path, caption) for path, caption in drawn]
+    return body
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    rows = read_runs(args.runs)
-    if not rows and args.spectrum is None:
+    wanted = recipes.read_all()
+    found = tables.read(tables.run_folders(args.runs), wanted)
+    if not found and args.spectrum is None:
         raise cli.UserError("nothing to report: expected --runs with a finished run, or --spectrum")
-    written = []
-    if rows:
-        print(write_tables(rows, args.out), end="")
-        draw_curriculum(rows, args.out / "curriculum.png")
-        written += ["table.md", "table.csv", "curriculum.png"]
+    written, sections = [], []
+    if found:
+        text = tables.markdown(found)
+        print(text, end="")
+        runs.write_text(args.out / "table.md", text)
+        runs.write_text(args.out / "table.tex", tables.latex(found))
+        runs.write_text(args.out / "table.csv", tables.long_csv(found))
+        written += ["table.md", "table.tex", "table.csv"]
+    for table in found:
+        prefix = "" if len(found) == 1 else re.sub(r"\W+", "_", table.name).lower() + "_"
+        drawn = draw_table(table, args.out, prefix)
+        written += [path.name for path, _ in drawn]
+        sections.append((table.name, table_section(table, drawn)))
     if args.spectrum is not None:
-        draw_spectrum(args.spectrum, args.data_root, args.out / "spectrum.png")
-        written.append("spectrum.png")
-        if (args.spectrum / "scores.csv").exists():
-            draw_acceptance(args.spectrum, args.out / "acceptance.png")
-            written.append("acceptance.png")
-    print(f"{args.out}: {', '.join(written)}")
+        drawn = draw_spectrum_figures(args.spectrum, args.data_root, args.out)
+        written += [path.name for path, _ in drawn]
+        sections.append(("The spectrum", [page.figure(path, caption) for path, caption in drawn]))
+    begun = {table.name for table in found}
+    waiting = sorted({recipes.table_name(recipe.settings) for recipe in wanted} - begun)
+    if found:
+        sections.append(
+            ("Not begun", [page.note(f"Tables that recipes ask for and no run here belongs to: {', '.join(waiting)}.")])
+        )
+    page.write(args.out / "report.html", "Diffusion Curriculum: results", INTRODUCTION, sections)
+    print(f"{args.out}: {', '.join(['report.html', *written])}")
     return 0
 
 

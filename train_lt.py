@@ -30,6 +30,7 @@ import datasets
 import distributed
 import losses
 import optimization
+import recipes
 import runs
 import training
 
@@ -301,7 +302,7 @@ def finished(args) -> bool:
 
 def run_folder(args) -> Path:
     """Where a run goes: --out, or a name that its main settings make."""
-    return args.out or Path(f"runs/{args.dataset}_{args.loss}_{args.curriculum}_seed{args.seed}")
+    return args.out or Path("runs", f"{recipes.folder_name(vars(args))}_seed{args.seed}")
 
 
 def write_subset(path: Path, data: datasets.LongTailed) -> None:

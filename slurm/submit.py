@@ -162,7 +162,9 @@ def check(words: list[str], paths_exist: bool):
 
 
 def expand_sweep(words: list[str], sweeps: list[str]) -> list[list[str]]:
-    """The command lines of a sweep: the product of its values, each with an --out of its own.
+    """The command lines of a sweep: the product of its values, each with a run folder of its own.
+
+    Where the script names a folder for each by itself, that is it; otherwise each gets an --out.
 
     Raises:
         UserError: a sweep that is no FLAG=A,B or names a flag that the script does not have.
@@ -173,14 +175,19 @@ def expand_sweep(words: list[str], sweeps: list[str]) -> list[list[str]]:
         if not equals or not flag or not all(listed.split(",")):
             raise cli.UserError(f"--sweep {sweep}: expected FLAG=A,B,...")
         values[flag.removeprefix("--")] = listed.split(",")
-    base = check(words, True)[1].out or Path("runs") / Path(words[0]).stem
-    lines = []
+    module, parsed = check(words, True)
+    base = parsed.out or Path("runs") / Path(words[0]).stem
+    lines, outs = [], []
     for chosen in itertools.product(*values.values()):
         pairs = dict(zip(values, chosen, strict=True))
         name = "_".join(f"{flag}-{re.sub(r'[^A-Za-z0-9.]', '-', value)}" for flag, value in pairs.items())
         flags = [word for flag, value in pairs.items() for word in (f"--{flag}", value)]
-        lines.append([*words, *flags, "--out", str(base / name)])
-    return lines
+        lines.append([*words, *flags])
+        outs.append(["--out", str(base / name)])
+    if parsed.out is None and hasattr(module, "run_folder"):
+        if len({module.run_folder(check(line, True)[1]) for line in lines}) == len(lines):
+            return lines
+    return [line + out for line, out in zip(lines, outs, strict=True)]
 
 
 def plan(args, words: list[str]) -> list[list[str]]:

@@ -164,9 +164,15 @@ def test_every_docstring_holds_a_command_of_its_own(name):
     assert any(command.startswith(f"python {name}.py ") for command in commands_in(ast.get_docstring(TREES[name])))
 
 
-def test_every_recipe_is_used_by_a_command():
+def test_every_recipe_is_used_by_a_command_or_included():
     commands = " ".join(param.values[0] for param in documented_commands())
-    recipes = [str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.args")]
+    paths = list((ROOT / "recipes").rglob("*.args"))
+    included = {
+        (path.parent / name).resolve()
+        for path in paths
+        for name in re.findall(r"^@(\S+)$", path.read_text(encoding="utf-8"), re.M)
+    }
+    recipes = [str(path.relative_to(ROOT)) for path in paths if path.resolve() not in included]
     assert [recipe for recipe in recipes if f"@{recipe}" not in commands] == []
 
 

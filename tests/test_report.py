@@ -1,39 +1,164 @@
-"""Tables against numbers worked out by hand, from run folders written by hand."""
+"""Tables against numbers worked out by hand, from run folders written by hand; the page and the figures from them."""
 
 from __future__ import annotations
 
+import csv
 import json
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
+import recipes
 import report
 import runs
+import tables
 from cli import UserError
 
+COUNTS = [400, 200, 50, 10, 5]  # of five classes
 
-def write_run(folder, seed, overall, few, curriculum="none", lr=0.1):
-    args = {"loss": "ce", "prior": "real", "curriculum": curriculum, "fixed_level": 50, "seed": seed, "lr": lr}
-    figures = {"overall": overall, "many": None, "medium": 50.0, "few": few}
-    runs.write_json(folder / "args.json", {"args": args})
-    runs.write_json(folder / "results.json", {"last": figures, "best_by_val": figures | {"overall": overall + 1}})
-    record = {"levels": [100], "val_overall": 10.0, "val_few": 20.0}
-    (folder / "history.jsonl").write_text("".join(json.dumps({"epoch": e, **record}) + "\n" for e in range(3)))
+
+def write_run(folder, seed, overall, few, curriculum="none", history=3, commit=None, per_class=None, **extra):
+    args = {
+        "dataset": "digits", "imb_ratio": 30.0, "model": "resnet8", "loss": "ce", "prior": "real",
+        "curriculum": curriculum, "fixed_level": 50, "seed": seed, "lr": 0.1, **extra,
+    }  # fmt: skip
+    found = {"overall": overall, "many": None, "medium": 50.0, "few": few, "epoch": 2, "per_class": per_class}
+    content = {"args": args} | ({"environment": {"commit": commit}} if commit else {})
+    runs.write_json(folder / "args.json", content)
+    best = found | {"overall": overall + 1, "val_overall": 3.0}
+    runs.write_json(folder / "results.json", {"last": found, "best_by_val": best, "train_counts": COUNTS})
+    level = [100] if curriculum == "none" else [50]
+    record = {"levels": level, "val_overall": 10.0, "val_few": 20.0, "val_many": None, "val_medium": 5.0,
+              "synthetic_share": 0.25 * (curriculum != "none")}  # fmt: skip
+    if history:
+        (folder / "history.jsonl").write_text(
+            "".join(json.dumps({"epoch": e, **record}) + "\n" for e in range(history))
+        )
     return str(folder)
+
+
+def write_recipe(root, name, title, expected, flags):
+    (root / "recipes/digits").mkdir(parents=True, exist_ok=True)
+    (root / f"recipes/digits/{name}.args").write_text(
+        f"# {title}\n# python train_lt.py @recipes/digits/{name}.args --seed 0\n# expected: {expected}\n"
+        f"# GPU-hours: 1 (estimate)\n# needs: nothing\n--dataset digits --lr 0.1 {flags}\n"
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_recipes(monkeypatch):
+    """Most tests have no recipes of their own, and the project's are not about them."""
+    monkeypatch.setattr(recipes.read_all, "__defaults__", (recipes.FOLDER / "none",))
+
+
+@pytest.fixture
+def two_recipes(tmp_path, monkeypatch):
+    write_recipe(tmp_path, "ce", "digits IR30, ResNet-8: CE", "few 41.5, all 70 (A Paper)", "--loss ce")
+    write_recipe(tmp_path, "ce_d2s", "digits IR30, ResNet-8: CE + d2s", "not published", "--curriculum d2s")
+    monkeypatch.setattr(recipes.read_all, "__defaults__", (tmp_path / "recipes",))
+
+
+def read_csv(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_the_table_holds_mean_and_standard_deviation(tmp_path):
     folders = [write_run(tmp_path / f"r{seed}", seed, overall, 40) for seed, overall in enumerate([70, 72, 77])]
-    folders.append(write_run(tmp_path / "d", 0, 80, 60, "d2s"))
+    folders.insert(0, write_run(tmp_path / "d", 0, 80, 60, "d2s"))
     assert report.main(["--runs", *folders, "--out", str(tmp_path / "out")]) == 0
     lines = (tmp_path / "out/table.md").read_text().splitlines()
-    # Mean of 70, 72, 77 is 73; deviations -3, -1, 4: variance (9 + 1 + 16) / 2 = 13, root 3.6056.
+    assert lines[0] == "| test accuracy, % | many | medium | few | all | seeds |"
+    # Mean of 70, 72, 77 is 73; deviations -3, -1, 4: variance (9 + 1 + 16) / 2 = 13, root 3.6056. One run has none.
     assert lines[2] == "| CE | – | 50.0 (0.0) | 40.0 (0.0) | 73.0 (3.6) | 3 |"
-    assert lines[3] == "| CE + d2s | – | 50.0 (0.0) | 60.0 (0.0) | 80.0 (0.0) | 1 |"
-    table = (tmp_path / "out/table.csv").read_text().splitlines()
-    assert table[1] == "CE,last,3,,,50.00,0.00,40.00,0.00,73.00,3.61"
-    assert table[2] == "CE,best_by_val,3,,,50.00,0.00,40.00,0.00,74.00,3.61"
+    assert lines[3] == "| CE + d2s | – | 50.0 | 60.0 | 80.0 | 1 |"
+    assert len(lines) == 4
+    rows = {(row["row"], row["epoch"], row["figure"]): row for row in read_csv(tmp_path / "out/table.csv")}
+    assert len(rows) == 2 * 2 * 4
+    assert rows["CE", "last", "all"] | {"mean": "73.00", "std": "3.61", "seeds": "3"} == rows["CE", "last", "all"]
+    assert rows["CE", "best_by_val", "all"]["mean"] == "74.00"
+    assert (rows["CE + d2s", "last", "few"]["mean"], rows["CE + d2s", "last", "few"]["std"]) == ("60.00", "")
+    assert rows["CE", "last", "many"]["mean"] == ""
     assert Image.open(tmp_path / "out/curriculum.png").size[0] > 500
+
+
+def test_the_latex_table_is_escaped(tmp_path):
+    run = write_run(tmp_path / "a", 0, 80, 60, "d2s")
+    report.main(["--runs", run, "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out/table.tex").read_text()
+    assert r"test accuracy, \% & many & medium & few & all & seeds \\" in text
+    assert r"CE + d2s & -- & 50.0 & 60.0 & 80.0 & 1 \\" in text
+    assert text.count(r"\begin{tabular}{lrrrrr}") == text.count(r"\end{tabular}") == 1
+
+
+def test_what_was_published_stands_beside_it_and_what_is_missing_below(tmp_path, two_recipes):
+    folders = [write_run(tmp_path / f"r{seed}", seed, overall, 40) for seed, overall in enumerate([70, 73])]
+    report.main(["--runs", *folders, "--out", str(tmp_path / "out")])
+    lines = (tmp_path / "out/table.md").read_text().splitlines()
+    # Few: 40 - 41.5 = -1.5; all: (70 + 73) / 2 - 70 = +1.5.
+    assert lines[2].endswith("| 71.5 (2.1) | 2 | few 41.5, all 70 | few −1.5, all +1.5 |")
+    assert "Missing: CE (seed 2), CE + d2s (seed 0, 1, 2)" in lines
+    rows = {(row["epoch"], row["figure"]): row for row in read_csv(tmp_path / "out/table.csv")}
+    assert (rows["last", "all"]["published"], rows["last", "all"]["difference"]) == ("70.00", "+1.50")
+    assert rows["last", "all"]["source"] == "A Paper" and rows["best_by_val", "all"]["published"] == ""
+    page = (tmp_path / "out/report.html").read_text()
+    assert "python train_lt.py @recipes/digits/ce_d2s.args --seed 2" in page
+
+
+def test_a_row_that_was_not_run_as_its_recipe_says_so(tmp_path, two_recipes):
+    run = write_run(tmp_path / "a", 0, 70, 40, epochs=3, weight_decay=0.05)
+    report.main(["--runs", run, "--out", str(tmp_path / "out")])
+    [note] = [line for line in (tmp_path / "out/table.md").read_text().splitlines() if "was not run as" in line]
+    assert note.startswith("CE was not run as recipes/digits/ce.args says: ") and "--epochs 3 (recipe: 60)" in note
+    assert "--lr" not in note and "--weight-decay" not in note and "--imb-ratio" not in note
+
+
+def test_other_data_ratios_and_models_are_other_tables(tmp_path):
+    folders = [
+        write_run(tmp_path / "a", 0, 70, 40),
+        write_run(tmp_path / "b", 0, 60, 40, imb_ratio=10.0),
+        write_run(tmp_path / "c", 0, 50, 40, model="resnet20"),
+        write_run(tmp_path / "d", 0, 40, 40, dataset="cifar100_lt", imb_ratio=100.0, model="resnet32"),
+    ]
+    report.main(["--runs", *folders, "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out/table.md").read_text()
+    assert re.findall(r"^### (.*)$", text, re.M) == [
+        "digits IR30, ResNet-8", "digits IR10, ResNet-8", "digits IR30, ResNet-20", "CIFAR100-LT IR100, ResNet-32"
+    ]  # fmt: skip
+    assert (tmp_path / "out/cifar100_lt_ir100_resnet_32_curriculum.png").is_file()
+
+
+def test_rows_have_one_order_whatever_the_folders_are_called(tmp_path):
+    rows = [("bs", "d2s"), ("ce", "d2s"), ("bs", "none"), ("ce", "none"), ("ce", "all")]
+    folders = [write_run(tmp_path / f"{i}", 0, 70, 40, c, loss=loss) for i, (loss, c) in enumerate(rows)]
+    for given in (folders, folders[::-1]):
+        found = tables.read(tables.run_folders([tmp_path / folder for folder in given]), [])
+        assert list(found[0].rows) == ["CE", "CE + all levels", "CE + d2s", "BS", "BS + d2s"]
+
+
+@pytest.mark.parametrize(
+    ("args", "name"),
+    [
+        ({"loss": "bs", "prior": "stage", "curriculum": "d2s"}, "BS (stage prior) + d2s"),
+        ({"loss": "ce", "prior": "stage", "curriculum": "text_only"}, "CE + text only"),
+        ({"loss": "ce", "augment": "cuda"}, "CE + CUDA"),
+        ({"loss": "ce", "curriculum": "fixed", "fixed_level": 70}, "CE + level 70"),
+        ({"loss": "ce", "init_checkpoint": "a.pt"}, "CE, trained on"),
+        ({"loss": "bs", "init_checkpoint": "a.pt"}, "BS"),
+        ({"loss": "bs", "curriculum": "d2s", "balanced": True}, "BS + d2s, balanced fill"),
+        ({"loss": "ldam", "curriculum": "all"}, "LDAM + all levels"),
+    ],
+)
+def test_row_names(args, name):
+    assert recipes.row_name(args) == name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
 
 
 def test_runs_that_do_not_belong_together_are_named(tmp_path):
@@ -41,17 +166,122 @@ def test_runs_that_do_not_belong_together_are_named(tmp_path):
     with pytest.raises(UserError, match="differ in lr"):
         report.main(["--runs", a, b, "--out", str(tmp_path / "out")])
     c = write_run(tmp_path / "c", 0, 70, 40)
-    with pytest.raises(UserError, match="same seed"):
+    with pytest.raises(UserError, match=f"{c} and {a} are the same run with the same seed"):
         report.main(["--runs", a, c, "--out", str(tmp_path / "out")])
+    # What a run reads may lie elsewhere for another seed.
+    d = write_run(tmp_path / "d", 1, 70, 40, spectrum="elsewhere")
+    assert report.main(["--runs", a, d, a, "--out", str(tmp_path / "out")]) == 0
 
 
-def test_an_unfinished_run_is_named_and_left_out(tmp_path, capsys):
+def test_an_unfinished_run_and_an_empty_folder_are_named_and_left_out(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    done = write_run(tmp_path / "a", 0, 70, 40)
-    report.main(["--runs", str(tmp_path / "empty"), done, "--out", str(tmp_path / "out")])
-    assert "empty: not finished, left out" in capsys.readouterr().out
+    write_run(tmp_path / "all/half", 1, 70, 40)
+    (tmp_path / "all/half/results.json").unlink()
+    write_run(tmp_path / "all/done", 0, 70, 40)
+    report.main(["--runs", str(tmp_path / "empty"), str(tmp_path / "all"), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/empty: not finished, left out" in said
+    assert f"{tmp_path}/all/half: not finished, left out" in said and "| CE |" in said and "| 70.0 | 1 |" in said
     with pytest.raises(UserError, match="nothing to report"):
         report.main(["--runs", str(tmp_path / "empty"), "--out", str(tmp_path / "out")])
+
+
+def test_runs_of_mixed_code_are_named_in_one_line(tmp_path, capsys):
+    a, b = (write_run(tmp_path / name, seed, 70, 40, commit=f"{name}000") for seed, name in enumerate("ab"))
+    c = write_run(tmp_path / "c", 2, 70, 40, commit="a000")
+    report.main(["--runs", a, b, c, "--out", str(tmp_path / "out")])
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Mixed code versions")]
+    assert f"a000 made {a}, {c}; b000 made {b}" in line
+    assert line in (tmp_path / "out/table.md").read_text()
+    report.main(["--runs", a, c, "--out", str(tmp_path / "out")])
+    assert "Mixed" not in capsys.readouterr().out
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    run = write_run(tmp_path / "a", 0, 70, 40)
+    (tmp_path / "a/results.json").write_text("{")
+    with pytest.raises(UserError, match="a/results.json: not valid JSON"):
+        report.main(["--runs", run, "--out", str(tmp_path / "out")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures and the page
+
+
+class Page(HTMLParser):
+    """What a page holds: links to elsewhere, pictures, and tags that were not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.links, self.pictures, self.cells = [], [], [], 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.links += [value for name, value in attrs.items() if name in ("src", "href") and value[:5] != "data:"]
+        if tag == "img":
+            self.pictures.append(attrs)
+        self.cells += tag == "td"
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_holds_everything_and_needs_no_other_file(tmp_path, two_recipes):
+    folders = [
+        write_run(tmp_path / "a", 0, 70, 40, per_class=[90, 80, 70, None, 20]),
+        write_run(tmp_path / "b", 0, 72, 42, "d2s", per_class=[88, 80, 70, None, 40]),
+    ]
+    report.main(["--runs", *folders, "--out", str(tmp_path / "out")])
+    text = (tmp_path / "out/report.html").read_text()
+    page = Page(text)
+    assert page.open == [] and page.links == [] and "http" not in re.sub(r"base64,[^\"]*", "", text)
+    drawn = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert drawn == {f"{name}.png" for name in ("curriculum", "groups", "synthetic", "frequency", "gain")}
+    assert len(page.pictures) == len(drawn) and all(picture["alt"] for picture in page.pictures)
+    assert page.cells == 2 * 7 and 'name="viewport"' in text
+    assert "many" in text and "few −1.5, all +0.0" in text
+
+
+def test_results_that_were_kept_without_a_history_make_the_table(tmp_path):
+    run = write_run(tmp_path / "results/digits/a", 0, 70, 40, history=0)
+    report.main(["--runs", run, "--out", str(tmp_path / "out")])
+    assert "| CE | – | 50.0 | 40.0 | 70.0 | 1 |" in (tmp_path / "out/table.md").read_text()
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_gain_is_over_the_same_loss_without_a_curriculum(tmp_path, monkeypatch):
+    folders = [
+        write_run(tmp_path / "a", 0, 70, 40, per_class=[90, 80, 70, 50, 20]),
+        write_run(tmp_path / "b", 0, 70, 40, "d2s", per_class=[88, 80, 70, 55, 40]),
+        write_run(tmp_path / "c", 1, 70, 40, "d2s", per_class=[90, 80, 70, 65, 40]),
+        write_run(tmp_path / "d", 0, 70, 40, loss="bs", per_class=[0, 0, 0, 0, 0]),
+        write_run(tmp_path / "e", 0, 70, 40, "d2s", loss="la", per_class=[0, 0, 0, 0, 0]),
+    ]
+    drawn = {}
+    monkeypatch.setattr(
+        report.figures, "draw_by_frequency", lambda lines, counts, label, path: drawn.update({label: lines})
+    )
+    [table] = tables.read(tables.run_folders([tmp_path / folder for folder in folders]), [])
+    report.draw_table(table, tmp_path, "")
+    assert list(drawn["gain (points)"]) == ["CE + d2s"]  # no LA without a curriculum to compare with
+    assert np.allclose(drawn["gain (points)"]["CE + d2s"], [-1, 0, 0, 10, 20])
+
+
+def test_classes_are_grouped_by_their_training_images(tmp_path, monkeypatch):
+    plotted = []
+    axis = SimpleNamespace(plot=lambda x, y, **_: plotted.append(list(y)))
+    for name in ("set_xticks", "tick_params", "set", "axhline", "grid", "legend"):
+        setattr(axis, name, lambda *_, **__: None)
+    monkeypatch.setattr(report.figures, "new_figure", lambda **_: (None, axis))
+    monkeypatch.setattr(report.figures, "save_figure", lambda *_: None)
+    counts = np.array([1, 2] * 10)  # the ten classes of two images come first, two of them in each group
+    values = np.where(counts == 2, 80.0, 10.0)
+    values[1] = np.nan
+    report.figures.draw_by_frequency({"a": values}, counts, "", tmp_path / "x.png")
+    assert plotted == [[80.0] * 5 + [10.0] * 5]
 
 
 def test_the_spectrum_sheet_and_the_acceptance_map_are_drawn(road, tmp_path):
@@ -59,3 +289,4 @@ def test_the_spectrum_sheet_and_the_acceptance_map_are_drawn(road, tmp_path):
     for name in ("spectrum.png", "acceptance.png"):
         image = Image.open(tmp_path / name).convert("RGB")
         assert min(image.size) > 150 and len(set(image.resize((64, 64)).get_flattened_data())) > 20
+    assert len(Page((tmp_path / "report.html").read_text()).pictures) == 2

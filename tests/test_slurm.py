@@ -20,6 +20,7 @@ import pytest
 from conftest import ROOT, SMALL
 
 import cli
+import train_lt
 from cli import UserError
 
 spec = importlib.util.spec_from_file_location("submit", ROOT / "slurm/submit.py")
@@ -62,10 +63,13 @@ def test_a_sweep_is_the_product_of_its_values_each_in_its_own_folder(tmp_path, m
     monkeypatch.chdir(tmp_path)
     lines = submit.expand_sweep(TRAIN, ["seed=0,1", "loss=ce,bs"])
     assert [line[len(TRAIN) :] for line in lines] == [
-        ["--seed", seed, "--loss", loss, "--out", f"runs/train_lt/seed-{seed}_loss-{loss}"]
-        for seed in "01"
-        for loss in ("ce", "bs")
+        ["--seed", seed, "--loss", loss] for seed in "01" for loss in ("ce", "bs")
     ]
+    folders = [train_lt.run_folder(submit.check(line, True)[1]) for line in lines]
+    assert len(set(folders)) == 4 and str(folders[0]) == "runs/digits_ce_none_seed0"
+    # The learning rate stands in no run folder's name: then each value has an --out of its own.
+    lines = submit.expand_sweep(TRAIN, ["lr=0.1,0.2"])
+    assert [line[-2:] for line in lines] == [["--out", f"runs/train_lt/lr-{rate}"] for rate in ("0.1", "0.2")]
 
 
 def test_the_command_line_is_split_at_scripts():
@@ -125,7 +129,7 @@ def test_a_local_sweep_runs_from_the_snapshot_and_finished_runs_are_skipped(tmp_
     assert done.returncode == 0, done.stderr
     [code] = (tmp_path / "runs/jobs/train_lt").glob("code-*")
     assert (code / "train_lt.py").read_text() == (ROOT / "train_lt.py").read_text()
-    results = [json.loads((tmp_path / f"runs/train_lt/seed-{s}/results.json").read_text()) for s in (0, 1)]
+    results = [json.loads((tmp_path / f"runs/digits_ce_none_seed{s}/results.json").read_text()) for s in (0, 1)]
     assert results[0]["last"] != results[1]["last"]
     again = launch(tmp_path, *words)
     assert again.returncode == 0 and "nothing to submit" in again.stdout
@@ -152,13 +156,11 @@ def test_a_sweep_through_slurm_gives_the_numbers_of_runs_without_it(tmp_path):
     done = launch(tmp_path, *words)
     assert done.returncode == 0, done.stderr
     wait_for_jobs(tmp_path / "runs/jobs/train_lt")
-    import train_lt
-
     for seed in (0, 1):
         for loss in ("ce", "bs"):
             out = tmp_path / f"direct_{seed}_{loss}"
             train_lt.main([*TRAIN[1:], "--seed", str(seed), "--loss", loss, "--out", str(out)])
-            through = np.load(tmp_path / f"runs/train_lt/seed-{seed}_loss-{loss}/predictions.npz")
+            through = np.load(tmp_path / f"runs/digits_{loss}_none_seed{seed}/predictions.npz")
             direct = np.load(out / "predictions.npz")
             assert np.abs(through["logits"] - direct["logits"]).max() < 1e-3  # other thread counts sum in another order
     status = launch(tmp_path, "--status", "runs/jobs/train_lt")

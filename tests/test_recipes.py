@@ -1,0 +1,275 @@
+"""Recipes: their form, what they say of themselves, and that each starts, on stand-in data in its layout."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+import shlex
+import signal
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import augmentations
+import cli
+import datasets
+import find_hard
+import models
+import recipes
+import runs
+import train_lt
+from cli import UserError
+
+ALL = sorted((ROOT / "recipes").rglob("*.args"))
+WITH_COMMAND = [path for path in ALL if "\n# expected: " in path.read_text(encoding="utf-8")]
+# What makes a recipe cheap, appended to its command.
+CHEAP = {
+    "find_hard": "",
+    "write_prompts": "--count 2",
+    "generate_spectrum": f"--generator {ROOT}/assets/tiny_sd --steps 2 --seeds 1 --size 16x16 --dtype float32",
+    "filter_clipscore": f"--clip {ROOT}/assets/tiny_clip --threshold -1",
+    "train_lt": "--model resnet8 --batch-size 4 --image-size 32 --workers 0 --real-pass-images 8 --progress-images 2",
+}
+
+
+def name_of(path) -> str:
+    return str(path.relative_to(ROOT / "recipes"))
+
+
+def command_of(path) -> tuple[str, list[str]]:
+    """The script and the arguments of a recipe's own command, its @file where it lies."""
+    _, script, *words = shlex.split(recipes.read(path).command)
+    assert f"@recipes/{name_of(path)}" in words
+    return script.removesuffix(".py"), [word.replace("@recipes", f"@{ROOT}/recipes") for word in words]
+
+
+@functools.cache
+def parse(path):
+    script, words = command_of(path)
+    with cli.paths_unchecked(True):
+        return importlib.import_module(script).build_parser().parse_args(words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# form
+
+
+@pytest.mark.parametrize("path", WITH_COMMAND, ids=name_of)
+def test_a_recipe_says_what_it_is(path):
+    recipe, args = recipes.read(path), parse(path)
+    text = path.read_text(encoding="utf-8")
+    assert all(len(line) <= 150 for line in text.splitlines())
+    for needed in re.findall(r"recipes/\S+\.args", text.splitlines()[4]):
+        assert (ROOT / needed).is_file(), needed
+    assert "(estimate)" in text.splitlines()[3] or "CPU" in text.splitlines()[3]
+    if not recipe.script.startswith("train_"):
+        return
+    assert recipe.title == f"{recipes.table_name(vars(args))}: {recipes.row_name(vars(args))}"
+    assert recipe.expected or recipe.source.startswith("not published")
+    assert args.out is None, "seeds would share a folder"
+    # What the recipe sets, read without the script's parser, is what the parser reads.
+    for flag, value in recipe.settings.items():
+        assert recipes.same(getattr(args, flag), value), flag
+
+
+def test_no_two_recipes_share_a_run_folder_or_a_row():
+    trained = [parse(path) for path in WITH_COMMAND if command_of(path)[0] == "train_lt"]
+    folders = [str(train_lt.run_folder(args)) for args in trained]
+    assert len(folders) > 100 and len(set(folders)) == len(folders)
+    named = [(recipes.table_name(vars(args)), recipes.row_name(vars(args))) for args in trained]
+    assert len(set(named)) == len(named)
+
+
+def test_recipes_start_from_the_runs_that_they_need():
+    for path in WITH_COMMAND:
+        script, _ = command_of(path)
+        args = parse(path)
+        if script != "train_lt" or not args.init_checkpoint:
+            continue
+        needs = path.read_text(encoding="utf-8").splitlines()[4]
+        needed = parse(ROOT / re.search(r"recipes/\S+_ce\.args", needs)[0])
+        assert args.init_checkpoint == train_lt.run_folder(needed) / "checkpoint.pt"
+        assert (args.model, args.dataset) == (needed.model, needed.dataset) and not needed.init_checkpoint
+
+
+@pytest.mark.parametrize("model", ["resnet10", "resnet32", "resnet50"])
+def test_every_model_of_the_recipes_is_built(model):
+    assert model in {recipes.read(path).settings.get("model") for path in WITH_COMMAND}
+    with torch.device("meta"):
+        assert models.build_classifier(model, 10, 32)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_header_is_read():
+    recipe = recipes.read(ROOT / "recipes/imagenet_lt/r10_bs_d2s.args")
+    assert recipe.expected == {"many": 52.68, "medium": 37.68, "few": 21.36, "overall": 41.33}
+    assert recipe.source == "DisCL" and recipe.script == "train_lt"
+    assert (recipe.settings["lr"], recipe.settings["curriculum"], recipe.settings["epochs"]) == (1e-3, "d2s", 65)
+
+
+def test_a_recipe_without_its_header_is_named(tmp_path):
+    (tmp_path / "a.args").write_text("# a row\n# expected: nothing\n--dataset digits\n")
+    with pytest.raises(UserError, match="a.args: expected a header of five lines"):
+        recipes.read_all(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        ("--few-maxx 7", "unrecognized arguments: --few-maxx 7, in {}/base.args"),
+        ("--few-max 0", "argument --few-max: '0': expected a whole number of 1 or more, in {}/base.args"),
+        ("--rule some", "argument --rule: invalid choice: 'some' (choose from "),
+        ("@other.args", "{}/other.args: No such file or directory, which {}/base.args includes"),
+        ("@row.args", "{}/row.args: includes itself"),
+        ('--out "x', "{}/base.args: No closing quotation"),
+    ],
+)
+def test_what_is_wrong_in_a_recipe_names_the_file(tmp_path, capsys, inner, message):
+    (tmp_path / "base.args").write_text(inner + "\n")
+    (tmp_path / "row.args").write_text("@base.args\n--dataset digits\n")
+    with pytest.raises(SystemExit) as caught:
+        find_hard.build_parser().parse_args([f"@{tmp_path}/row.args"])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and len(said.splitlines()) == 1
+    assert message.replace("{}", str(tmp_path)) in said
+    assert "base.args" in said or "row.args" in said
+
+
+def test_what_is_wrong_on_the_command_line_blames_no_recipe(tmp_path, capsys):
+    (tmp_path / "row.args").write_text("--dataset digits --few-max 7\n")
+    with pytest.raises(SystemExit):
+        find_hard.build_parser().parse_args([f"@{tmp_path}/row.args", "--few-max", "none"])
+    assert capsys.readouterr().err.endswith("'none': expected a whole number of 1 or more (see --help)\n")
+
+
+def test_an_included_file_lies_beside_the_one_that_includes_it(tmp_path, monkeypatch):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/base.args").write_text("--few-max 7 --rule few\n")
+    (tmp_path / "a/b/row.args").write_text("@../base.args\n--few-max 8  # the later one holds\n")
+    monkeypatch.chdir(tmp_path)
+    args = find_hard.build_parser().parse_args(["@a/b/row.args"])
+    assert (args.few_max, args.rule) == (8, "few")
+
+
+def test_the_data_root_comes_from_the_flag_or_one_variable(tmp_path, monkeypatch):
+    parser = find_hard.build_parser()
+    words = ["--dataset", "cifar100_lt", "--imb-ratio", "100"]
+    assert parser.parse_args(words).data_root is None
+    with pytest.raises(UserError, match="expected --data-root, .* or \\$DISCL_DATA with a folder cifar100_lt"):
+        find_hard.main(words)
+    monkeypatch.setenv("DISCL_DATA", str(tmp_path))
+    assert parser.parse_args(words).data_root == tmp_path / "cifar100_lt"
+    assert parser.parse_args([*words, "--data-root", str(ROOT)]).data_root == ROOT
+    assert parser.parse_args([]).data_root is None  # digits lies in scikit-learn
+    with pytest.raises(UserError, match=f"--data-root {tmp_path}/cifar100_lt: no such folder"):
+        find_hard.main(words)
+    (tmp_path / "cifar100_lt.zip").write_bytes(b"PK")
+    assert parser.parse_args(words).data_root == tmp_path / "cifar100_lt.zip"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# every recipe starts
+
+
+def write_cifar100(root):
+    """CIFAR-100's folders with 100 training images a class, each class's the same one."""
+    for label in range(100):
+        for part, count in (("train", 100), ("test", 1)):
+            folder = root / part / f"c{label:02d}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (label, 2 * label, 0)).save(folder / "0.png")
+            for i in range(1, count):
+                os.link(folder / "0.png", folder / f"{i}.png")
+
+
+def write_large(root, names):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 32), (i % 256, 7 * i % 256, 0)).save(root / name)
+
+
+def write_imagenet_lt(root):
+    """ImageNet-LT's lists with two classes: 24 and 6 training images."""
+    wnids, counts = ["n01440764", "n01443537"], (24, 6)
+    train = [(f"train/{w}/{w}_{i}.JPEG", k) for k, w in enumerate(wnids) for i in range(counts[k])]
+    parts = {
+        "train": train,
+        "val": [(f"train/{w}/{w}_99.JPEG", k) for k, w in enumerate(wnids)],
+        "test": [(f"val/ILSVRC2012_val_{k}.JPEG", k) for k in range(2)],
+    }
+    for part, pairs in parts.items():
+        write_large(root, [name for name, _ in pairs])
+        (root / f"ImageNet_LT_{part}.txt").write_text("".join(f"{name} {k}\n" for name, k in pairs))
+
+
+def write_inat2018(root):
+    """iNaturalist 2018's annotation files with two classes: 24 and 6 training images."""
+    train = [(f"train_val2018/Aves/{k}/{i}.jpg", k) for k, count in enumerate((24, 6)) for i in range(count)]
+    for part, pairs in (("train", train), ("val", [("train_val2018/Aves/0/99.jpg", 0)])):
+        write_large(root, [name for name, _ in pairs])
+        content = {
+            "images": [{"id": i, "file_name": name} for i, (name, _) in enumerate(pairs)],
+            "annotations": [{"image_id": i, "category_id": k} for i, (_, k) in enumerate(pairs)],
+            "categories": [{"id": k, "name": f"bird {k}"} for k in range(2)],
+        }
+        (root / f"{part}2018.json").write_text(json.dumps(content))
+
+
+STAND_INS = {"cifar100_lt": write_cifar100, "imagenet_lt": write_imagenet_lt, "inat2018": write_inat2018}
+
+
+def stop_in_the_second_step(monkeypatch) -> list[int]:
+    """Every run is told to stop at its second step; the list holds the steps so far."""
+    steps, augment = [], augmentations.augment
+
+    def counting(*args):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return augment(*args)
+
+    monkeypatch.setattr(augmentations, "augment", counting)
+    return steps
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset", STAND_INS)
+def test_every_recipe_starts(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DISCL_DATA", str(tmp_path / "data"))
+    STAND_INS[dataset](tmp_path / "data" / dataset)
+    monkeypatch.setattr(datasets, "load", functools.cache(datasets.load))
+    steps = stop_in_the_second_step(monkeypatch)
+    paths = [path for path in WITH_COMMAND if path.parent.name == dataset]
+    order = list(CHEAP)
+    for path in sorted(paths, key=lambda path: order.index(command_of(path)[0])):
+        script, words = command_of(path)
+        module, extra = importlib.import_module(script), shlex.split(CHEAP[script])
+        with cli.paths_unchecked(True):
+            args = module.build_parser().parse_args(words)
+        steps.clear()
+        if script == "train_lt":
+            if args.init_checkpoint and not args.init_checkpoint.exists():  # a small model's stands in
+                args.init_checkpoint.parent.mkdir(parents=True)
+                small = models.build_classifier("resnet8", 1000 if dataset == "imagenet_lt" else 2)
+                runs.save_checkpoint(args.init_checkpoint, {"model": small.state_dict()})
+            extra += ["--out", f"trained/{path.stem}"]
+        code = module.main([*words, *extra])
+        if script == "find_hard":  # a few of the hard images stand for all of them
+            lines = args.out.read_text(encoding="utf-8").splitlines()
+            args.out.write_text("\n".join(lines[:7]) + "\n", encoding="utf-8")
+        if script != "train_lt":
+            assert code == 0, name_of(path)
+            continue
+        assert code == runs.RESUMABLE and len(steps) >= 2, name_of(path)
+        saved = runs.load_checkpoint(tmp_path / "trained" / path.stem / "checkpoint.pt", "cpu")
+        assert saved["partial"]["batches"] >= 1 and np.isfinite(float(saved["partial"]["total"]))
