@@ -34,6 +34,7 @@ import datasets
 import distributed
 import losses
 import optimization
+import recipes
 import runs
 import training
 
@@ -341,7 +342,7 @@ def finished(args) -> bool:
 
 def run_folder(args) -> Path:
     """Where a run goes: --out, or a name that its main settings make."""
-    return args.out or Path(f"runs/{args.dataset}_{args.loss}_{args.curriculum}_seed{args.seed}")
+    return args.out or Path("runs", f"{recipes.folder_name(vars(args), 'train_iwildcam')}_seed{args.seed}")
 
 
 def main(argv: list[str] | None = None) -> int:
