@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,24 @@ from cli import UserError
 from datasets import ImageSet
 from level_of_learning import augmented
 
-EVALUATION_ZOOM = 256 / 224  # the shorter side of a test image, over the side of the centre crop
+
+@dataclass(frozen=True)
+class Crop:
+    """How image files are cropped and resized.
+
+    Attributes:
+        least_area: of a random crop, as a share of the image's.
+        zoom: of a test image, the shorter side over the side of the centre crop.
+        filter: bilinear or bicubic.
+    """
+
+    least_area: float = 0.08
+    zoom: float = 256 / 224
+    filter: str = "bilinear"
+
+
+IMAGENET_CROP = Crop()
+CLIP_CROP = Crop(least_area=0.9, zoom=1.0, filter="bicubic")  # open_clip's, which FLYP takes
 
 
 def build(
@@ -76,11 +94,28 @@ class InMemory:
 
 
 class Decoded:
-    """Image files, decoded, cropped and resized by worker processes, in time for their batch."""
+    """Image files, decoded, cropped and resized by worker processes, in time for their batch.
 
-    def __init__(self, paths: list[Path], device: str, image_size: int, workers: int, randaugment: bool = False):
+    Args:
+        skip_unreadable: yield a black image where one does not decode, and note it, instead of raising UserError.
+
+    Attributes:
+        unreadable: with `skip_unreadable`, place -> what is wrong, of the images that were met so far.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        device: str,
+        image_size: int,
+        workers: int,
+        randaugment: bool = False,
+        crop: Crop = IMAGENET_CROP,
+        skip_unreadable: bool = False,
+    ):
         self.paths, self.device, self.image_size, self.workers = paths, device, image_size, workers
-        self.randaugment = randaugment
+        self.randaugment, self.crop, self.skip_unreadable = randaugment, crop, skip_unreadable
+        self.unreadable: dict[int, str] = {}
 
     def training(
         self,
@@ -108,7 +143,7 @@ class Decoded:
     def _load(self, jobs: list[list[tuple]]) -> Iterator[torch.Tensor]:
         pinned = str(self.device).startswith("cuda")
         loader = torch.utils.data.DataLoader(
-            _Files(self.paths, self.image_size, self.randaugment),
+            _Files(self),
             batch_sampler=jobs,
             num_workers=self.workers,
             collate_fn=_stack,
@@ -117,32 +152,40 @@ class Decoded:
             prefetch_factor=4 if self.workers else None,
         )
         try:
-            for images in loader:
+            for images, wrong in loader:
+                self.unreadable |= wrong
                 yield images.to(self.device, non_blocking=pinned).permute(0, 3, 1, 2)
         except UserError as error:  # a worker's comes with its traceback
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("cli.UserError: ")) from None
 
 
 class _Files(torch.utils.data.Dataset):
-    def __init__(self, paths: list[Path], image_size: int, randaugment: bool):
-        self.paths, self.image_size, self.randaugment = paths, image_size, randaugment
+    def __init__(self, store: Decoded):
+        self.paths, self.image_size, self.randaugment = store.paths, store.image_size, store.randaugment
+        self.crop, self.skip_unreadable = store.crop, store.skip_unreadable
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, job: tuple[int, tuple[int, int] | None, int]) -> np.ndarray:
+    def __getitem__(self, job: tuple[int, tuple[int, int] | None, int]) -> tuple[np.ndarray, dict[int, str]]:
         place, key, strength = job
         rng = None if key is None else np.random.default_rng(key)
-        pixels = decode(self.paths[place], self.image_size, rng)
+        try:
+            pixels = decode(self.paths[place], self.image_size, rng, self.crop)
+        except UserError as error:
+            if not self.skip_unreadable:
+                raise
+            return np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8), {place: str(error)}
         if key is not None and (self.randaugment or strength):
             image = torch.from_numpy(pixels).permute(2, 0, 1)
             image = randaugmented(image, *key) if self.randaugment else image
             pixels = augmented(image, strength, *key).permute(1, 2, 0).numpy()
-        return pixels
+        return pixels, {}
 
 
-def _stack(images: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(images))
+def _stack(items: list[tuple[np.ndarray, dict[int, str]]]) -> tuple[torch.Tensor, dict[int, str]]:
+    images, wrong = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(images)), {place: error for one in wrong for place, error in one.items()}
 
 
 def randaugmented(image: torch.Tensor, seed: int, number: int) -> torch.Tensor:
@@ -154,10 +197,12 @@ def randaugmented(image: torch.Tensor, seed: int, number: int) -> torch.Tensor:
         return v2.RandAugment()(image)
 
 
-def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """The crop of RandomResizedCrop (Inception): 8 to 100 % of the area, aspect ratio 3/4 to 4/3; in pixels."""
+def random_box(
+    width: int, height: int, rng: np.random.Generator, least_area: float = IMAGENET_CROP.least_area
+) -> tuple[float, float, float, float]:
+    """The crop of RandomResizedCrop (Inception): `least_area` to all of it, aspect ratio 3/4 to 4/3; in pixels."""
     for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1)
+        area = width * height * rng.uniform(least_area, 1)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -169,14 +214,14 @@ def random_box(width: int, height: int, rng: np.random.Generator) -> tuple[float
     return left, top, left + w, top + h
 
 
-def centre_box(width: int, height: int) -> tuple[float, float, float, float]:
-    """The part of an image that is left by resizing its shorter side to 256 and taking the central 224 x 224."""
-    side = min(width, height) / EVALUATION_ZOOM
+def centre_box(width: int, height: int, zoom: float) -> tuple[float, float, float, float]:
+    """The part of an image that is left by resizing its shorter side to `zoom` times that of a central crop."""
+    side = min(width, height) / zoom
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
-def decode(path: Path, size: int, rng: np.random.Generator | None) -> np.ndarray:
+def decode(path: Path, size: int, rng: np.random.Generator | None, crop: Crop = IMAGENET_CROP) -> np.ndarray:
     """An image file, cropped (at random, or the centre without `rng`) and resized: uint8 (size, size, 3).
 
     A JPEG is decoded at a half, a quarter or an eighth where that still holds every pixel that is needed.
@@ -188,7 +233,10 @@ def decode(path: Path, size: int, rng: np.random.Generator | None) -> np.ndarray
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             width, height = image.size
-            box = random_box(width, height, rng) if rng is not None else centre_box(width, height)
+            if rng is None:
+                box = centre_box(width, height, crop.zoom)
+            else:
+                box = random_box(width, height, rng, crop.least_area)
             needed = size / min(box[2] - box[0], box[3] - box[1])
             image.draft("RGB", (math.ceil(width * needed), math.ceil(height * needed)))
             if image.format == "JPEG" and image.mode == "RGB" and image.size == (width, height):
@@ -202,6 +250,6 @@ def decode(path: Path, size: int, rng: np.random.Generator | None) -> np.ndarray
         raise UserError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from None
     x, y = pixels.shape[2] / width, pixels.shape[1] / height
     left, top, right, bottom = round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y)
-    crop = pixels[None, :, top : max(top + 1, bottom), left : max(left + 1, right)]
+    part = pixels[None, :, top : max(top + 1, bottom), left : max(left + 1, right)]
     # On whole bytes torch's filter takes a third of the time of Pillow's, and gives the same to within one grey value.
-    return F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    return F.interpolate(part, (size, size), mode=crop.filter, antialias=True)[0].permute(1, 2, 0).numpy()

@@ -12,6 +12,7 @@ Writes: nothing; exit code 0 where all is well, 1 where something is not
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,14 @@ import numpy as np
 import cli
 import datasets
 
-# Published numbers of images (train, validation, test) and classes; validation that is held out is counted in train.
+# Published numbers of images of each split and of classes; validation that is held out is counted in train.
 KNOWN = {
     "imagenet_lt": {"train": 115846, "val": 20000, "test": 50000, "classes": 1000},
     "places_lt": {"train": 62500, "val": 7300, "test": 36500, "classes": 365},
     "inat2018": {"train": 437513, "test": 24426, "classes": 8142},
     "cifar10_lt": {"test": 10000, "classes": 10},
     "cifar100_lt": {"test": 10000, "classes": 100},
+    "iwildcam": {"train": 129809, "val": 14961, "test": 42791, "id_val": 7314, "id_test": 8154, "classes": 182},
 }
 CIFAR100_LT_TRAIN = {10: 19573, 50: 12608, 100: 10847}  # by imbalance ratio
 # Beginnings of git's own checksums (git hash-object) of the list files. The test list is in use in two versions.
@@ -54,7 +56,7 @@ def git_checksum(path: Path) -> str:
 def problems_of(data: datasets.LongTailed, imb_ratio: float | None, decode: int) -> list[str]:
     """What is wrong with a data set that could be loaded, a line each."""
     problems = []
-    parts = {"train": data.train, "val": data.val, "test": data.test}
+    parts = data.splits
     known = dict(KNOWN.get(data.name, {}))
     if data.name == "cifar100_lt" and imb_ratio in CIFAR100_LT_TRAIN:
         known["train"] = CIFAR100_LT_TRAIN[imb_ratio]
@@ -67,17 +69,24 @@ def problems_of(data: datasets.LongTailed, imb_ratio: float | None, decode: int)
     ]
     for name, part in parts.items():
         empty = np.flatnonzero(np.bincount(part.labels, minlength=len(data.class_names)) == 0)
-        if len(empty) and name != "val":
+        if len(empty) and name != "val" and data.name not in datasets.CAMERA_TRAPS:  # which miss some in each split
             problems.append(f"{name}: {len(empty)} classes without an image, the first {data.class_names[empty[0]]}")
         if len(set(part.sources)) < len(part):
             problems.append(f"{name}: {len(part) - len(set(part.sources))} images are listed twice")
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+    for one, other in itertools.combinations(parts, 2):
         # CIFAR in arrays numbers train and test images each from 0.
         if "test" in (one, other) and parts[one].sources[0].startswith("index:") and data.name != "digits":
             continue
         shared = set(parts[one].sources) & set(parts[other].sources)
         if shared:
             problems.append(f"{len(shared)} images are both in {one} and in {other}, the first {min(shared)}")
+    if data.name in datasets.CAMERA_TRAPS:
+        for name in ("val", "test"):
+            shared = set(data.locations["train"].tolist()) & set(data.locations[name].tolist())
+            if shared:
+                problems.append(
+                    f"{len(shared)} cameras of {name} (out of domain) are in train too, the first {min(shared)}"
+                )
     for path in data.files:
         expected = CHECKSUMS.get(path.name)
         if expected and not git_checksum(path).startswith(expected):
@@ -96,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     groups = ", ".join(f"{len(classes)} {name}" for name, classes in data.groups.items())
     print(f"{data.name}: {len(data.class_names)} classes ({groups})")
-    print(f"train {len(data.train)}, val {len(data.val)}, test {len(data.test)} images")
+    print(", ".join(f"{name} {len(part)}" for name, part in data.splits.items()), "images")
     print(f"training images a class: {data.counts.max()} down to {data.counts.min()}")
     if data.note:
         print(data.note)

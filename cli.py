@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,13 +52,13 @@ class Parser(argparse.ArgumentParser):
             self.error(str(error))
         return [word for word, _ in self._read]
 
-    def add_dataset(self) -> None:
+    def add_dataset(self, default: str = "digits", choices: Iterable[str] = DEFAULTS) -> None:
         """The flags that choose the data. Defaults of other flags follow the data set (`defaults.py`)."""
         group = self.add_argument_group("data")
         group.add_argument(
             "--dataset",
-            default="digits",
-            choices=sorted(DEFAULTS),
+            default=default,
+            choices=sorted(choices),
             help="data set; the defaults shown here are the chosen one's",
         )
         group.add_argument(
@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
             "--data-root",
             type=existing_path,
             metavar="FOLDER",
-            help="folder of the data set's images (for CIFAR also a zip); digits needs none (default: "
+            help="folder of the data set's images (for CIFAR also a zip); digits and toycam need none (default: "
             "$DISCL_DATA/DATASET, where that variable is set)",
         )
         group.add_argument(
@@ -138,7 +138,7 @@ def expand_files(
 def default_data_root(dataset: str) -> Path | None:
     """Where a data set lies if no flag says so: $DISCL_DATA/DATASET (or .zip); None without that variable."""
     root = os.environ.get("DISCL_DATA")
-    if not root or dataset == "digits":
+    if not root or dataset in ("digits", "toycam"):
         return None
     folder = Path(root) / dataset
     archive = folder.with_suffix(".zip")

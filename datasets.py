@@ -34,9 +34,11 @@ PHOTOS = [
     "a 8k real photo: a {} indoors",
     "a 8k real photo: a {} against a plain background",
 ]
+CAMERA_TRAPS = ("iwildcam", "toycam")
 # Templates of `write_prompts.py --source template`; the first is also the one that CLIPScore is taken against.
 TEMPLATES: dict[str, list[str]] = {
     **dict.fromkeys(DEFAULTS, PHOTOS),
+    **dict.fromkeys(CAMERA_TRAPS, ["a photo of {} in the wild"]),
     "digits": [
         "a photo of a {}",
         "a {} in black ink",
@@ -127,6 +129,11 @@ class LongTailed:
         few, many = counts < self.few_below, counts > self.many_above
         return {"many": np.flatnonzero(many), "medium": np.flatnonzero(~many & ~few), "few": np.flatnonzero(few)}
 
+    @property
+    def splits(self) -> dict[str, ImageSet]:
+        """Every split by its name."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
 
 def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed: int = 0) -> LongTailed:
     """The data set called `name`.
@@ -134,7 +141,7 @@ def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed
     Args:
         imb_ratio: training images of the largest class over those of the smallest, at least 1. None where the data set
             is long-tailed by itself.
-        data_root: folder (or zip) of the data; digits needs none.
+        data_root: folder (or zip) of the data; digits and toycam need none.
         seed: decides which images a data set that is made long-tailed keeps, and which are held out for validation.
 
     Raises:
@@ -144,6 +151,11 @@ def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed
         raise UserError(f"--imb-ratio {imb_ratio:g}: expected 1 or more")
     if name == "digits":
         return load_digits(imb_ratio)
+    if name in CAMERA_TRAPS:
+        import cameratraps
+
+        refuse_ratio(name, imb_ratio)
+        return cameratraps.load(name, data_root)
     if name not in LOADERS:
         raise UserError(f"--dataset {name}: unknown; expected one of {', '.join(DEFAULTS)}")
     if data_root is None:

@@ -48,6 +48,10 @@ REFINER = {
 }
 CIFAR_REFINER = REFINER | {"levels": [50, 70, 90], "size": (512, 512), "save_size": "source"}
 
+# FLYP's captions of camera-trap images, which the zero-shot head is built from too.
+CAPTIONS = ["a photo of {}.", "{} in the wild."]
+TOYCAM_CLIP = str(ASSETS / "toycam_clip")
+
 # data set -> "data" (the flags that all scripts share) or the script -> flag -> value
 DEFAULTS: dict[str, dict[str, dict]] = {
     "digits": {
@@ -85,6 +89,52 @@ DEFAULTS: dict[str, dict[str, dict]] = {
         "generate_spectrum": CIFAR_REFINER,
         "filter_clipscore": CLIP_FILTER,
         "train_lt": CIFAR,
+    },
+    # FLYP's recipe (Goyal et al., 2023), and the paper's curriculum, prompts and filter.
+    "iwildcam": {
+        "find_hard": {"rule": "confidence", "templates": CAPTIONS},
+        "generate_spectrum": REFINER | {"levels": [50, 70, 90], "size": (480, 270)},
+        "filter_clipscore": CLIP_FILTER | {"threshold": 0.25},
+        "train_lt": LARGE,
+        "train_iwildcam": {
+            "clip": "ViT-B-16:openai",
+            "templates": CAPTIONS,
+            "epochs": 20,
+            "curriculum_epochs": 15,
+            "progress_images": 2000,
+            "real_pass_images": 30000,
+            "batch_size": 256,
+            "lr": 1e-5,
+            "weight_decay": 0.2,
+            "warmup_epochs": 0.986,  # 500 steps
+            "precision": "bf16",
+        },
+    },
+    "toycam": {
+        "find_hard": {"rule": "confidence", "clip": TOYCAM_CLIP, "templates": CAPTIONS, "fraction": 0.4},
+        "generate_spectrum": {
+            "generator": str(ASSETS / "toycam_sd"),
+            "levels": [50, 70, 90],
+            "seeds": 4,
+            "steps": 20,
+            "text_guidance": 3.0,
+        },
+        "filter_clipscore": {"clip": TOYCAM_CLIP, "threshold": 0.25},
+        "train_lt": LARGE | {"image_size": 16},
+        "train_iwildcam": {
+            "clip": TOYCAM_CLIP,
+            "templates": CAPTIONS,
+            "spectrum": Path("runs/toycam_road/spectrum"),
+            "epochs": 20,
+            "curriculum_epochs": 15,
+            "progress_images": 20,
+            "real_pass_images": 64,
+            "batch_size": 32,
+            "lr": 3e-4,
+            "weight_decay": 0.2,
+            "warmup_epochs": 1,
+            "workers": 0,
+        },
     },
     "imagefolder": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
     "imagenet_lt": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},

@@ -95,6 +95,33 @@ def total(value, device: str):
     return value
 
 
+def gathered(value, rows: slice, count: int):
+    """A batch's vectors, (count, ...), from each process's `rows` of them, for a loss of the whole batch.
+
+    Each process has to compute that same loss. The gradient that reaches its own rows is then `world()` times the
+    loss's, so that after the mean over the processes the weights have the loss's gradient, as those have that stand
+    behind no gathering (a logit scale).
+    """
+    import torch
+
+    if rows == slice(None):
+        return value
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, own):
+            whole = own.new_zeros(count, *own.shape[1:])
+            whole[rows] = own
+            torch.distributed.all_reduce(whole)
+            return whole
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return world() * gradient[rows]
+
+    return Gather.apply(value)
+
+
 def same_buffers(model) -> None:
     """Give every process the first one's BatchNorm statistics."""
     import torch

@@ -18,6 +18,7 @@ def predict(
     precision: str = "fp32",
     batch_size: int = 512,
     augmentation: tuple[np.ndarray, int] | None = None,
+    width: int | None = None,
 ):
     """Logits, float (N, C), on the CPU; the model is left as it was, in evaluation mode.
 
@@ -28,10 +29,11 @@ def predict(
         store: the images (batches.py), of which those at `places`, int (N,), are looked at.
         data: the data set, for its channels' mean and standard deviation and the number of classes.
         augmentation: look at training images, augmented at these strengths, int (N,), by draws from this seed.
+        width: what the model gives of an image, where that is not a logit of each class.
     """
     model.eval()
     mine = np.arange(distributed.rank(), len(places), distributed.world())
-    logits = torch.zeros(len(places), len(data.class_names))
+    logits = torch.zeros(len(places), width or len(data.class_names))
     if augmentation is None:
         batches = store.evaluation(places[mine], batch_size)
     else:
@@ -69,6 +71,17 @@ def true_class_probability(logits, labels: np.ndarray, scale: float = 1.0) -> np
         scale: what logits are multiplied by first: LDAM's, where they are cosines.
     """
     return (logits * scale).softmax(1).numpy()[np.arange(len(labels)), labels]
+
+
+def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The mean F1 score over the classes that are present in `labels`, in percent, as WILDS defines iWildCam's metric.
+
+    Args:
+        predicted, labels: class of each image, int (N,).
+    """
+    from sklearn.metrics import f1_score
+
+    return 100 * float(f1_score(labels, predicted, average="macro", labels=np.unique(labels), zero_division=0))
 
 
 def confusion(logits, labels: np.ndarray) -> np.ndarray:

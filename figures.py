@@ -61,17 +61,36 @@ def draw_acceptance(names: list[str], levels: list[int], made: np.ndarray, kept:
     save_figure(figure, path)
 
 
-def sheet(images: list[np.ndarray], captions: list[tuple[str, str]]) -> np.ndarray:
-    """Images uint8 (H, W, 3) in rows of eight, two lines of text below each: uint8 (height, width, 3)."""
-    rows = -(-len(images) // COLUMNS)
-    page = Image.new("RGB", (COLUMNS * (TILE + 4), rows * (TILE + LINE + 4)), "white")
+def sheet(images: list[np.ndarray], captions: list[tuple[str, str]], columns: int = COLUMNS) -> np.ndarray:
+    """Images uint8 (H, W, 3) in rows of `columns`, two lines of text below each: uint8 (height, width, 3)."""
+    rows = -(-len(images) // columns)
+    page = Image.new("RGB", (columns * (TILE + 4), rows * (TILE + LINE + 4)), "white")
     draw = ImageDraw.Draw(page)
     for number, (pixels, (first, second)) in enumerate(zip(images, captions, strict=True)):
-        left, top = number % COLUMNS * (TILE + 4), number // COLUMNS * (TILE + LINE + 4)
+        left, top = number % columns * (TILE + 4), number // columns * (TILE + LINE + 4)
         page.paste(Image.fromarray(pixels).resize((TILE, TILE)), (left, top))
         draw.text((left, top + TILE), first, "black", font_size=10)
         draw.text((left, top + TILE + 11), second[:12], "black", font_size=10)
     return np.asarray(page)
+
+
+def draw_progress(history: list[dict], path: Path) -> None:
+    """Write a PNG of adaptive's looks: each level's progress before each epoch, with a dot where it was trained on."""
+    looks = [record for record in history if "progress" in record]
+    levels = sorted({int(level) for record in looks for level in record["progress"]})
+    figure, axis = new_figure(figsize=(8, 3.5))
+    for level, colour in zip(levels, (COLOURS * len(levels))[: len(levels)], strict=True):
+        epochs = [record["epoch"] + 1 for record in looks]
+        values = [record["progress"][str(level)] for record in looks]
+        axis.plot(epochs, values, color=colour, linewidth=1.5, label=f"level {level}")
+        chosen = [(e, v) for e, v, record in zip(epochs, values, looks, strict=True) if record["levels"] == [level]]
+        if chosen:
+            axis.plot(*zip(*chosen, strict=True), "o", color=colour, markersize=6)
+    axis.axhline(0, color="black", linewidth=0.6)
+    axis.set(xlabel="epoch", ylabel="progress", title="Progress by level; the level trained on has a dot")
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.grid(alpha=0.3)
+    save_figure(figure, path)
 
 
 def draw_confusion(counts: np.ndarray, hard: np.ndarray, class_names: list[str], path: Path) -> None:

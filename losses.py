@@ -92,6 +92,29 @@ def per_image(args, logits: torch.Tensor, labels: torch.Tensor, counts: torch.Te
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+def contrastive(
+    image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor | float, same: torch.Tensor | None = None
+) -> torch.Tensor:
+    """CLIP's symmetric contrastive loss, by which FLYP fine-tunes (Goyal et al., 2023), of a whole batch.
+
+    Args:
+        image, text: embeddings of unit length of N pairs, float (N, D).
+        scale: of the cosines (the inverse temperature).
+        same: class of each pair, int64 (N,): the target of an image is then shared evenly by all captions of its class.
+            None for identity targets: captions of other images of the same class are negatives too, as in FLYP.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    logits = scale * image @ text.T
+    if same is None:
+        targets = torch.arange(len(image), device=image.device)
+    else:
+        targets = (same[:, None] == same).to(logits.dtype)
+        targets = targets / targets.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
 def image_weights(
     labels: torch.Tensor,
     synthetic: torch.Tensor,

@@ -27,10 +27,11 @@ DATASET_NAMES = {
     "cifar10_lt": "CIFAR10-LT",
     "cifar100_lt": "CIFAR100-LT",
     "imagenet_lt": "ImageNet-LT",
+    "iwildcam": "iWildCam",
     "inat2018": "iNaturalist 2018",
     "places_lt": "Places-LT",
 }
-LOSS_NAMES = {"ce": "CE", "bs": "BS", "focal": "focal", "ldam": "LDAM", "la": "LA"}
+LOSS_NAMES = {"ce": "CE", "bs": "BS", "focal": "focal", "ldam": "LDAM", "la": "LA", "flyp": "FLYP", "lpft": "LP-FT"}
 CURRICULUM_NAMES = {"text_only": "text only", "all": "all levels"}
 HEADER = re.compile(
     r"# (?P<title>.+)\n# (?P<command>python (?P<script>\w+)\.py .+)\n# expected: (?P<expected>.+)\n"
@@ -59,6 +60,8 @@ class Recipe:
 
 def row_name(args: dict) -> str:
     """What a table calls a run's settings."""
+    if "clip" in args and not args.get("lr"):
+        return "zero-shot"
     loss = args.get("loss", "ce")
     name = LOSS_NAMES.get(loss, loss)
     curriculum = args.get("curriculum", "none")
@@ -66,6 +69,8 @@ def row_name(args: dict) -> str:
         name += " (stage prior)"
     if args.get("augment") == "cuda":
         name += " + CUDA"
+    if args.get("merge_same_class"):
+        name += " (classes merged)"
     if curriculum == "fixed":
         name += f" + level {args.get('fixed_level', 50)}"
     elif curriculum != "none":
@@ -78,10 +83,13 @@ def row_name(args: dict) -> str:
 
 
 def table_name(args: dict) -> str:
-    """What the table of a run's settings is called: data set, imbalance ratio where it was chosen, and model."""
+    """What the table of a run's settings is called: data set, imbalance ratio where it was chosen, model or CLIP."""
     name = DATASET_NAMES.get(args["dataset"], args["dataset"])
     if args.get("imb_ratio") is not None:
         name += f" IR{float(args['imb_ratio']):g}"
+    if "clip" in args:
+        clip = str(args["clip"])
+        return f"{name}, {Path(clip).name if Path(clip).is_dir() else clip.partition(':')[0]}"
     return f"{name}, {re.sub(r'^resnet', 'ResNet-', str(args['model']))}"
 
 
@@ -91,17 +99,22 @@ def folder_name(args: dict, script: str = "train_lt") -> str:
     words = [args["dataset"]]
     if args["imb_ratio"] not in (None, shipped.get("data", {}).get("imb_ratio")):
         words.append(f"ir{args['imb_ratio']:g}")
-    if args["model"] != shipped[script]["model"]:
-        words.append(re.sub(r"\W", "-", args["model"]))
-    if args["init_checkpoint"]:
+    model = "clip" if "clip" in args else "model"
+    if args[model] != shipped[script][model]:
+        words.append(re.sub(r"\W", "-", Path(args[model]).name))
+    if args.get("init_checkpoint"):
         words.append("init")
     words.append(args["loss"])
-    if args["prior"] == "stage":
+    if args.get("prior") == "stage":
         words.append("stage")
-    if args["augment"] == "cuda":
+    if args.get("augment") == "cuda":
         words.append("cuda")
+    if args.get("merge_same_class"):
+        words.append("merged")
+    if "clip" in args and not args["lr"]:
+        words.append("zero-shot")
     words.append(f"fixed{args['fixed_level']}" if args["curriculum"] == "fixed" else args["curriculum"])
-    if args["balanced"]:
+    if args.get("balanced"):
         words.append("balanced")
     return "_".join(words)
 
@@ -132,6 +145,7 @@ def settings(words: list[str], script: str) -> dict[str, object]:
     for word in words:
         if word.startswith("--"):
             flag, equals, value = word[2:].replace("-", "_").partition("=")
+            said.pop(flag, None)  # said again, it is the last one
             said[flag] = [value] if equals else []
         else:
             said[list(said)[-1]].append(word)

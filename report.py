@@ -60,7 +60,7 @@ def build_parser() -> cli.Parser:
         "--data-root",
         type=cli.existing_path,
         metavar="FOLDER",
-        help="folder of the data set that the spectrum was drawn from; digits needs none (default: "
+        help="folder of the data set that the spectrum was drawn from; digits and toycam need none (default: "
         "$DISCL_DATA/DATASET, where that variable is set)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="FOLDER", help="where the report goes")

@@ -29,7 +29,7 @@ def run(script: str, *arguments) -> None:
         raise UserError(f"{script} ended with exit code {code}; its message stands above")
 
 
-def make_spectrum(folder: Path, dataset: str, imb_ratio: float, *generate) -> Path:
+def make_spectrum(folder: Path, dataset: str, imb_ratio: float | None = None, *generate) -> Path:
     """Steps 1 to 4: hard.csv, prompts.json and a filtered spectrum, in `folder`. What is there already is kept.
 
     Args:
@@ -38,7 +38,7 @@ def make_spectrum(folder: Path, dataset: str, imb_ratio: float, *generate) -> Pa
     Returns:
         The spectrum folder.
     """
-    data = ("--dataset", dataset, "--imb-ratio", f"{imb_ratio:g}")
+    data = ("--dataset", dataset) if imb_ratio is None else ("--dataset", dataset, "--imb-ratio", f"{imb_ratio:g}")
     hard, prompts, out = folder / "hard.csv", folder / "prompts.json", folder / "spectrum"
     run("find_hard.py", *data, "--out", hard)
     run("write_prompts.py", "--dataset", dataset, "--hard", hard, "--out", prompts)

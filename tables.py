@@ -16,8 +16,18 @@ import runs
 from cli import UserError
 from recipes import Recipe
 
-FIGURES = ("many", "medium", "few", "overall")  # of results.json, in a table's order; others follow in their own order
-NAMES = {"overall": "all", "ood_f1": "OOD macro-F1", "id_f1": "ID macro-F1"}
+# Figures of results.json in a table's order; others follow in their own order. WE is WiSE-FT's weight ensembling.
+FIGURES = ("many", "medium", "few", "overall", "ood_f1", "id_f1", "ood_f1_we", "id_f1_we", "ood_acc", "id_acc")
+NAMES = {
+    "overall": "all",
+    "ood_f1": "OOD macro-F1",
+    "id_f1": "ID macro-F1",
+    "ood_f1_we": "OOD macro-F1 with WE",
+    "id_f1_we": "ID macro-F1 with WE",
+    "ood_acc": "OOD accuracy",
+    "id_acc": "ID accuracy",
+}
+ZERO_SHOT = "zero-shot"  # the row of a CLIP that is not tuned, which every run of it has tested
 NOT_FIGURES = ("epoch", "per_class")
 MAY_DIFFER = ("seed", "spectrum", "init_checkpoint")  # between the runs of a row, and a run and its recipe
 
@@ -74,11 +84,14 @@ def read_run(folder: Path) -> dict:
     """A finished run: `folder`, `args`, `commit`, `results`, and `history`, which is empty where none was kept."""
     content = runs.read_json(folder / "args.json")
     history = folder / "history.jsonl"
+    results = runs.read_json(folder / "results.json")
+    if "last_wise_ft" in results:
+        results["last"] |= {f"{name}_we": results["last_wise_ft"][name] for name in ("ood_f1", "id_f1")}
     return {
         "folder": folder,
         "args": content["args"],
         "commit": content.get("environment", {}).get("commit"),
-        "results": runs.read_json(folder / "results.json"),
+        "results": results,
         "history": runs.read_json_lines(history) if history.is_file() else [],
     }
 
@@ -111,6 +124,8 @@ def read(folders: list[Path], wanted: list[Recipe]) -> list[Table]:
                     f"{folder} and {other['folder']} are the same run with the same seed; expected one of them"
                 )
         row.runs.append(run)
+    for table in found.values():
+        add_zero_shot(table)
     for recipe in wanted:
         table = found.get(recipes.table_name(recipe.settings))
         if table:
@@ -123,6 +138,19 @@ def read(folders: list[Path], wanted: list[Recipe]) -> list[Table]:
     return list(found.values())
 
 
+def add_zero_shot(table: Table) -> None:
+    """Give a table of CLIPs the row of the untuned one: its figures of one run of each seed, which hold them."""
+    by_seed = {run["args"]["seed"]: run for row in table.rows.values() for run in row.runs}
+    tested = [run for run in by_seed.values() if "zero_shot" in run["results"]]
+    if tested and ZERO_SHOT not in table.rows:
+        untuned = [
+            run | {"args": run["args"] | {"lr": 0.0, "curriculum": "none"}, "history": [],
+                   "results": {"last": run["results"]["zero_shot"]}}
+            for run in tested
+        ]  # fmt: skip
+        table.rows[ZERO_SHOT] = Row(ZERO_SHOT, untuned)
+
+
 def row_order(args: dict) -> tuple:
     """What rows are sorted by: the loss, then the curriculum, then what is special."""
 
@@ -130,7 +158,8 @@ def row_order(args: dict) -> tuple:
         return names.index(name) if name in names else len(names)
 
     return (
-        place(losses.LOSSES, args.get("loss", "ce")),
+        recipes.row_name(args) != ZERO_SHOT,
+        place((*losses.LOSSES, "lpft", "flyp"), args.get("loss", "ce")),
         args.get("prior") == "stage",
         place(curricula.CURRICULA, args.get("curriculum", "none")),
         bool(args.get("init_checkpoint")) and args.get("curriculum") == "none",
@@ -186,7 +215,7 @@ def notes(table: Table) -> list[str]:
     """What a reader has to know of a table: other settings than the recipes', mixed code, missing rows and seeds."""
     lines = []
     for row in table.rows.values():
-        if row.recipe:
+        if row.recipe and row.name != ZERO_SHOT:
             different = [
                 f"--{flag.replace('_', '-')} {shown(row.args.get(flag))} (recipe: {shown(value)})"
                 for flag, value in row.recipe.settings.items()

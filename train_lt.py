@@ -225,6 +225,7 @@ class Trainer(training.Trainer):
         mix = augmentations.mixer(args.mix, classes) if args.mix != "none" else None
 
         def loss_of(part, rows: slice, images, generator):
+            part = part.to(device)
             weights = losses.image_weights(labels[part], synthetic[part], class_weights, args.real_weight)
             images = augmentations.augment(args, images, generator, len(part), rows, not data.train.in_memory)
             images = augmentations.normalise(images, data.mean, data.std)

@@ -26,6 +26,8 @@ import runs
 import spectrum
 
 DEFAULT_SPECTRUM = Path("runs/spectrum")
+# Embedded data sets and their default spectrum, which is made first where it is missing.
+EMBEDDED = {"digits": DEFAULT_SPECTRUM, "toycam": Path("runs/toycam_road/spectrum")}
 SHEET_IMAGES = 32
 
 
@@ -42,9 +44,11 @@ def add_run_flags(parser) -> None:
     )
 
 
-def add_curriculum_flags(group) -> None:
+def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
+    """The flags of a curriculum; `spelling` gives the name in curricula.py of what is typed."""
     group.add_argument(
         "--curriculum",
+        type=spelling,
         choices=curricula.CURRICULA,
         default="none",
         help="which guidance levels each epoch trains on; d2s goes from diverse to specific, s2d back, cyclic up and "
@@ -119,7 +123,7 @@ def add_training_flags(group) -> None:
         "--step-factor", type=cli.number(0, 1), default=0.01, metavar="FACTOR", help="by what steps lowers the rate"
     )
     group.add_argument(
-        "--warmup-epochs", type=cli.whole(0), default=0, metavar="N", help="epochs over which the rate rises to --lr"
+        "--warmup-epochs", type=cli.number(0), default=0, metavar="N", help="epochs over which the rate rises to --lr"
     )
     group.add_argument(
         "--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, which GPUs compute faster"
@@ -133,7 +137,7 @@ def add_training_flags(group) -> None:
 def check_flags(args) -> None:
     """Raise UserError where flags that all trainers have do not go together."""
     if args.schedule == "cosine" and args.warmup_epochs >= args.epochs:
-        raise cli.UserError(f"--warmup-epochs {args.warmup_epochs}: expected fewer than --epochs {args.epochs}")
+        raise cli.UserError(f"--warmup-epochs {args.warmup_epochs:g}: expected fewer than --epochs {args.epochs}")
     if args.level_shares and args.curriculum not in ("d2s", "s2d"):
         raise cli.UserError(f"--level-shares: --curriculum {args.curriculum} has no stages; expected d2s or s2d")
 
@@ -230,8 +234,8 @@ class Trainer:
         """What gives the loss of each batch of a pass over `places`.
 
         Returns:
-            A function of (part, rows, images, generator): where the batch's images stand in `places`, int64 (n,) on the
-            device; which rows of the batch are this process's; those images, uint8 (m, 3, H, W); the generator of
+            A function of (part, rows, images, generator): where the batch's images stand in `places`, int64 (n,); which
+            rows of the batch are this process's; those images, uint8 (m, 3, H, W), on the device; the generator of
             augmentation. It gives a scalar whose gradient, averaged over the processes, is the whole batch's.
         """
         raise NotImplementedError
@@ -315,7 +319,7 @@ class Trainer:
             rate = optimization.learning_rate(args, epoch + number / len(parts), 1 / len(parts))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            loss = loss_of(part.to(device), rows, batch, generator)
+            loss = loss_of(part, rows, batch, generator)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if args.clip_grad is not None:
@@ -377,7 +381,7 @@ class Trainer:
 
 def prepare_spectrum(args) -> tuple[list[int], list[int]]:
     """The levels that the curriculum may ask for, and the hard classes; makes the default spectrum if it is missing."""
-    if args.spectrum == DEFAULT_SPECTRUM and not (args.spectrum / "scores.csv").exists() and args.dataset == "digits":
+    if args.spectrum == EMBEDDED.get(args.dataset) and not (args.spectrum / "scores.csv").exists():
         print(f"{args.spectrum}: no finished spectrum there; making it first", flush=True)
         road.make_spectrum(args.spectrum.parent, args.dataset, args.imb_ratio)
     plan = spectrum.read_plan(args.spectrum)

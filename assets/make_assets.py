@@ -1,58 +1,159 @@
-"""Train the embedded benchmark's tiny generator and tiny CLIP.
+"""Train a benchmark's own generator and CLIP from scratch, on images that play the part of the web.
 
 Both are ordinary models in ordinary formats, so that the scripts load them with the code that loads SDXL and ViT-B/32:
-a Stable Diffusion image-to-image pipeline (16x16 images, 8x8 latents) and an open_clip model. Both see the *web* split
-of `digits` alone, in new colours at every step: it plays the part of the web-scale data behind a public generator.
+a Stable Diffusion image-to-image pipeline and an open_clip model. Both see the benchmark's *web* alone, which holds no
+image that a classifier trains, validates or is tested on: it stands for the web-scale data behind a public generator.
 
-Reads:  scikit-learn's digits (shipped with the package)
-Writes: OUT/tiny_sd, OUT/tiny_clip (6 MB together), OUT/agreement.json
-Takes:  about 25 minutes on 2 CPU cores
+    digits       scikit-learn's digits of the web split, in new colours at every step. What is shipped in assets/.
+    cifar100_lt  CIFAR-100's training images without those of the subset of ratio 100 (data seed 0) and those that the
+                 loader validates on: 37,173 images, of 0 to 475 a class, most of the classes that are few-shot there.
+    toycam       clear pictures of its animals, drawn anew, in scenes of any colours. What is shipped in assets/ too.
+
+Reads:  scikit-learn's digits (shipped with the package), or CIFAR-100 as train_lt.py reads it
+Writes: OUT/tiny_sd, OUT/tiny_clip, OUT/agreement.json; while it is at work OUT/checkpoint.pt
+Takes:  on 2 CPU cores about 25 minutes for digits (6 MB), 45 for cifar100_lt (20 MB), and 10 for toycam (3 MB)
+
+A signal (SIGTERM, SIGUSR2), or the end of --minutes, is answered by a checkpoint and exit code 75: the same command
+goes on, to the same weights.
 
     python assets/make_assets.py --out assets
+    python assets/make_assets.py --benchmark toycam --out runs/toycam_assets
+    python assets/make_assets.py --benchmark cifar100_lt --data-root cifar100.zip --out runs/cifar100_assets
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
-from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cli
 import datasets
 import models
+import runs
+import toycam
 
-CAPTIONS = (
-    "a photo of a {digit}",
-    "a {digit} in {ink} ink",
-    "a photo of a {digit} on {paper} paper",
-    "a {digit} in {ink} ink on {paper} paper",
-)
 MAX_TOKENS = 16
+CHECKPOINT_SECONDS = 300
 
 
-class Web:
-    """Endless batches of the web split: each digit a little turned and shifted, in colours drawn anew."""
+@dataclass(frozen=True)
+class Sizes:
+    """How large the models of a benchmark are and how long they train; one step is one batch.
 
-    def __init__(self, seed: int):
+    Attributes:
+        vae_widths: of the autoencoder, one halving of the image between each two.
+        unet_widths: of the denoiser; the last `unet_attends` of them look at the text.
+        text_width, text_layers: of the generator's text encoder.
+        clip_patch: side of the CLIP's image patches in pixels.
+        judge: classifier that tells whether an image is of the class that was asked for.
+    """
+
+    latent_channels: int = 4
+    vae_widths: tuple[int, ...] = (16, 32)
+    vae_steps: int = 2000
+    vae_batch: int = 32
+    unet_widths: tuple[int, ...] = (48, 96)
+    unet_attends: int = 1
+    unet_layers: int = 1
+    unet_steps: int = 6000
+    unet_batch: int = 64
+    unet_rate: float = 2e-3
+    text_width: int = 64
+    text_layers: int = 2
+    clip_patch: int = 2
+    clip_width: int = 64
+    clip_layers: int = 4
+    clip_steps: int = 3000
+    clip_batch: int = 64
+    judge: str = "resnet8"
+    judge_steps: int = 800
+
+
+SIZES = {
+    "digits": Sizes(),
+    "cifar100_lt": Sizes(
+        latent_channels=8,
+        vae_widths=(32, 64, 64),
+        vae_steps=3000,
+        unet_widths=(96, 192),
+        unet_attends=2,
+        unet_steps=4000,
+        unet_rate=1e-3,
+        text_width=128,
+        clip_patch=4,
+        clip_width=128,
+        judge="resnet20",
+    ),
+    "toycam": Sizes(
+        vae_widths=(8, 16),
+        vae_steps=800,
+        unet_widths=(32, 64),
+        unet_steps=4000,
+        unet_batch=32,
+        clip_patch=4,
+        clip_layers=3,
+        clip_steps=1500,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The web of each benchmark. Each has
+#   class_names, size   names as a caption says them; the images' side in pixels
+#   forms               the captions' forms
+#   template            the form that CLIPScore is taken against
+#   asked               class indices that the finished generator is asked for
+#   captions()          every caption there can be
+#   batch(n, form)      images in [-1, 1] (n, 3, size, size), n captions (each of a random form, or all of `form`), and
+#                       labels (n,), on the CPU; what it draws depends on `rng` alone
+#   validation()        images and labels, alike, that the models do not see
+
+
+class Digits:
+    """Each digit of the web split a little turned and shifted, in colours drawn anew."""
+
+    class_names = datasets.DIGIT_NAMES
+    size = 16
+    forms = (
+        "a photo of a {digit}",
+        "a {digit} in {ink} ink",
+        "a photo of a {digit} on {paper} paper",
+        "a {digit} in {ink} ink on {paper} paper",
+    )
+    template = datasets.TEMPLATES["digits"][0]
+    asked = range(10)
+
+    def __init__(self, data_root: Path | None):
         scans, labels = datasets.digits_scans()
         web = datasets.digits_split()["web"]
         black, white = np.zeros(3), np.full(3, 255.0)
         masks = np.stack([datasets.draw_digit(scan, white, black)[..., 0] for scan in scans[web]])
         self.masks = torch.from_numpy(masks)[:, None].float() / 255
         self.labels = labels[web]
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(0)
+
+    def captions(self) -> list[str]:
+        return [
+            form.format(digit=digit, ink=ink, paper=paper)
+            for form in self.forms
+            for digit in self.class_names
+            for ink in datasets.INKS
+            for paper in datasets.PAPERS
+        ]
 
     def batch(self, size: int, form: str | None = None) -> tuple[torch.Tensor, list[str], torch.Tensor]:
-        """Images in [-1, 1] (N, 3, 16, 16), captions (each of a random form, or all of `form`), labels (N,)."""
         chosen = self.rng.integers(len(self.labels), size=size)
         angle, scale = self.rng.normal(0, 0.08, size), self.rng.normal(1, 0.05, size)
         turn = np.zeros((size, 2, 3), dtype=np.float32)
@@ -66,33 +167,270 @@ class Web:
             ink_name, ink, paper_name, paper = datasets.draw_colours(self.rng)
             inks.append(ink)
             papers.append(paper)
-            caption = form or CAPTIONS[self.rng.integers(len(CAPTIONS))]
-            captions.append(caption.format(digit=datasets.DIGIT_NAMES[label], ink=ink_name, paper=paper_name))
+            caption = form or self.forms[self.rng.integers(len(self.forms))]
+            captions.append(caption.format(digit=self.class_names[label], ink=ink_name, paper=paper_name))
         ink, paper = (torch.from_numpy(np.array(c, dtype=np.float32))[..., None, None] / 255 for c in (inks, papers))
         images = (masks * ink + (1 - masks) * paper).clamp(0, 1)
         return images * 2 - 1, captions, torch.from_numpy(self.labels[chosen])
 
+    def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        val = datasets.load_digits(30).val
+        return to_pixels(val.images), torch.from_numpy(val.labels)
 
-def make_tokenizer():
-    """A CLIP tokenizer that gives each word of the captions one token, and other text a token per byte."""
+
+class Cifar100:
+    """CIFAR-100's training images that the subset of ratio 100 leaves over, less the validation images; mirrored.
+
+    The loader's validation images stay out, so that what is chosen on them is chosen on images that the generator and
+    the CLIP have not seen. (A smaller ratio keeps more images, of those that this web holds: it is for 100 alone.)
+    """
+
+    size = 32
+    forms = tuple(datasets.TEMPLATES["cifar100_lt"])
+    template = forms[0]
+
+    def __init__(self, data_root: Path | None):
+        data = datasets.load("cifar100_lt", 100, data_root)
+        everything = datasets.cifar_split("cifar100_lt", data_root, "train")
+        taken = {*data.train.sources, *data.val.sources}
+        web = everything.take(np.array([i for i, source in enumerate(everything.sources) if source not in taken]))
+        self.class_names = [name.replace("_", " ") for name in data.class_names]
+        self.asked, self.val = data.groups["few"].tolist(), data.val
+        self.images, self.labels = torch.from_numpy(web.images).permute(0, 3, 1, 2).contiguous(), web.labels
+        self.rng = np.random.default_rng(0)
+        self.fits = self._fits(web.images)
+
+    def _fits(self, images: np.ndarray) -> np.ndarray:
+        """Which forms may describe which image, bool (N, forms): where pixels can tell, only what they say."""
+        grey = images.mean(3) / 255
+        border = np.concatenate([grey[:, 0], grey[:, -1], grey[:, :, 0], grey[:, :, -1]], axis=1)
+        light, plain = grey.mean((1, 2)), -border.std(1)
+        told = {"bright daylight": light, "evening": -light, "plain background": plain}
+        fits = np.ones((len(images), len(self.forms)), dtype=bool)
+        for words, value in told.items():
+            for column in [i for i, form in enumerate(self.forms) if words in form]:
+                fits[:, column] = value >= np.quantile(value, 0.75)
+        return fits
+
+    def captions(self) -> list[str]:
+        return [form.format(name) for form in self.forms for name in self.class_names]
+
+    def batch(self, size: int, form: str | None = None) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        if form:
+            chosen = self.rng.choice(np.flatnonzero(self.fits[:, self.forms.index(form)]), size)
+            columns = [self.forms.index(form)] * size
+        else:
+            chosen = self.rng.integers(len(self.labels), size=size)
+            columns = (self.fits[chosen] * self.rng.random((size, len(self.forms)))).argmax(1)
+        images = self.images[torch.from_numpy(chosen)]
+        mirrored = torch.from_numpy(self.rng.random(size) < 0.5)[:, None, None, None]
+        images = torch.where(mirrored, images.flip(3), images).float() / 127.5 - 1
+        labels = self.labels[chosen]
+        captions = [
+            self.forms[column].format(self.class_names[label]) for column, label in zip(columns, labels, strict=True)
+        ]
+        return images, captions, torch.from_numpy(labels)
+
+    def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return to_pixels(self.val.images), torch.from_numpy(self.val.labels)
+
+
+class Toycam:
+    """Clear pictures of toycam's animals in scenes of any colours, by day and by night; mirrored."""
+
+    class_names = toycam.CLASSES
+    size = toycam.SIZE
+    forms = (
+        "a photo of {name}.",
+        "{name} in the wild.",
+        "a photo of {name} in the wild",
+        "a photo of {name} at {time}",
+    )
+    template = datasets.TEMPLATES["toycam"][0]
+    asked = range(len(toycam.CLASSES))
+    pictures = 12000
+
+    def __init__(self, data_root: Path | None):
+        self.rng = np.random.default_rng(0)
+        self.images, self.labels, self.night = self._draw(self.pictures, self.rng)
+
+    def _draw(self, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+        images, labels, night = zip(*(toycam.web_picture(rng) for _ in range(count)), strict=True)
+        return to_pixels(np.stack([np.asarray(image) for image in images])), np.array(labels), np.array(night)
+
+    def captions(self) -> list[str]:
+        return [form.format(name=name, time=time) for form in self.forms for name in self.class_names
+                for time in ("day", "night")]  # fmt: skip
+
+    def batch(self, size: int, form: str | None = None) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+        chosen = self.rng.integers(len(self.labels), size=size)
+        images = self.images[torch.from_numpy(chosen)]
+        mirrored = torch.from_numpy(self.rng.random(size) < 0.5)[:, None, None, None]
+        captions = [
+            (form or self.forms[self.rng.integers(len(self.forms))]).format(
+                name=self.class_names[self.labels[i]], time="night" if self.night[i] else "day"
+            )
+            for i in chosen
+        ]
+        return torch.where(mirrored, images.flip(3), images), captions, torch.from_numpy(self.labels[chosen])
+
+    def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels, _ = self._draw(200, np.random.default_rng(1))
+        return images, torch.from_numpy(labels)
+
+
+WEBS = {"digits": Digits, "cifar100_lt": Cifar100, "toycam": Toycam}
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 (N, H, W, 3) to float (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training, one model after the other
+
+
+class Stopped(Exception):
+    """A signal or the end of --minutes came; a checkpoint has been written."""
+
+
+class Work:
+    """What every stage needs, and what a checkpoint holds of it.
+
+    Attributes:
+        state: settings, seconds so far, the tokenizer's words, the finished stages' weights, the current stage.
+        deadline: when --minutes end, in seconds of time.monotonic().
+    """
+
+    def __init__(self, args, web, sizes: Sizes, signals: runs.StopSignals):
+        self.web, self.sizes, self.signals = web, sizes, signals
+        self.device = models.pick_device(args.device)
+        bf16 = args.precision == "bf16" or (args.precision == "auto" and self.device.startswith("cuda"))
+        self.autocast = torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
+        self.path = args.out / "checkpoint.pt"
+        self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+        settings = {"benchmark": args.benchmark, "sizes": json.loads(json.dumps(vars(sizes))), "bf16": bf16}
+        self.state = {"settings": settings, "seconds": 0.0, "words": None, "finished": {}, "current": None}
+        saved = runs.load_latest_checkpoint(self.path, "cpu")
+        if saved:
+            runs.stop_on_difference(self.path, saved["settings"], settings, "a new folder")
+            self.state = saved
+        self.seconds_before, self.began = self.state["seconds"], time.monotonic()
+        torch.manual_seed(0)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far, earlier runs of the command included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def draws(self) -> dict:
+        """The state of every source of random numbers."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.startswith("cuda") else None
+        return {"torch": torch.get_rng_state(), "cuda": cuda, "web": self.web.rng.bit_generator.state}
+
+    def restore(self, draws: dict) -> None:
+        torch.set_rng_state(draws["torch"].cpu())
+        if draws["cuda"] is not None:
+            torch.cuda.set_rng_state(draws["cuda"].cpu(), self.device)
+        self.web.rng.bit_generator.state = draws["web"]
+
+    def save(self) -> None:
+        self.state["seconds"] = self.seconds
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        runs.save_checkpoint(self.path, self.state)
+        runs.previous_checkpoint(self.path).unlink(missing_ok=True)
+
+
+def fit(
+    work: Work,
+    stage: str,
+    model: nn.Module,
+    loss_of: Callable[[int], torch.Tensor],
+    steps: int,
+    rate: float,
+    weight_decay: float,
+    pct_start: float = 0.3,
+    after: Callable[[int], None] | None = None,
+    average: nn.Module | None = None,
+) -> None:
+    """Train `model` (or take its finished weights), with checkpoints on the way.
+
+    Args:
+        loss_of: the loss of step N, which draws its own batch.
+        after: called after each step.
+        average: a moving average of the model that `after` keeps, saved with it.
+
+    Raises:
+        Stopped: before the stage was done.
+    """
+    held = nn.ModuleDict({"model": model, **({"average": average} if average is not None else {})})
+    if stage in work.state["finished"]:
+        held.load_state_dict(work.state["finished"][stage]["weights"])
+        work.restore(work.state["finished"][stage]["draws"])
+        return
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=pct_start)
+    done, current = 0, work.state["current"]
+    if current:
+        done = current["step"]
+        held.load_state_dict(current["weights"])
+        optimizer.load_state_dict(current["optimizer"])
+        schedule.load_state_dict(current["schedule"])
+        work.restore(current["draws"])
+    saved = time.monotonic()
+    with cli.progress(steps, stage, "step") as bar:
+        bar.update(done)
+        for number in range(done, steps):
+            stop = work.signals.received or (time.monotonic() > work.deadline and "the end of --minutes")
+            if stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                work.state["current"] = {
+                    "step": number,
+                    "weights": held.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "schedule": schedule.state_dict(),
+                    "draws": work.draws(),
+                }
+                work.save()
+                saved = time.monotonic()
+                if stop:
+                    raise Stopped(f"{stop} came; checkpoint written before step {number} of {steps} of the {stage}")
+            with work.autocast:
+                loss = loss_of(number)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if after:
+                after(number)
+            if number % 50 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            bar.update()
+    work.state["finished"][stage] = {"weights": held.state_dict(), "draws": work.draws()}
+    work.state["current"] = None
+    work.save()
+
+
+def make_tokenizer(work: Work):
+    """A CLIP tokenizer that gives each word of the captions one token, and other text a token per byte.
+
+    Words as frequent as each other are numbered in an order that differs between processes: a checkpoint holds it.
+    """
     from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
     from tokenizers import models as bpe
     from transformers import CLIPTokenizer
 
-    corpus = [
-        caption.format(digit=digit, ink=ink, paper=paper)
-        for caption in CAPTIONS
-        for digit in datasets.DIGIT_NAMES
-        for ink in datasets.INKS
-        for paper in datasets.PAPERS
-    ]
-    words = Tokenizer(bpe.BPE(end_of_word_suffix="</w>"))
-    words.normalizer = normalizers.Lowercase()
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.train_from_iterator(
-        corpus, trainers.BpeTrainer(vocab_size=5000, end_of_word_suffix="</w>", min_frequency=1, show_progress=False)
-    )
-    trained = json.loads(words.to_str())["model"]
+    if not work.state["words"]:
+        words = Tokenizer(bpe.BPE(end_of_word_suffix="</w>"))
+        words.normalizer = normalizers.Lowercase()
+        words.pre_tokenizer = pre_tokenizers.Whitespace()
+        words.train_from_iterator(
+            work.web.captions(),
+            trainers.BpeTrainer(vocab_size=5000, end_of_word_suffix="</w>", min_frequency=1, show_progress=False),
+        )
+        work.state["words"] = json.loads(words.to_str())["model"]
+    trained = work.state["words"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     tokens += [token for token in sorted(trained["vocab"], key=trained["vocab"].get) if token not in set(tokens)]
@@ -107,46 +445,48 @@ def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
     return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
 
 
-def train_vae(web: Web, steps: int):
-    """A small autoencoder, images (N, 3, 16, 16) to latents (N, 4, 8, 8) of unit variance."""
+def train_vae(work: Work):
+    """A small autoencoder, images (N, 3, H, W) to latents (N, channels, h, w) of unit variance."""
     from diffusers import AutoencoderKL
 
+    web, sizes = work.web, work.sizes
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
-        latent_channels=4,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        sample_size=16,
-    )
-    optimizer = torch.optim.AdamW(vae.parameters(), 2e-3, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for _ in (bar := trange(steps, desc="VAE")):
-        images = web.batch(32)[0]
+        latent_channels=sizes.latent_channels,
+        block_out_channels=sizes.vae_widths,
+        norm_num_groups=min(8, sizes.vae_widths[0] // 2),
+        down_block_types=("DownEncoderBlock2D",) * len(sizes.vae_widths),
+        up_block_types=("UpDecoderBlock2D",) * len(sizes.vae_widths),
+        sample_size=web.size,
+    ).to(work.device)
+
+    def loss_of(_: int) -> torch.Tensor:
+        images = web.batch(sizes.vae_batch)[0].to(work.device)
         posterior = vae.encode(images).latent_dist
         restored = vae.decode(posterior.sample()).sample
-        loss = F.mse_loss(restored, images) + 1e-5 * posterior.kl().mean()
-        step(optimizer, schedule, loss, bar)
+        return F.mse_loss(restored.float(), images) + 1e-5 * posterior.kl().mean()
+
+    fit(work, "VAE", vae, loss_of, sizes.vae_steps, 2e-3, 0)
     with torch.no_grad():
-        latents = vae.encode(web.batch(512)[0]).latent_dist.sample()
+        latents = vae.encode(web.batch(512)[0].to(work.device)).latent_dist.sample()
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
     return vae.eval()
 
 
-def train_unet(web: Web, vae, tokenizer, steps: int):
+def train_unet(work: Work, vae, tokenizer):
     """The denoiser and its text encoder, trained together; returns their moving averages."""
     from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    web, sizes, device = work.web, work.sizes, work.device
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            projection_dim=64,
-            num_hidden_layers=2,
+            hidden_size=sizes.text_width,
+            intermediate_size=2 * sizes.text_width,
+            projection_dim=sizes.text_width,
+            num_hidden_layers=sizes.text_layers,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
             bos_token_id=tokenizer.bos_token_id,
@@ -154,133 +494,141 @@ def train_unet(web: Web, vae, tokenizer, steps: int):
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    plain = len(sizes.unet_widths) - sizes.unet_attends
     unet = UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(48, 96),
+        sample_size=web.size // 2 ** (len(sizes.vae_widths) - 1),
+        in_channels=sizes.latent_channels,
+        out_channels=sizes.latent_channels,
+        layers_per_block=sizes.unet_layers,
+        block_out_channels=sizes.unet_widths,
         norm_num_groups=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=64,
+        down_block_types=("DownBlock2D",) * plain + ("CrossAttnDownBlock2D",) * sizes.unet_attends,
+        up_block_types=("CrossAttnUpBlock2D",) * sizes.unet_attends + ("UpBlock2D",) * plain,
+        cross_attention_dim=sizes.text_width,
         attention_head_dim=4,
     )
     scheduler = DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
     )
-    both = torch.nn.ModuleList([unet, text_encoder])
+    both = nn.ModuleList([unet, text_encoder]).to(device)
     average = copy.deepcopy(both).requires_grad_(False)
-    optimizer = torch.optim.AdamW(both.parameters(), 2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    for done in (bar := trange(steps, desc="UNet")):
-        images, captions, _ = web.batch(64)
-        captions = ["" if drop else caption for caption, drop in zip(captions, web.rng.random(64) < 0.1, strict=True)]
+    batch = sizes.unet_batch
+
+    def loss_of(_: int) -> torch.Tensor:
+        images, captions, _ = web.batch(batch)
+        dropped = web.rng.random(batch) < 0.1
+        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
         with torch.no_grad():
-            latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
+            latents = vae.encode(images.to(device)).latent_dist.sample() * vae.config.scaling_factor
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (64,))
-        text = text_encoder(tokenize(tokenizer, captions))[0]
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,)).to(device)
+        text = text_encoder(tokenize(tokenizer, captions).to(device))[0]
         predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
-        step(optimizer, schedule, F.mse_loss(predicted, noise), bar)
+        return F.mse_loss(predicted.float(), noise.float())
+
+    @torch.no_grad()
+    def follow(done: int) -> None:
         decay = min(0.999, (done + 1) / (done + 10))
-        with torch.no_grad():
-            for slow, fast in zip(average.parameters(), both.parameters(), strict=True):
-                slow.lerp_(fast, 1 - decay)
+        torch._foreach_lerp_(list(average.parameters()), list(both.parameters()), 1 - decay)
+
+    fit(work, "UNet", both, loss_of, sizes.unet_steps, sizes.unet_rate, 1e-4, 0.05, follow, average)
     return average[0].eval(), average[1].eval(), scheduler
 
 
-def train_clip(web: Web, tokenizer, out: Path, steps: int) -> None:
+def train_clip(work: Work, tokenizer, out: Path) -> None:
     """A small open_clip model, saved in `out` as open_clip saves its own.
 
-    All captions of a batch take one form, and equal captions share the target: with ten classes, most batches would
+    All captions of a batch take one form, and equal captions share the target: with few classes, most batches would
     otherwise hold right pairs as negatives.
     """
     import open_clip
     from safetensors.torch import save_file
 
+    web, sizes = work.web, work.sizes
     config = {
-        "embed_dim": 32,
-        "vision_cfg": {"image_size": 16, "patch_size": 2, "width": 64, "layers": 4, "head_width": 16, "mlp_ratio": 2.0},
+        "embed_dim": sizes.clip_width // 2,
+        "vision_cfg": {
+            "image_size": web.size,
+            "patch_size": sizes.clip_patch,
+            "width": sizes.clip_width,
+            "layers": sizes.clip_layers,
+            "head_width": 16,
+            "mlp_ratio": 2.0,
+        },
         "text_cfg": {
             "context_length": MAX_TOKENS,
             "vocab_size": len(tokenizer),
             "hf_tokenizer_name": "tokenizer",
-            "width": 64,
+            "width": sizes.text_width,
             "heads": 4,
-            "layers": 2,
+            "layers": sizes.text_layers,
             "mlp_ratio": 2.0,
         },
     }
-    model = open_clip.CLIP(**copy.deepcopy(config))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
-    for done in (bar := trange(steps, desc="CLIP")):
-        images, captions, _ = web.batch(64, CAPTIONS[done % len(CAPTIONS)])
-        image, text, scale = model(images, tokenize(tokenizer, captions))
+    model = open_clip.CLIP(**copy.deepcopy(config)).to(work.device)
+
+    def loss_of(done: int) -> torch.Tensor:
+        images, captions, _ = web.batch(sizes.clip_batch, web.forms[done % len(web.forms)])
+        image, text, scale = model(images.to(work.device), tokenize(tokenizer, captions).to(work.device))
         logits = scale * image @ text.T
-        same = torch.tensor([[a == b for b in captions] for a in captions], dtype=torch.float32)
+        number = {caption: i for i, caption in enumerate(captions)}
+        kind = torch.tensor([number[caption] for caption in captions], device=work.device)
+        same = (kind[:, None] == kind).float()
         same = same / same.sum(1, keepdim=True)
-        step(optimizer, schedule, (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2, bar)
-        with torch.no_grad():
-            model.logit_scale.clamp_(max=math.log(20))
+        return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
+
+    @torch.no_grad()
+    def limit(_: int) -> None:
+        model.logit_scale.clamp_(max=math.log(20))
+
+    fit(work, "CLIP", model, loss_of, sizes.clip_steps, 1e-3, 0.05, 0.1, limit)
     out.mkdir(parents=True, exist_ok=True)
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
     described = {"model_cfg": config, "preprocess_cfg": preprocess}
     (out / "open_clip_config.json").write_text(json.dumps(described, indent=2) + "\n")
     tokenizer.save_pretrained(out)
     save_file(
-        {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()},
+        {name: tensor.half().cpu().contiguous() for name, tensor in model.state_dict().items()},
         str(out / "open_clip_model.safetensors"),
     )
 
 
-def step(optimizer, schedule, loss: torch.Tensor, bar) -> None:
-    """One optimiser step; the bar shows the loss."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    schedule.step()
-    bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+def train_judge(work: Work) -> nn.Module:
+    """A classifier of the web, which tells whether a generated image is of the class that was asked for."""
+    judge = models.build_classifier(work.sizes.judge, len(work.web.class_names)).to(work.device)
 
+    def loss_of(_: int) -> torch.Tensor:
+        images, _, labels = work.web.batch(128)
+        return F.cross_entropy(judge(images.to(work.device)), labels.to(work.device))
 
-def train_judge(web: Web, steps: int) -> torch.nn.Module:
-    """A classifier of the web split, which tells whether a generated digit is the one that was asked for."""
-    judge = models.build_classifier("resnet8", 10)
-    optimizer = torch.optim.AdamW(judge.parameters(), 3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in (bar := trange(steps, desc="judge")):
-        images, _, labels = web.batch(128)
-        step(optimizer, schedule, F.cross_entropy(judge(images), labels), bar)
+    fit(work, "judge", judge, loss_of, work.sizes.judge_steps, 3e-3, 0.05)
     return judge.eval()
 
 
 @torch.no_grad()
-def check(out: Path, judge: torch.nn.Module) -> dict:
-    """How far the saved models do what they are asked to, on the validation split (never on train or test)."""
-    val = datasets.load_digits(30).val
-    real = torch.from_numpy(val.images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    labels = torch.from_numpy(val.labels)
+def check(web, out: Path, judge: nn.Module, device: str) -> dict:
+    """How far the saved models do what they are asked to, on the validation images (never on train or test)."""
+    real, labels = (one.to(device) for one in web.validation())
     result = {"judge_accuracy_on_real": (judge(real).argmax(1) == labels).float().mean().item()}
 
-    model, _, tokenizer = models.load_clip(str(out / "tiny_clip"), "cpu")
-    template = datasets.TEMPLATES["digits"][0]
-    text = model.encode_text(tokenizer([template.format(name) for name in datasets.DIGIT_NAMES]), normalize=True)
-    scores = model.encode_image(real, normalize=True) @ text.T
+    model, _, tokenizer = models.load_clip(str(out / "tiny_clip"), device)
+    names = web.class_names
+    text = model.encode_text(tokenizer([web.template.format(name) for name in names]).to(device), normalize=True)
+    scores = torch.cat([model.encode_image(part, normalize=True) for part in real.split(500)]) @ text.T
     right = scores[torch.arange(len(labels)), labels]
     result["clip_accuracy_on_real"] = (scores.argmax(1) == labels).float().mean().item()
-    result["clipscore_of_right_class"] = right.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
-    wrong = scores.masked_fill(F.one_hot(labels, 10).bool(), -1).max(1).values
-    result["clipscore_of_best_wrong_class"] = wrong.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
+    quantiles = torch.tensor([0.05, 0.5, 0.95], device=device)
+    result["clipscore_of_right_class"] = right.quantile(quantiles).tolist()
+    wrong = scores.masked_fill(F.one_hot(labels, len(names)).bool(), -1).max(1).values
+    result["clipscore_of_best_wrong_class"] = wrong.quantile(quantiles).tolist()
 
-    pipe = models.load_generator(str(out / "tiny_sd"), "cpu")
+    pipe = models.load_generator(str(out / "tiny_sd"), device, dtype="float32")
     for guidance in (1.0, 2.0, 3.0, 5.0):
-        asked = torch.arange(10).repeat(40)
-        prompts = [template.format(datasets.DIGIT_NAMES[label]) for label in asked]
+        asked = torch.tensor(web.asked).repeat(400 // len(web.asked))
+        prompts = [web.template.format(names[label]) for label in asked]
         drawn = pipe(
             prompts,
-            image=torch.zeros(400, 3, 16, 16),
+            image=torch.zeros(len(asked), 3, web.size, web.size),
             strength=1.0,
             num_inference_steps=20,
             guidance_scale=guidance,
@@ -288,42 +636,62 @@ def check(out: Path, judge: torch.nn.Module) -> dict:
             generator=torch.Generator().manual_seed(0),
         ).images
         result[f"judge_agreement_at_level_0_text_guidance_{guidance:g}"] = (
-            (judge(drawn * 2 - 1).argmax(1) == asked).float().mean().item()
+            (judge(drawn * 2 - 1).argmax(1).cpu() == asked).float().mean().item()
         )
     return result
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, "make_assets")
     parser.add_argument("--out", type=Path, required=True, help="folder for tiny_sd and tiny_clip")
-    parser.add_argument("--unet-steps", type=int, default=6000, help="training steps of 64 images of the denoiser")
-    parser.add_argument("--clip-steps", type=int, default=3000, help="training steps of 64 pairs of the CLIP")
-    parser.add_argument("--vae-steps", type=int, default=2000, help="training steps of 32 images of the autoencoder")
-    args = parser.parse_args()
+    parser.add_argument("--benchmark", choices=list(WEBS), default="digits", help="whose web to learn from")
+    parser.add_argument(
+        "--data-root", type=cli.existing_path, metavar="FOLDER", help="CIFAR-100's folder or zip; digits needs none"
+    )
+    parser.add_argument("--sizes", choices=list(SIZES), help="row of the table of sizes (default: the benchmark's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: autocast to bf16 on a GPU"
+    )
+    parser.add_argument(
+        "--minutes", type=cli.number(0), metavar="N", help="stop after N minutes with a checkpoint and exit code 75"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    began = time.monotonic()
-    torch.manual_seed(0)
-    web, tokenizer = Web(0), make_tokenizer()
-    train_clip(web, tokenizer, args.out / "tiny_clip", args.clip_steps)
-    vae = train_vae(web, args.vae_steps)
-    unet, text_encoder, scheduler = train_unet(web, vae, tokenizer, args.unet_steps)
-    pipe = StableDiffusionImg2ImgPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.to(torch.float16).save_pretrained(args.out / "tiny_sd", safe_serialization=True)
-    result = check(args.out, train_judge(web, 800)) | {"minutes": (time.monotonic() - began) / 60}
-    (args.out / "agreement.json").write_text(json.dumps(result, indent=2) + "\n")
+    with runs.StopSignals() as signals:
+        web = WEBS[args.benchmark](args.data_root)
+        work = Work(args, web, SIZES[args.sizes or args.benchmark], signals)
+        tokenizer = make_tokenizer(work)
+        try:
+            train_clip(work, tokenizer, args.out / "tiny_clip")
+            vae = train_vae(work)
+            unet, text_encoder, scheduler = train_unet(work, vae, tokenizer)
+            pipe = StableDiffusionImg2ImgPipeline(
+                vae=vae,
+                text_encoder=text_encoder,
+                tokenizer=tokenizer,
+                unet=unet,
+                scheduler=scheduler,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
+            pipe.to("cpu", torch.float16).save_pretrained(args.out / "tiny_sd", safe_serialization=True)
+            judge = train_judge(work)
+        except Stopped as stop:
+            print(f"{args.out}: {stop}; run the same command again to go on", flush=True)
+            return runs.RESUMABLE
+        result = check(web, args.out, judge, work.device) | {"minutes": work.seconds / 60}
+    runs.write_json(args.out / "agreement.json", result)
+    work.path.unlink()
     print(json.dumps(result, indent=2))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    cli.run(main)

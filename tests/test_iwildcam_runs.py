@@ -1,0 +1,364 @@
+"""Fine-tuning runs on camera traps: the curricula, resumption, several processes, and what a run leaves."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_iwildcam import SMALL
+
+import defaults
+import evaluation
+import filter_clipscore
+import find_hard
+import generate_spectrum
+import losses
+import models
+import runs
+import toycam
+import train_iwildcam
+import training
+import write_prompts
+from cli import UserError
+
+SHORT = ["--epochs", "3", "--curriculum-epochs", "2", "--progress-images", "4", "--real-pass-images", "32"]
+SHORT += ["--batch-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A smaller toycam and a filtered spectrum of its hardest images, made by the scripts; tests never change them."""
+    folder = tmp_path_factory.mktemp("small")
+    root, hard, prompts, spectrum = (folder / name for name in ("toycam", "hard.csv", "prompts.json", "spectrum"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toycam, "SPLITS", SMALL)
+        toycam.draw(root)
+    data = ["--dataset", "toycam", "--data-root", str(root)]
+    assert find_hard.main([*data, "--out", str(hard), "--fraction", "0.15"]) == 0
+    assert write_prompts.main(["--dataset", "toycam", "--hard", str(hard), "--out", str(prompts)]) == 0
+    inputs = ["--hard", str(hard), "--prompts", str(prompts), "--out", str(spectrum)]
+    assert generate_spectrum.main([*data, *inputs, "--levels", "50", "90", "--seeds", "2", "--steps", "4"]) == 0
+    assert (
+        filter_clipscore.main([*data, "--spectrum", str(spectrum), "--prompts", str(prompts), "--threshold", "0"]) == 0
+    )
+    return SimpleNamespace(root=root, data=data, hard=hard, spectrum=spectrum)
+
+
+def train(small, out, *extra) -> int:
+    return train_iwildcam.main(
+        ["--data-root", str(small.root), "--spectrum", str(small.spectrum), "--out", str(out), *SHORT, *extra]
+    )
+
+
+def logits_of(folder):
+    return np.load(folder / "predictions.npz")["ood_logits"]
+
+
+def history_of(folder):
+    return [row | {"images_per_second": 0} for row in runs.read_json_lines(folder / "history.jsonl")]
+
+
+def count_steps(monkeypatch, at: int, act) -> None:
+    """Call `act` before the loss of the `at`-th batch of the process."""
+    steps, contrastive = [], losses.contrastive
+
+    def counting(*args):
+        steps.append(1)
+        if len(steps) == at:
+            act()
+        return contrastive(*args)
+
+    monkeypatch.setattr(losses, "contrastive", counting)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+
+def test_a_run_leaves_what_it_says_and_its_figures_agree(small, tmp_path):
+    assert train(small, tmp_path / "r") == 0
+    results = runs.read_json(tmp_path / "r/results.json")
+    found = np.load(tmp_path / "r/predictions.npz", allow_pickle=False)
+    for domain, images in (("ood", 40), ("id", 40)):
+        logits, labels = found[f"{domain}_logits"], found[f"{domain}_labels"]
+        assert logits.shape == (images, 5)
+        assert results["last"][f"{domain}_f1"] == pytest.approx(evaluation.macro_f1(logits.argmax(1), labels))
+        assert results["last"][f"{domain}_acc"] == pytest.approx(100 * (logits.argmax(1) == labels).mean())
+        rows = [row for row in csv.DictReader((tmp_path / "r/per_class.csv").open()) if row["domain"] == domain]
+        assert [int(row["label"]) for row in rows] == sorted(set(labels.tolist()))  # classes that the split has
+        mean = np.mean([float(row["f1"]) for row in rows])
+        assert mean == pytest.approx(results["last"][f"{domain}_f1"], abs=0.01)
+        places = [row for row in csv.DictReader((tmp_path / "r/per_location.csv").open()) if row["domain"] == domain]
+        right = sum(int(row["images"]) * float(row["accuracy"]) for row in places)
+        assert right / images == pytest.approx(results["last"][f"{domain}_acc"], abs=0.02)
+    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    best = max(history, key=lambda row: row["val_id_f1"])
+    assert results["best_by_val"]["epoch"] == best["epoch"] and history[-1]["val_ood_f1"] > 0
+    # WiSE-FT is chosen on id_val; its ends are the untuned and the tuned model.
+    sweep = results["wise_ft_sweep"]
+    assert [row["alpha"] for row in sweep] == train_iwildcam.ALPHAS
+    assert sweep[-1]["id_val_f1"] == pytest.approx(history[-1]["val_id_f1"])
+    top = max(row["id_val_f1"] for row in sweep)
+    assert results["last_wise_ft"]["id_val_f1"] == top
+    assert results["last_wise_ft"]["alpha"] == max(row["alpha"] for row in sweep if row["id_val_f1"] == top)
+    assert {f"{domain}_{name}" for domain in ("ood", "id") for name in ("f1", "acc")} <= set(results["zero_shot"])
+    assert train_iwildcam.finished(train_iwildcam.build_parser().parse_args(["--out", str(tmp_path / "r")]))
+
+
+@pytest.mark.slow
+def test_the_tuned_weights_are_read_back_by_find_hard(small, tmp_path):
+    train(small, tmp_path / "r", "--epochs", "1", "--warmup-epochs", "0")
+    shutil.copytree(defaults.TOYCAM_CLIP, tmp_path / "clip")
+    (tmp_path / "clip/open_clip_model.safetensors").unlink()
+    shutil.copy(tmp_path / "r/clip.safetensors", tmp_path / "clip/open_clip_model.safetensors")
+    clip, _, _ = models.load_clip(str(tmp_path / "clip"), "cpu")
+    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["model"]
+    assert all(torch.equal(value, state[f"clip.{name}"]) for name, value in clip.state_dict().items())
+
+
+def test_tensorboard_names_both_domains_and_shows_the_spectrum(small, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(small, tmp_path / "r", "--curriculum", "adaptive")
+    events = EventAccumulator(str(tmp_path / "r"))
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"val/id_f1", "val/ood_f1", "test/ood_f1", "test/id_acc", "test_wise_ft/ood_f1"} <= scalars
+    assert {"curriculum/progress_level50", "curriculum/progress_level90", "wise_ft/id_val_f1"} <= scalars
+    assert len(events.Images("train/spectrum")) == 1
+    assert (tmp_path / "r/progress.png").is_file()
+
+
+@pytest.mark.parametrize("loss", ["ce", pytest.param("lpft", marks=pytest.mark.slow)])
+def test_a_linear_head_trains(small, tmp_path, loss):
+    train(small, tmp_path / "r", "--loss", loss, "--lr", "1e-3")
+    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    assert history[-1]["loss"] < history[0]["loss"]
+    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["model"]
+    original = models.load_clip(defaults.TOYCAM_CLIP, "cpu")[0].state_dict()
+    assert torch.equal(state["clip.text_projection"], original["text_projection"])
+    assert not torch.equal(state["clip.visual.conv1.weight"], original["visual.conv1.weight"])
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_nothing(small, tmp_path):
+    for name, extra in (("a", []), ("b", ["--grad-checkpointing"])):
+        train(small, tmp_path / name, "--epochs", "1", "--warmup-epochs", "0", *extra)
+    assert np.allclose(logits_of(tmp_path / "a"), logits_of(tmp_path / "b"), atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# curricula
+
+
+def test_easy_to_hard_goes_up_the_levels_and_ends_on_real_images(small, tmp_path, monkeypatch):
+    passes, train_pass = [], train_iwildcam.Trainer.train
+
+    def record(self, epoch, places, purpose="epoch", start=None):
+        passes.append((self.pool, places))
+        return train_pass(self, epoch, places, purpose, start)
+
+    monkeypatch.setattr(train_iwildcam.Trainer, "train", record)
+    train(small, tmp_path / "r", "--curriculum", "e2h")
+    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    assert [row["levels"] for row in history] == [[50], [90], [100]]
+    assert [row["images"] for row in history] == [96] * 3
+    assert runs.read_json(tmp_path / "r/args.json")["args"]["curriculum"] == "d2s"
+    hard = {row["source"] for row in csv.DictReader(small.hard.open())}
+    for row, (pool, places) in zip(history, passes, strict=True):
+        synthetic = {pool.sources[place] for place in places if pool.levels[place] < 100}
+        assert synthetic <= hard and row["synthetic_share"] == len(synthetic) / 96
+        assert synthetic or row["levels"] == [100]
+
+
+def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_looks_at(small, tmp_path, monkeypatch):
+    passes, train_pass = [], train_iwildcam.Trainer.train
+
+    def record(self, epoch, places, purpose="epoch", start=None):
+        passes.append((self.pool, purpose, places))
+        return train_pass(self, epoch, places, purpose, start)
+
+    monkeypatch.setattr(train_iwildcam.Trainer, "train", record)
+    train(small, tmp_path / "r", "--curriculum", "adaptive")
+    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    for row in history[:2]:
+        assert row["levels"] == [int(max(row["progress"], key=lambda level: row["progress"][level]))]
+    assert history[2]["levels"] == [100] and history[2]["images"] == 96 and history[0]["images"] == 92
+    pool = passes[0][0]
+    held = {pool.sources[place] for places in pool.looks.values() for place in places}
+    assert len(held) == 4
+    for _, purpose, places in passes[:-1]:
+        assert not held & {pool.sources[place] for place in places}
+        assert purpose == "epoch" or (len(places) == 32 and (pool.levels[places] == 100).all())
+
+
+@pytest.mark.parametrize("curriculum", ["adaptive", pytest.param("random", marks=pytest.mark.slow)])
+def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(small, tmp_path, monkeypatch, curriculum):
+    train(small, tmp_path / "whole", "--curriculum", curriculum)
+    count_steps(monkeypatch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert train(small, tmp_path / "r", "--curriculum", curriculum) == runs.RESUMABLE
+    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
+    assert state["partial"]["batches"] > 0 and (state["look"] is None) == (curriculum != "adaptive")
+    assert train(small, tmp_path / "r", "--curriculum", curriculum) == 0
+    assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
+    assert history_of(tmp_path / "whole") == history_of(tmp_path / "r")
+
+
+@pytest.mark.slow
+def test_a_kill_between_epochs_goes_on_to_the_same_end(small, tmp_path, monkeypatch):
+    train(small, tmp_path / "whole", "--loss", "lpft")
+    log, calls = training.log, []
+
+    def die_in_the_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        log(*args)
+
+    monkeypatch.setattr(training, "log", die_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train(small, tmp_path / "r", "--loss", "lpft")
+    monkeypatch.setattr(training, "log", log)
+    train(small, tmp_path / "r", "--loss", "lpft")
+    assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bad input
+
+
+def broken(small, folder, count: int):
+    """A copy of the data set with `count` training images that are none; they are not of the hardest."""
+    hard = {row["source"] for row in csv.DictReader(small.hard.open())}
+    shutil.copytree(small.root, folder)
+    for path in [path for path in sorted((folder / "train").glob("train_*")) if f"train/{path.name}" not in hard][
+        :count
+    ]:
+        path.write_bytes(b"no image")
+    return folder
+
+
+def test_an_unreadable_training_image_is_left_out_and_counted(small, tmp_path, capsys, monkeypatch):
+    root = broken(small, tmp_path / "t", 1)
+    sizes, contrastive = [], losses.contrastive
+    monkeypatch.setattr(
+        losses, "contrastive", lambda image, *rest: (sizes.append(len(image)), contrastive(image, *rest))[1]
+    )
+    assert train(small, tmp_path / "r", "--data-root", str(root), "--epochs", "2") == 0
+    assert sum(sizes) == 2 * 95
+    (wrong,) = runs.read_json(tmp_path / "r/results.json")["unreadable"]
+    assert "not a readable image" in wrong
+    assert "1 training images cannot be read and were left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loss", ["flyp", "ce"])
+def test_too_many_unreadable_images_end_the_run(small, tmp_path, loss):
+    root = broken(small, tmp_path / "t", 4)
+    with pytest.raises(UserError, match="2 training images cannot be read: more than 1% of the 96"):
+        train(small, tmp_path / "r", "--data-root", str(root), "--batch-size", "1", "--loss", loss)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--templates", "a photo"], "--templates: expected texts with {}"),
+        (["--merge-same-class", "--loss", "ce"], "--merge-same-class: --loss ce has no captions"),
+        (["--batch-size", "97"], "--batch-size 97: expected at most the 96 training images"),
+        (["--clip", "/no/such"], "--clip /no/such: .*expected a folder"),
+        (["--curriculum", "e2h", "--levels", "30"], "--levels 30: .* no accepted image"),
+        (["--level-shares", "1", "2"], "--level-shares: --curriculum none"),
+    ],
+)
+def test_bad_flags_are_named(small, tmp_path, extra, message):
+    with pytest.raises(UserError, match=message):
+        train(small, tmp_path / "r", *extra)
+    assert not (tmp_path / "r/results.json").exists()
+
+
+def test_a_clip_checkpoint_of_another_architecture_is_named(small, tmp_path):
+    shutil.copytree(defaults.TOYCAM_CLIP, tmp_path / "clip")
+    config = tmp_path / "clip/open_clip_config.json"
+    content = runs.read_json(config)
+    content["model_cfg"]["vision_cfg"]["layers"] += 1
+    runs.write_json(config, content)
+    with pytest.raises(UserError, match="its checkpoint does not match its architecture"):
+        train(small, tmp_path / "r", "--clip", str(tmp_path / "clip"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# several processes
+
+GRADIENTS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+import distributed, losses
+distributed.start("cpu")
+torch.manual_seed(0)
+images, texts = torch.randn(7, 5), torch.randn(7, 5)
+model = torch.nn.Linear(5, 4)
+scale = torch.nn.Parameter(torch.tensor(2.0))
+both = torch.nn.ModuleDict({{"model": model}})
+both.register_parameter("scale", scale)
+class Features(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.both = both
+    def forward(self, a, b):
+        unit = torch.nn.functional.normalize
+        return unit(self.both["model"](a), dim=1), unit(self.both["model"](b), dim=1), self.both.scale.exp()
+rows = distributed.share(7)
+wrapped = distributed.wrap(Features(), "cpu")
+image, text, scaled = wrapped(images[rows], texts[rows])
+image, text = (distributed.gathered(one, rows, 7) for one in (image, text))
+loss = losses.contrastive(image, text, scaled)
+loss.backward()
+if distributed.rank() == 0:
+    torch.save([loss.detach(), model.weight.grad, model.bias.grad, scale.grad], sys.argv[1])
+distributed.stop()
+"""
+
+
+def launch(script, processes, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script]
+        + [*map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
+    script = tmp_path / "gradients.py"
+    script.write_text(GRADIENTS.format(root=str(ROOT)))
+    found = []
+    for processes in (1, 2):
+        done = launch(script, processes, tmp_path / f"{processes}.pt")
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
+    for one, two in zip(*found, strict=True):
+        assert torch.allclose(one, two, atol=1e-6) and one.abs().max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["flyp", "ce"])
+def test_two_processes_have_the_loss_curve_of_one(small, tmp_path, loss):
+    flags = ["--data-root", str(broken(small, tmp_path / "t", 1)), "--spectrum", str(small.spectrum), *SHORT]
+    flags += ["--loss", loss, "--optimizer", "sgd", "--lr", "0.01", "--batch-size", "15", "--curriculum", "adaptive"]
+    assert train_iwildcam.main([*flags, "--out", str(tmp_path / "one")]) == 0
+    done = launch(ROOT / "train_iwildcam.py", 2, *flags, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (runs.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["levels"] == b["levels"] and a["images"] == b["images"] and a["val_id_f1"] == b["val_id_f1"]
+    assert np.allclose(logits_of(tmp_path / "one"), logits_of(tmp_path / "two"), atol=1e-3)

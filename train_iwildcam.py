@@ -1,0 +1,428 @@
+"""Step 5b: fine-tune a CLIP on camera-trap images of low quality, with a generative curriculum.
+
+FLYP: the CLIP's own contrastive loss on (image, caption) pairs, and a zero-shot head rebuilt from the tuned text tower.
+In the epochs of the curriculum, one accepted synthetic image of the stage's levels stands in for each hard real image
+(drawn anew each epoch; a hard image without one stays); the epochs after it train on real images alone (DisCL).
+
+Reads:  the data set (iwildcam: WILDS's folder; toycam is drawn if it is not there), a CLIP, a filtered spectrum folder
+        (none is needed for --curriculum none; toycam's default one is made first if it is missing)
+Writes: OUT/args.json, checkpoint.pt and the one before it, TensorBoard events, history.jsonl, predictions.npz (logits
+        and labels of both test sets), per_class.csv, per_location.csv, for adaptive progress.png, clip.safetensors
+        (find_hard.py takes it: --clip ARCHITECTURE:FILE), results.json: accuracy and macro-F1 out of domain (OOD: test)
+        and in domain (ID: id_test), of the last epoch, of the best by id_val, of WiSE-FT, and of zero-shot
+
+Killed at any moment, the same command goes on after the last finished epoch, to the same result; SIGTERM and SIGUSR2
+are answered by a checkpoint within the epoch and exit code 75. `torchrun --nproc-per-node N train_iwildcam.py ...`
+trains in N processes, with the loss of the whole batch.
+
+    python train_iwildcam.py --dataset toycam --curriculum adaptive
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import cli
+import datasets
+import distributed
+import losses
+import optimization
+import recipes
+import runs
+import training
+
+LOSSES = ("flyp", "ce", "lpft")
+ALPHAS = [i / 10 for i in range(11)]  # of WiSE-FT
+UNREADABLE_SHARE = 0.01  # of an epoch's images that may be unreadable: more is a broken download or disk
+SHEET_SOURCES = 8  # hard images shown beside their spectrum
+
+
+def curriculum_name(text: str) -> str:
+    """The argparse type of a curriculum; e2h (easy to hard) is what low-quality data calls d2s."""
+    return "d2s" if text == "e2h" else text
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, "train_iwildcam")
+    parser.add_dataset("toycam", datasets.CAMERA_TRAPS)
+    training.add_run_flags(parser)
+    group = parser.add_argument_group("curriculum")
+    training.add_curriculum_flags(group, curriculum_name)
+    group = parser.add_argument_group("model and loss")
+    group.add_argument(
+        "--clip",
+        default="ViT-B-16:openai",
+        metavar="NAME",
+        help="open_clip model: ARCHITECTURE:TAG, ARCHITECTURE:FILE, hf-hub:NAME or folder",
+    )
+    group.add_argument(
+        "--templates",
+        nargs="+",
+        default=["a photo of {}."],
+        metavar="TEXT",
+        help="captions, with {} for the class name: each image has one of them, the zero-shot head all",
+    )
+    group.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="flyp",
+        help="flyp: contrastive; ce: cross-entropy of a linear head that starts as the zero-shot one; lpft: the same "
+        "after the head alone was fitted to the untuned CLIP (linear probe, then fine-tuning)",
+    )
+    group.add_argument(
+        "--merge-same-class",
+        action="store_true",
+        help="flyp: captions of one class are targets of all its images, instead of each image's own alone",
+    )
+    group.add_argument(
+        "--grad-checkpointing", action="store_true", help="compute activations twice, which saves most of their memory"
+    )
+    training.add_training_flags(parser.add_argument_group("training"))
+    return parser
+
+
+def check_flags(args) -> None:
+    """Raise UserError where flags do not go together."""
+    if any("{}" not in template for template in args.templates):
+        raise cli.UserError("--templates: expected texts with {}, where the class name goes")
+    if args.merge_same_class and args.loss != "flyp":
+        raise cli.UserError(f"--merge-same-class: --loss {args.loss} has no captions; expected flyp")
+    training.check_flags(args)
+
+
+def epoch_data(seed: int, epoch: int, stage: list[int], pool: training.Pool, source_ids: np.ndarray) -> np.ndarray:
+    """The places in the pool of the images that an epoch trains on, before shuffling; `stage` has its levels.
+
+    Every real image, but where accepted synthetic images of the stage's levels were drawn from it, one of those at
+    random in its place.
+
+    Args:
+        source_ids: a number for each image of the pool, the same for those of one source, int (N,).
+    """
+    real = np.flatnonzero(pool.levels == 100)
+    if not stage:
+        return real
+    real = real[~pool.held[real]]
+    candidates = np.flatnonzero(np.isin(pool.levels, stage) & (pool.levels < 100) & ~pool.held)
+    candidates = np.random.default_rng([seed, epoch]).permutation(candidates)
+    replaced, first = np.unique(source_ids[candidates], return_index=True)
+    return np.concatenate([real[~np.isin(source_ids[real], replaced)], candidates[first]])
+
+
+@dataclass
+class Trainer(training.Trainer):
+    """A CLIP's fine-tuning on camera traps.
+
+    Attributes:
+        tokens: of every class's captions (cliptuning.captions_of), int (C * T, length), on the device.
+        zero_shot: the weights before any training, on the CPU, with the zero-shot head where there is a linear one.
+        source_ids: a number for each image of the pool, the same for those of one source, int (N,).
+        stores: the images of the splits to evaluate on.
+    """
+
+    tokens: object
+    zero_shot: dict
+    source_ids: np.ndarray
+    stores: dict[str, object]
+
+    chosen_by = "id_f1"
+
+    def pass_loss(self, epoch: int, places: np.ndarray) -> Callable:
+        """See training.Trainer."""
+        import torch
+        from torch.nn import functional as F
+
+        from augmentations import normalise
+
+        args, data, device = self.args, self.data, self.device
+        labels, templates = torch.from_numpy(self.pool.labels[places]), len(args.templates)
+        store = self.pool.images
+
+        def loss_of(part, rows: slice, images, generator):
+            own = torch.from_numpy(places)[part[rows]].tolist()
+            readable = torch.tensor([place not in store.unreadable for place in own])
+            self.stop_on_unreadable(len(places))
+            images = normalise(images, data.mean, data.std)
+            captions = labels[part] * templates + torch.randint(templates, (len(part),), generator=generator)
+            targets = labels[part].to(device)
+            keep = slice(None)
+            if distributed.world() > 1 or not readable.all():
+                keep = distributed.gathered(readable.float().to(device), rows, len(part)) > 0
+            with torch.autocast(device.split(":")[0], torch.bfloat16, args.precision == "bf16"):
+                if args.loss == "flyp":
+                    # Many images of a batch share a caption: the text tower reads each once.
+                    unique, of_image = captions[rows].unique(return_inverse=True)
+                    image, text, scale = self.step_model(images, self.tokens[unique.to(device)])
+                    text = text[of_image.to(device)]
+                else:
+                    logits = self.step_model(images).float()
+            if args.loss == "flyp":
+                image, text = (distributed.gathered(one, rows, len(part))[keep] for one in (image, text))
+                return losses.contrastive(image, text, scale, targets[keep] if args.merge_same_class else None)
+            values = F.cross_entropy(logits, targets[rows], reduction="none") * readable.to(device)
+            share = distributed.world() if rows != slice(None) else 1
+            return share * values.sum() / (len(part) if isinstance(keep, slice) else keep.sum())
+
+        return loss_of
+
+    def stop_on_unreadable(self, images: int) -> None:
+        """Raise UserError where too many of an epoch's images have turned out to be unreadable."""
+        wrong = self.pool.images.unreadable
+        if len(wrong) > max(1, UNREADABLE_SHARE * images):
+            raise cli.UserError(
+                f"{len(wrong)} training images cannot be read: more than {UNREADABLE_SHARE:.0%} of the {images} of an "
+                f"epoch; the first: {next(iter(wrong.values()))}"
+            )
+
+    def epoch_places(self, epoch: int, stage: list[int]) -> np.ndarray:
+        """See training.Trainer."""
+        return epoch_data(self.args.seed, epoch, stage, self.pool, self.source_ids)
+
+    def predict(self, store, places: np.ndarray):
+        """Logits, float (N, C), of the model with its linear head, or the zero-shot one that its text tower makes."""
+        import torch
+
+        import cliptuning
+        import evaluation
+
+        weight = None
+        if self.args.loss == "flyp":
+            with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
+                weight = cliptuning.zero_shot_head(self.model, self.tokens, len(self.data.class_names))
+        classifier = cliptuning.Classifier(self.model, weight)
+        return evaluation.predict(classifier, store, places, self.data, self.device, self.args.precision)
+
+    def figures(self, split: str) -> tuple[dict[str, float], np.ndarray]:
+        """Macro-F1 and accuracy on a split in percent, and the logits, float32 (N, C)."""
+        import evaluation
+
+        labels = getattr(self.data, split).labels
+        logits = self.predict(self.stores[split], np.arange(len(labels))).numpy()
+        predicted = logits.argmax(1)
+        return {"f1": evaluation.macro_f1(predicted, labels), "acc": 100 * float((predicted == labels).mean())}, logits
+
+    def validate(self) -> dict[str, float | None]:
+        """Macro-F1 and accuracy in percent on id_val (ID), which epochs are chosen by, and on val (OOD)."""
+        found = {"id": self.figures("id_val")[0], "ood": self.figures("val")[0]}
+        return {f"{domain}_{name}": value for domain, both in found.items() for name, value in both.items()}
+
+    def test(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Macro-F1 and accuracy in percent on both test sets, and their logits."""
+        found, logits = {}, {}
+        for domain, split in (("ood", "test"), ("id", "id_test")):
+            both, logits[domain] = self.figures(split)
+            found |= {f"{domain}_{name}": value for name, value in both.items()}
+        return found, logits
+
+    def pictures(self, epoch: int, places: np.ndarray) -> dict[str, np.ndarray]:
+        """See training.Trainer: training images, and before the first epoch hard images beside their spectrum."""
+        shown = super().pictures(epoch, places)
+        return shown | {"train/spectrum": spectrum_sheet(self)} if epoch == 0 and self.levels else shown
+
+    def finish(self, state: dict, writer) -> None:
+        """Test the last weights, the best by id_val, WiSE-FT's and the untuned ones, and write what the run leaves."""
+        import cliptuning
+
+        args, data = self.args, self.data
+        tuned = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        last, logits = self.test()
+        self.model.load_state_dict(state["best"]["model"])
+        best, _ = self.test()
+        zero_shot = {name: value.to(self.device) for name, value in self.zero_shot.items()}
+        sweep = []
+        for alpha in ALPHAS:
+            self.model.load_state_dict(cliptuning.interpolated(zero_shot, tuned, alpha))
+            sweep.append({"alpha": alpha} | {f"id_val_{name}": one for name, one in self.figures("id_val")[0].items()})
+        # The test sets are not looked at: of equal alphas the larger, nearer to the tuned weights.
+        chosen = max(sweep, key=lambda row: (row["id_val_f1"], row["alpha"]))
+        self.model.load_state_dict(cliptuning.interpolated(zero_shot, tuned, chosen["alpha"]))
+        wise, _ = self.test()
+        self.model.load_state_dict(zero_shot)
+        untuned, _ = self.test()
+        self.model.load_state_dict(tuned)
+        unreadable = sorted(self.pool.images.unreadable.values())
+        if not writer:
+            return
+        best_note = {"epoch": state["best"]["epoch"], "val_id_f1": state["best"]["figure"]}
+        results = {
+            "last": last | {"epoch": args.epochs - 1},
+            "best_by_val": best | best_note,
+            "last_wise_ft": wise | {"alpha": chosen["alpha"], "id_val_f1": chosen["id_val_f1"]},
+            "zero_shot": untuned,
+            "wise_ft_sweep": sweep,
+            "train_counts": data.counts.tolist(),
+            "class_names": data.class_names,
+            "validation": data.note,
+            "unreadable": unreadable,
+        }
+        labels = {"ood": data.test.labels, "id": data.id_test.labels}
+        both = {f"{domain}_logits": one for domain, one in logits.items()}
+        np.savez(args.out / "predictions.npz", **both, **{f"{domain}_labels": one for domain, one in labels.items()})
+        write_tables(args.out, data, {domain: one.argmax(1) for domain, one in logits.items()})
+        save_clip(self.model, args.out / "clip.safetensors")
+        for row in sweep:
+            writer.add_scalar("wise_ft/id_val_f1", row["id_val_f1"], round(100 * row["alpha"]))
+        if args.curriculum == "adaptive":
+            import figures
+
+            figures.draw_progress(state["history"], args.out / "progress.png")
+        metrics = {f"test/{name}": value for name, value in last.items()}
+        metrics |= {f"test_wise_ft/{name}": value for name, value in wise.items()}
+        training.write_results(self, state, writer, results, metrics)
+        for name, found in (("after the last epoch", last), (f"WiSE-FT, alpha {chosen['alpha']}", wise)):
+            print(f"{args.out}: {name}: macro-F1 % OOD {found['ood_f1']:.1f}, ID {found['id_f1']:.1f}")
+        if unreadable:
+            print(f"{len(unreadable)} training images cannot be read and were left out, the first: {unreadable[0]}")
+
+
+def spectrum_sheet(trainer: Trainer) -> np.ndarray:
+    """Some hard images, each beside one synthetic image of each level: uint8 (height, width, 3)."""
+    import figures
+
+    pool, data = trainer.pool, trainer.data
+    ids, levels = trainer.source_ids, [*trainer.levels, 100]
+    by_level = [set(ids[pool.levels == level].tolist()) for level in levels]
+    whole = sorted(set.intersection(*by_level))[:SHEET_SOURCES]
+    first = {(ids[place], pool.levels[place]): place for place in range(len(ids) - 1, -1, -1)}
+    chosen = np.array([first[source, level] for source in whole for level in levels], dtype=int)
+    if not len(chosen):
+        return np.full((8, 8, 3), 255, np.uint8)
+    images = [
+        image.permute(1, 2, 0).cpu().numpy() for part in pool.images.evaluation(chosen, len(chosen)) for image in part
+    ]
+    names = ["real" if level == 100 else f"level {level}" for level in levels] * len(whole)
+    captions = [(name, data.class_names[pool.labels[place]]) for name, place in zip(names, chosen, strict=True)]
+    return figures.sheet(images, captions, len(levels))
+
+
+def write_tables(folder: Path, data: datasets.LongTailed, predicted: dict[str, np.ndarray]) -> None:
+    """per_class.csv and per_location.csv of both test sets: images, accuracy and F1 in percent."""
+    import evaluation
+
+    by_class, by_location = io.StringIO(), io.StringIO()
+    class_table, location_table = (csv.writer(text, lineterminator="\n") for text in (by_class, by_location))
+    class_table.writerow(["domain", "label", "class_name", "train_images", "images", "accuracy", "f1"])
+    location_table.writerow(["domain", "location", "images", "accuracy", "macro_f1"])
+    for domain, split in (("ood", "test"), ("id", "id_test")):
+        labels, found = getattr(data, split).labels, predicted[domain]
+        for label in np.unique(labels):
+            of_class, taken = labels == label, found == label
+            right = (of_class & taken).sum()
+            row = [data.counts[label], of_class.sum(), f"{100 * right / of_class.sum():.2f}"]
+            f1 = 200 * right / (of_class.sum() + taken.sum())
+            class_table.writerow([domain, label, data.class_names[label], *row, f"{f1:.2f}"])
+        for location in np.unique(data.locations[split]):
+            here = data.locations[split] == location
+            row = [here.sum(), f"{100 * (found[here] == labels[here]).mean():.2f}"]
+            location_table.writerow([domain, location, *row, f"{evaluation.macro_f1(found[here], labels[here]):.2f}"])
+    runs.write_text(folder / "per_class.csv", by_class.getvalue())
+    runs.write_text(folder / "per_location.csv", by_location.getvalue())
+
+
+def save_clip(model, path: Path) -> None:
+    """The tuned CLIP alone, as open_clip reads it: whole, or its image tower tuned and its text tower as it was."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: value.detach().cpu().contiguous().clone() for name, value in model.clip.state_dict().items()}, path
+    )
+
+
+def finished(args) -> bool:
+    """Whether the run that these arguments name is complete."""
+    return (run_folder(args) / "results.json").is_file()
+
+
+def run_folder(args) -> Path:
+    """Where a run goes: --out, or a name that its main settings make."""
+    return args.out or Path("runs", f"{recipes.folder_name(vars(args), 'train_iwildcam')}_seed{args.seed}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    check_flags(args)
+    args.out = run_folder(args)
+    data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
+    if args.batch_size > len(data.train):
+        raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
+    synthetic = {}
+    sources = [source for part in data.splits.values() for source in part.sources]
+    inputs: dict = {"data": runs.digest_int(*sources, runs.digest_files(data.files))}
+    if args.curriculum != "none":
+        levels, _ = training.prepare_spectrum(args)
+        training.stage_of(args, 0, levels)
+        synthetic = datasets.load_spectrum(args.spectrum, levels, data)
+        inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
+        hard = len({source for one in synthetic.values() for source in one.sources})
+        if distributed.rank() == 0:
+            print(f"{hard} hard images of {len(data.train)} have an accepted image of the levels {levels}")
+    return training.run(args, inputs, lambda signals: prepare(args, data, synthetic, signals))
+
+
+def prepare(args, data, synthetic: dict, signals: runs.StopSignals) -> tuple[Trainer, dict]:
+    """The model, its optimiser and the images, and the run's state: new, or its last checkpoint's."""
+    import torch
+
+    import batches
+    import cliptuning
+    import models
+
+    device = distributed.start(models.pick_device(args.device))
+    torch.manual_seed(runs.digest_int("weights", args.seed))
+    clip, _, tokenizer = models.load_clip(args.clip, device)
+    size, mean, std = cliptuning.input_of(clip, args.clip)
+    data = dataclasses.replace(data, mean=mean, std=std)
+    tokens = tokenizer(cliptuning.captions_of(data.class_names, args.templates)).to(device)
+
+    def store(sets: list[datasets.ImageSet], skip_unreadable: bool = False):
+        paths = [path for one in sets for path in one.images]
+        return batches.Decoded(
+            paths, device, size, args.workers, crop=batches.CLIP_CROP, skip_unreadable=skip_unreadable
+        )
+
+    pool = training.build_pool(args, data, synthetic, lambda sets: store(sets, True))
+    model = cliptuning.TunedClip(distributed.synchronised(clip, device)).to(device)
+    if args.loss != "flyp":
+        head = cliptuning.zero_shot_head(model, tokens, len(data.class_names))
+        model = cliptuning.TunedClip(model.clip, head)
+    zero_shot = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    if args.grad_checkpointing:
+        clip.set_grad_checkpointing(True)
+    if args.loss == "lpft" and not (args.out / "checkpoint.pt").exists():
+        model.set_head(*probe(args, data, model, pool, device))
+    optimizer = optimization.build_optimizer(args, model)
+    state = training.start_or_resume(args, model, optimizer, None, device)
+    step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
+    trainer = Trainer(
+        args, data, sorted(synthetic), pool, model, step_model, None, optimizer, device, signals, tokens, zero_shot,
+        np.unique(pool.sources, return_inverse=True)[1],
+        {name: store([part]) for name, part in data.splits.items() if name != "train"},
+    )  # fmt: skip
+    return trainer, state
+
+
+def probe(args, data, model, pool: training.Pool, device: str) -> tuple:
+    """The linear probe of lpft: weights and bias of the head, fitted to the real training images' embeddings."""
+    import torch
+
+    import cliptuning
+    import evaluation
+
+    places = np.flatnonzero((pool.levels == 100) & ~pool.held)
+    embedder, width = cliptuning.Embedder(model), model.head.in_features
+    features = evaluation.predict(embedder, pool.images, places, data, device, args.precision, width=width)
+    wrong = torch.tensor([float(place in pool.images.unreadable) for place in places])
+    keep = distributed.total(wrong, device).cpu() == 0
+    labels = torch.from_numpy(pool.labels[places])
+    return cliptuning.linear_probe(features[keep].to(device), labels[keep].to(device), model.head.weight.detach())
+
+
+if __name__ == "__main__":
+    cli.run(main)
