@@ -16,7 +16,8 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top:
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
-tbody th { font-weight: normal; } figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
+tbody th { font-weight: normal; } td.long { white-space: normal; min-width: 11rem; }
+figure { margin: 1.5rem 0; } img { min-width: 38rem; max-width: 100%; height: auto; }
 figcaption, .note { color: #444; font-size: .9rem; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: #f4f4f4; padding: .5rem; font-size: .85rem; }
 """
@@ -26,12 +27,16 @@ def table(heading: list[str], rows: list[list[str]]) -> str:
     """A table; the first cell of a row names it."""
     head = "".join(f'<th scope="col">{escape(word)}</th>' for word in heading)
     body = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(word)}</td>" for word in row[1:])
-        + "</tr>\n"
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(_cell(word) for word in row[1:]) + "</tr>\n"
         for row in rows
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
+
+
+def _cell(word: str) -> str:
+    """A list may be broken after its commas, and nowhere else."""
+    parts = [escape(part).replace(" ", "&nbsp;") for part in word.split(", ")]
+    return f"<td>{parts[0]}</td>" if len(parts) == 1 else f'<td class="long">{", ".join(parts)}</td>'
 
 
 def note(text: str) -> str:
@@ -47,7 +52,8 @@ def figure(path: Path, caption: str) -> str:
     """The picture of a PNG file, and what it shows."""
     data = base64.b64encode(path.read_bytes()).decode()
     text = escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
+    picture = f'<div class="wide"><img alt="{text}" src="data:image/png;base64,{data}"></div>'
+    return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
 
 
 def write(path: Path, title: str, introduction: str, sections: list[tuple[str, list[str]]]) -> None:

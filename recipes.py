@@ -154,8 +154,17 @@ def settings(words: list[str], script: str) -> dict[str, object]:
 
 
 def _value(words: list[str]) -> object:
-    values = [float(word) if re.fullmatch(r"-?\d+(\.\d*)?(e-?\d+)?", word) else word for word in words]
+    values = [_number(word) for word in words]
     return True if not values else values[0] if len(values) == 1 else values
+
+
+def _number(word: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            pass
+    return word
 
 
 def read_all(folder: Path = FOLDER) -> list[Recipe]:

@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> int:
         sections.append(
             ("Not begun", [page.note(f"Tables that recipes ask for and no run here belongs to: {', '.join(waiting)}.")])
         )
-    page.write(args.out / "report.html", "Diffusion Curriculum: results", INTRODUCTION, sections)
+    page.write(args.out / "report.html", "Diffusion Curriculum: results", INTRODUCTION if found else "", sections)
     print(f"{args.out}: {', '.join(['report.html', *written])}")
     return 0
 

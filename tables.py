@@ -29,6 +29,7 @@ NAMES = {
 }
 ZERO_SHOT = "zero-shot"  # the row of a CLIP that is not tuned, which every run of it has tested
 NOT_FIGURES = ("epoch", "per_class")
+SHOWN = 3  # folders that a line names
 MAY_DIFFER = ("seed", "spectrum", "init_checkpoint")  # between the runs of a row, and a run and its recipe
 
 
@@ -229,11 +230,19 @@ def notes(table: Table) -> list[str]:
             if run["commit"]:
                 by_commit.setdefault(run["commit"], []).append(str(run["folder"]))
     if len(by_commit) > 1:
-        parts = [f"{commit} made {', '.join(folders)}" for commit, folders in by_commit.items()]
+        parts = [
+            f"{commit} made {', '.join(folders[:SHOWN])}"
+            + (f" and {len(folders) - SHOWN} more" if len(folders) > SHOWN else "")
+            for commit, folders in by_commit.items()
+        ]
         lines.append(f"Mixed code versions, comparable only if nothing between them matters: {'; '.join(parts)}")
-    waiting = [f"{name} (seed {', '.join(map(str, seeds))})" for name, (_, seeds) in missing(table).items()]
-    if waiting:
-        lines.append(f"Missing: {', '.join(waiting)}")
+    waiting = missing(table)
+    some = [f"{name} (seed {', '.join(map(str, waiting[name][1]))})" for name in waiting if name in table.rows]
+    none = [name for name in waiting if name not in table.rows]
+    if some:
+        lines.append(f"Missing seeds: {'; '.join(some)}")
+    if none:
+        lines.append(f"Missing rows: {'; '.join(none)}")
     return lines
 
 

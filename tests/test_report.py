@@ -101,7 +101,7 @@ def test_what_was_published_stands_beside_it_and_what_is_missing_below(tmp_path,
     lines = (tmp_path / "out/table.md").read_text().splitlines()
     # Few: 40 - 41.5 = -1.5; all: (70 + 73) / 2 - 70 = +1.5.
     assert lines[2].endswith("| 71.5 (2.1) | 2 | few 41.5, all 70 | few −1.5, all +1.5 |")
-    assert "Missing: CE (seed 2), CE + d2s (seed 0, 1, 2)" in lines
+    assert "Missing seeds: CE (seed 2)" in lines and "Missing rows: CE + d2s" in lines
     rows = {(row["epoch"], row["figure"]): row for row in read_csv(tmp_path / "out/table.csv")}
     assert (rows["last", "all"]["published"], rows["last", "all"]["difference"]) == ("70.00", "+1.50")
     assert rows["last", "all"]["source"] == "A Paper" and rows["best_by_val", "all"]["published"] == ""
@@ -242,7 +242,7 @@ def test_the_page_holds_everything_and_needs_no_other_file(tmp_path, two_recipes
     assert drawn == {f"{name}.png" for name in ("curriculum", "groups", "synthetic", "frequency", "gain")}
     assert len(page.pictures) == len(drawn) and all(picture["alt"] for picture in page.pictures)
     assert page.cells == 2 * 7 and 'name="viewport"' in text
-    assert "many" in text and "few −1.5, all +0.0" in text
+    assert "few&nbsp;−1.5, all&nbsp;+0.0" in text
 
 
 def test_results_that_were_kept_without_a_history_make_the_table(tmp_path):
