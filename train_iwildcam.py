@@ -162,7 +162,7 @@ class Trainer(training.Trainer):
                     image, text, scale = self.step_model(images, self.tokens[unique.to(device)])
                     text = text[of_image.to(device)]
                 else:
-                    logits = self.step_model(images).float()
+                    logits = self.step_model(images)
             if args.loss == "flyp":
                 image, text = (distributed.gathered(one, rows, len(part))[keep] for one in (image, text))
                 return losses.contrastive(image, text, scale, targets[keep] if args.merge_same_class else None)
@@ -203,6 +203,7 @@ class Trainer(training.Trainer):
         import cliptuning
         import evaluation
 
+        distributed.same_buffers(self.model)
         weight = None
         if self.args.loss == "flyp":
             with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
