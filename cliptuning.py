@@ -47,10 +47,16 @@ class TunedClip(nn.Module):
         """Embeddings of unit length, float32 (N, D), of token ids, int (N, length)."""
         return F.normalize(self.clip.encode_text(tokens).float(), dim=-1)
 
+    @staticmethod
+    def logits(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits float32 (N, C) of embeddings, (N, D): never in bfloat16, which cannot tell scaled cosines apart."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.linear(features.float(), weight.float(), bias)
+
     def forward(self, images: torch.Tensor, tokens: torch.Tensor | None = None):
         """Logits, (N, C), of a model with a head; else image and text embeddings and their scale (N, D), (M, D), ()."""
         if self.head is not None:
-            return self.head(self.image_features(images))
+            return self.logits(self.image_features(images), self.head.weight, self.head.bias)
         return self.image_features(images), self.text_features(tokens), self.clip.logit_scale.exp()
 
 
@@ -62,8 +68,9 @@ class Classifier(nn.Module):
         self.tuned, self.weight = tuned, weight
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.tuned.image_features(images)
-        return self.tuned.head(features) if self.weight is None else features @ self.weight.T
+        if self.weight is None:
+            return self.tuned(images)
+        return self.tuned.logits(self.tuned.image_features(images), self.weight)
 
 
 class Embedder(nn.Module):

@@ -204,7 +204,7 @@ def cells(table: Table, row: Row) -> list[str]:
         expected = row.recipe.expected if row.recipe else {}
         shown = [f"{NAMES.get(name, name)} {value:g}" for name, value in expected.items()]
         differences = [
-            f"{NAMES.get(name, name)} {pairs[name][0] - value:+.1f}".replace("-", "−")
+            f"{NAMES.get(name, name)} " + f"{pairs[name][0] - value:+.1f}".replace("-", "−")
             for name, value in expected.items()
             if pairs.get(name)
         ]

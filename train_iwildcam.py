@@ -162,7 +162,7 @@ class Trainer(training.Trainer):
                     image, text, scale = self.step_model(images, self.tokens[unique.to(device)])
                     text = text[of_image.to(device)]
                 else:
-                    logits = self.step_model(images).float()
+                    logits = self.step_model(images)
             if args.loss == "flyp":
                 image, text = (distributed.gathered(one, rows, len(part))[keep] for one in (image, text))
                 return losses.contrastive(image, text, scale, targets[keep] if args.merge_same_class else None)
@@ -175,11 +175,22 @@ class Trainer(training.Trainer):
     def stop_on_unreadable(self, images: int) -> None:
         """Raise UserError where too many of an epoch's images have turned out to be unreadable."""
         wrong = self.pool.images.unreadable
-        if len(wrong) > max(1, UNREADABLE_SHARE * images):
+        if len(wrong) > max(1, UNREADABLE_SHARE * images / distributed.world()):  # each process reads its share
             raise cli.UserError(
                 f"{len(wrong)} training images cannot be read: more than {UNREADABLE_SHARE:.0%} of the {images} of an "
                 f"epoch; the first: {next(iter(wrong.values()))}"
             )
+
+    def unreadable_files(self) -> list[str]:
+        """The training images that this run has found unreadable, in any process."""
+        import torch
+
+        store = self.pool.images
+        wrong = torch.zeros(len(store.paths))
+        wrong[list(store.unreadable)] = 1
+        return sorted(
+            str(store.paths[place]) for place in distributed.total(wrong, self.device).nonzero()[:, 0].tolist()
+        )
 
     def epoch_places(self, epoch: int, stage: list[int]) -> np.ndarray:
         """See training.Trainer."""
@@ -192,6 +203,7 @@ class Trainer(training.Trainer):
         import cliptuning
         import evaluation
 
+        distributed.same_buffers(self.model)
         weight = None
         if self.args.loss == "flyp":
             with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
@@ -228,7 +240,10 @@ class Trainer(training.Trainer):
 
     def finish(self, state: dict, writer) -> None:
         """Test the last weights, the best by id_val, WiSE-FT's and the untuned ones, and write what the run leaves."""
+        import torch
+
         import cliptuning
+        import evaluation
 
         args, data = self.args, self.data
         tuned = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -247,12 +262,13 @@ class Trainer(training.Trainer):
         self.model.load_state_dict(zero_shot)
         untuned, _ = self.test()
         self.model.load_state_dict(tuned)
-        unreadable = sorted(self.pool.images.unreadable.values())
+        unreadable = self.unreadable_files()
         if not writer:
             return
         best_note = {"epoch": state["best"]["epoch"], "val_id_f1": state["best"]["figure"]}
+        per_class = evaluation.accuracies(torch.from_numpy(logits["ood"]), data.test.labels, {})["per_class"]
         results = {
-            "last": last | {"epoch": args.epochs - 1},
+            "last": last | {"epoch": args.epochs - 1, "per_class": per_class},  # of the OOD test set
             "best_by_val": best | best_note,
             "last_wise_ft": wise | {"alpha": chosen["alpha"], "id_val_f1": chosen["id_val_f1"]},
             "zero_shot": untuned,

@@ -230,6 +230,15 @@ def test_a_linear_head_starts_as_the_zero_shot_one_and_leaves_the_text_tower_out
     assert not any("transformer" in name and "visual" not in name for name in trained)
 
 
+def test_heads_compute_in_float32_whatever_the_towers_do(tiny):
+    head, images = 100 * unit(5, 32).float(), torch.randn(4, 3, 16, 16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = cliptuning.Classifier(tiny.tuned, head)(images)
+        features = tiny.tuned.image_features(images)
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, features @ head.T, atol=1e-4)  # in bfloat16 they are up to 0.2 off
+
+
 def test_the_linear_probe_finds_the_optimum_of_its_loss():
     torch.manual_seed(0)
     features, labels = torch.nn.functional.normalize(torch.randn(200, 6), dim=1), torch.randint(3, (200,))
