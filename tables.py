@@ -220,7 +220,7 @@ def notes(table: Table) -> list[str]:
             different = [
                 f"--{flag.replace('_', '-')} {shown(row.args.get(flag))} (recipe: {shown(value)})"
                 for flag, value in row.recipe.settings.items()
-                if flag not in MAY_DIFFER and not recipes.same(row.args.get(flag), value)
+                if flag in row.args and flag not in MAY_DIFFER and not recipes.same(row.args[flag], value)
             ]
             if different:
                 lines.append(f"{row.name} was not run as {place(row.recipe)} says: {', '.join(different)}")

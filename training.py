@@ -34,7 +34,10 @@ SHEET_IMAGES = 32
 def add_run_flags(parser) -> None:
     """Where a run goes and what it runs on."""
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="run folder (default: below runs/, with a name that the settings make)"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="run folder (default: below runs/, with a name that the settings make)",
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
     parser.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of weights, order and draws")

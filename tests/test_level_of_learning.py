@@ -123,6 +123,7 @@ def test_stronger_is_further_from_the_image():
 SHORT = ["--curriculum", "none", "--augment", "cuda", "--epochs", "4", "--model", "resnet8", "--loss", "bs"]
 
 
+@pytest.mark.slow
 def test_a_run_moves_its_levels_and_goes_on_exactly_after_a_signal(tmp_path, monkeypatch):
     assert train_lt.main([*SHORT, "--out", str(tmp_path / "whole")]) == 0
     history = runs.read_json_lines(tmp_path / "whole/history.jsonl")

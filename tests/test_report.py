@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 import recipes
@@ -250,6 +251,15 @@ def test_results_that_were_kept_without_a_history_make_the_table(tmp_path):
     report.main(["--runs", run, "--out", str(tmp_path / "out")])
     assert "| CE | – | 50.0 | 40.0 | 70.0 | 1 |" in (tmp_path / "out/table.md").read_text()
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_readme_tables_are_what_report_makes_of_the_kept_results(tmp_path):
+    commands = re.findall(r"`python report.py --runs (results/\S+)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "results/digits" in commands
+    for folder in commands:
+        report.main(["--runs", str(ROOT / folder), "--out", str(tmp_path / folder)])
+        table = (tmp_path / folder / "table.md").read_text(encoding="utf-8")
+        assert table in (ROOT / "README.md").read_text(encoding="utf-8"), folder
 
 
 def test_gain_is_over_the_same_loss_without_a_curriculum(tmp_path, monkeypatch):
