@@ -11,8 +11,8 @@ image that a classifier trains, validates or is tested on: it stands for the web
 
 Reads:  scikit-learn's digits (shipped with the package), or CIFAR-100 as train_lt.py reads it
 Writes: OUT/tiny_sd, OUT/tiny_clip, OUT/agreement.json; while it is at work OUT/checkpoint.pt
-Takes:  on 2 CPU cores about 25 minutes for digits (6 MB), 45 for cifar100_lt (20 MB); toycam (3 MB) took
-        34 minutes in the background of a busy machine
+Takes:  on 2 CPU cores about 25 minutes for digits (6 MB), 10 for cifar100_lt (7 MB; cifar100_lt_gpu is for a GPU);
+        toycam (3 MB) took 34 minutes in the background of a busy machine
 
 A signal (SIGTERM, SIGUSR2), or the end of --minutes, is answered by a checkpoint and exit code 75: the same command
 goes on, to the same weights.
@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import string
 import sys
 import time
 from collections.abc import Callable
@@ -84,18 +85,38 @@ class Sizes:
 
 SIZES = {
     "digits": Sizes(),
-    "cifar100_lt": Sizes(
+    "cifar100_lt": Sizes(  # what a CPU does in minutes: too few steps to follow a prompt
         latent_channels=8,
-        vae_widths=(32, 64, 64),
-        vae_steps=3000,
-        unet_widths=(96, 192),
+        vae_widths=(16, 32, 64),
+        vae_steps=400,
+        unet_widths=(64, 128),
         unet_attends=2,
-        unet_steps=4000,
-        unet_rate=1e-3,
+        unet_steps=400,
         text_width=128,
         clip_patch=4,
-        clip_width=128,
+        clip_width=96,
+        clip_layers=3,
+        clip_steps=400,
         judge="resnet20",
+        judge_steps=200,
+    ),
+    "cifar100_lt_gpu": Sizes(  # latents of 16x16
+        vae_widths=(64, 128),
+        vae_steps=10_000,
+        vae_batch=128,
+        unet_widths=(128, 256, 256),
+        unet_attends=2,
+        unet_steps=15_000,
+        unet_batch=256,
+        unet_rate=4e-4,
+        text_width=256,
+        clip_patch=4,
+        clip_width=256,
+        clip_layers=6,
+        clip_steps=8000,
+        clip_batch=256,
+        judge="resnet32",
+        judge_steps=6000,
     ),
     "toycam": Sizes(
         vae_widths=(8, 16),
@@ -300,7 +321,7 @@ class Work:
     """What every stage needs, and what a checkpoint holds of it.
 
     Attributes:
-        state: settings, seconds so far, the tokenizer's words, the finished stages' weights, the current stage.
+        state: settings, seconds so far, the finished stages' weights, the current stage.
         deadline: when --minutes end, in seconds of time.monotonic().
     """
 
@@ -312,7 +333,7 @@ class Work:
         self.path = args.out / "checkpoint.pt"
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
         settings = {"benchmark": args.benchmark, "sizes": json.loads(json.dumps(vars(sizes))), "bf16": bf16}
-        self.state = {"settings": settings, "seconds": 0.0, "words": None, "finished": {}, "current": None}
+        self.state = {"settings": settings, "seconds": 0.0, "finished": {}, "current": None}
         saved = runs.load_latest_checkpoint(self.path, "cpu")
         if saved:
             runs.stop_on_difference(self.path, saved["settings"], settings, "a new folder")
@@ -413,25 +434,25 @@ def fit(
     work.save()
 
 
-def make_tokenizer(work: Work):
-    """A CLIP tokenizer that gives each word of the captions one token, and other text a token per byte.
-
-    Words as frequent as each other are numbered in an order that differs between processes: a checkpoint holds it.
-    """
+def make_tokenizer(web):
+    """A CLIP tokenizer that gives each word of the captions one token, and other text a token per byte."""
     from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
     from tokenizers import models as bpe
     from transformers import CLIPTokenizer
 
-    if not work.state["words"]:
-        words = Tokenizer(bpe.BPE(end_of_word_suffix="</w>"))
-        words.normalizer = normalizers.Lowercase()
-        words.pre_tokenizer = pre_tokenizers.Whitespace()
-        words.train_from_iterator(
-            work.web.captions(),
-            trainers.BpeTrainer(vocab_size=5000, end_of_word_suffix="</w>", min_frequency=1, show_progress=False),
-        )
-        work.state["words"] = json.loads(words.to_str())["model"]
-    trained = work.state["words"]
+    words = Tokenizer(bpe.BPE(end_of_word_suffix="</w>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [letter + "</w>" for letter in reversed(string.ascii_lowercase)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=5000,
+        end_of_word_suffix="</w>",
+        min_frequency=1,
+        show_progress=False,
+        special_tokens=ends,  # known first: words as frequent as each other would else be numbered in a random order
+    )
+    words.train_from_iterator(web.captions(), trainer)
+    trained = json.loads(words.to_str())["model"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(letter + "</w>" for letter in alphabet)]
     tokens += [token for token in sorted(trained["vocab"], key=trained["vocab"].get) if token not in set(tokens)]
@@ -667,7 +688,7 @@ def main(argv: list[str] | None = None) -> int:
     with runs.StopSignals() as signals:
         web = WEBS[args.benchmark](args.data_root)
         work = Work(args, web, SIZES[args.sizes or args.benchmark], signals)
-        tokenizer = make_tokenizer(work)
+        tokenizer = make_tokenizer(web)
         try:
             train_clip(work, tokenizer, args.out / "tiny_clip")
             vae = train_vae(work)
