@@ -93,7 +93,7 @@ DEFAULTS: dict[str, dict[str, dict]] = {
     # FLYP's recipe (Goyal et al., 2023), and the paper's curriculum, prompts and filter.
     "iwildcam": {
         "find_hard": {"rule": "confidence", "templates": CAPTIONS},
-        "generate_spectrum": REFINER | {"levels": [50, 70, 90], "size": (480, 270)},
+        "generate_spectrum": REFINER | {"levels": [50, 70, 90], "size": (480, 270), "threshold": 0.25},
         "filter_clipscore": CLIP_FILTER | {"threshold": 0.25},
         "train_lt": LARGE,
         "train_iwildcam": {
@@ -118,6 +118,8 @@ DEFAULTS: dict[str, dict[str, dict]] = {
             "seeds": 4,
             "steps": 20,
             "text_guidance": 3.0,
+            "clip": TOYCAM_CLIP,
+            "threshold": 0.25,
         },
         "filter_clipscore": {"clip": TOYCAM_CLIP, "threshold": 0.25},
         "train_lt": LARGE | {"image_size": 16},

@@ -88,8 +88,7 @@ def table_name(args: dict) -> str:
     if args.get("imb_ratio") is not None:
         name += f" IR{float(args['imb_ratio']):g}"
     if "clip" in args:
-        clip = str(args["clip"])
-        return f"{name}, {Path(clip).name if Path(clip).is_dir() else clip.partition(':')[0]}"
+        return f"{name}, {Path(str(args['clip']).removeprefix('hf-hub:').partition(':')[0]).name}"
     return f"{name}, {re.sub(r'^resnet', 'ResNet-', str(args['model']))}"
 
 

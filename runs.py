@@ -204,9 +204,7 @@ def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bo
         UserError: the folder holds a run with other arguments or inputs.
     """
     path = folder / "args.json"
-    effective = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name not in FREE
-    }
+    effective = {name: _portable(value) for name, value in vars(args).items() if name not in FREE}
     wanted = {"args": effective, "inputs": inputs}
     if overwrite:
         for name in ("args.json", "checkpoint.pt", "checkpoint.previous.pt", "results.json", "predictions.npz"):
@@ -218,6 +216,11 @@ def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bo
     else:
         write_json(path, wanted | {"environment": environment()})
     return (folder / "results.json").exists()
+
+
+def _portable(value: Any) -> Any:
+    """An argument as args.json has it: a path as text, one below the project's own folder relative to that."""
+    return str(value).removeprefix(f"{HERE}{os.sep}") if isinstance(value, str | Path) else value
 
 
 def stop_on_difference(path: Path, found: dict, wanted: dict, way_out: str) -> None:

@@ -23,7 +23,7 @@ assets)
     ;;
 spectrum)
     $PYTHON find_hard.py $data --out "$OUT/hard.csv"
-    $PYTHON write_prompts.py $data --hard "$OUT/hard.csv" --out "$OUT/prompts.json"
+    $PYTHON write_prompts.py --dataset cifar100_lt --hard "$OUT/hard.csv" --out "$OUT/prompts.json"
     limited $PYTHON generate_spectrum.py $data --hard "$OUT/hard.csv" --prompts "$OUT/prompts.json" --out "$OUT/spectrum" \
         --generator "$OUT/assets/tiny_sd" --levels 0 50 70 90 --seeds "$SEEDS" --steps 20 --text-guidance 3 \
         --size source --batch-size 256
