@@ -14,6 +14,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from cli import UserError
 from worklist import Batch, steps_at
 
 # Pipelines that take latents for the image, and whose encode_prompt gives what their call takes. All others are called
@@ -73,7 +74,13 @@ class Generator:
         self.pipe, self.steps, self.text_guidance, self.pure_noise = pipe, steps, text_guidance, pure_noise
         self.cache = Cache(cache_mb)
         self.adapter: str | None = None
-        self.by_latents = type(pipe).__name__ in LATENT_PIPELINES
+        # These pipelines know latents by their four channels: any other number would be encoded as an image.
+        self.by_latents = type(pipe).__name__ in LATENT_PIPELINES and pipe.vae.config.latent_channels == 4
+        if pure_noise and not self.by_latents:
+            raise UserError(
+                f"--pure-noise: not possible with {type(pipe).__name__} as this generator has it; expected a Stable "
+                "Diffusion pipeline for image-to-image, with latents of four channels"
+            )
         if self.by_latents:
             self.dtype = pipe.unet.dtype
             config = pipe.vae.config

@@ -473,6 +473,28 @@ def test_a_pipeline_of_any_other_kind_is_called_with_images_and_texts(monkeypatc
     assert (draw_one(other, 50, source) - expected).abs().max() < 1e-4
 
 
+def test_latents_of_another_number_of_channels_are_no_images():
+    """diffusers takes what has four channels for latents, and would encode latents of eight as if they were images."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    pipe = models.load_generator(TINY, "cpu")
+    vae, unet = dict(pipe.vae.config), dict(pipe.unet.config)
+    pipe.register_modules(
+        vae=AutoencoderKL.from_config(vae | {"latent_channels": 8}).eval(),
+        unet=UNet2DConditionModel.from_config(unet | {"in_channels": 8, "out_channels": 8}).eval(),
+    )
+    source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    drawn = draw_one(generators.Generator(pipe, steps=4, text_guidance=3.0), 50, source)
+    plain = pipe(
+        "a nine", image=source, strength=0.5, num_inference_steps=4, guidance_scale=3.0, output_type="pt",
+        generator=torch.Generator().manual_seed(spectrum.Unit("a", 50, 0).noise_seed()),
+    ).images  # fmt: skip
+    assert (drawn - plain).abs().max() < 1e-4
+    with pytest.raises(UserError, match="--pure-noise: not possible with StableDiffusionImg2ImgPipeline"):
+        generators.Generator(pipe, steps=4, text_guidance=3.0, pure_noise=True)
+
+
 def test_what_was_encoded_is_kept_within_its_bound():
     cache = generators.Cache(1)
     quarter = torch.zeros(2**16)  # of a MiB
