@@ -11,7 +11,7 @@ image that a classifier trains, validates or is tested on: it stands for the web
 
 Reads:  scikit-learn's digits (shipped with the package), or CIFAR-100 as train_lt.py reads it
 Writes: OUT/tiny_sd, OUT/tiny_clip, OUT/agreement.json; while it is at work OUT/checkpoint.pt
-Takes:  on 2 CPU cores about 25 minutes for digits (6 MB), 10 for cifar100_lt (7 MB; cifar100_lt_gpu is for a GPU);
+Takes:  on 2 CPU cores about 25 minutes for digits (6 MB), 13 for cifar100_lt (7 MB; cifar100_lt_gpu is for a GPU);
         toycam (3 MB) took 34 minutes in the background of a busy machine
 
 A signal (SIGTERM, SIGUSR2), or the end of --minutes, is answered by a checkpoint and exit code 75: the same command
