@@ -422,13 +422,15 @@ class Job:
     def draw_batch(self, batch: Batch, following: Batch | None, redraw: int, done: set, writer) -> None:
         """Draw a batch, while the sources of the following one are being read."""
         found = self.read_sources(batch)
-        if following:
-            self.reader.begin(self.missing_sources(following), following.size)
+        if following:  # what this batch reads too will be encoded by then: read again it would stay in memory for good
+            here = {unit.source for unit in batch.units}
+            ahead = [source for source in self.missing_sources(following) if source not in here]
+            self.reader.begin(ahead, following.size)
         batch = batch._replace(units=[unit for unit in batch.units if unit.source not in self.reader.unreadable])
         if done.issuperset(batch.units):
             return
         if self.scorer:
-            pixels, good, arrived, rows = self.draw_best(batch)
+            pixels, good, arrived, rows = self.draw_best(batch, found)
         else:
             pixels, good, arrived = self.draw_once(batch, redraw, found)
             rows = [self.row(unit, redraw, batch.size) for unit in batch.units]
@@ -452,13 +454,17 @@ class Job:
             self.reader.prepared.clear()
         return found
 
+    def prompt(self, unit: spectrum.Unit, redraw: int) -> str:
+        """The prompt of a drawing: another one at each redraw for a better score, the same where it was only blank."""
+        return self.prompt_of(unit, redraw if self.scorer else 0)
+
     def draw_once(self, batch: Batch, redraw: int, found: dict) -> tuple:
         """Draw a batch: what generators.to_host gives of it."""
         from torch import OutOfMemoryError
 
         from generators import to_host
 
-        texts = [self.prompt_of(unit, redraw if self.scorer else 0) for unit in batch.units]
+        texts = [self.prompt(unit, redraw) for unit in batch.units]
         pad_to = self.args.batch_size if self.args.compile else 0
         self.redraws += len(batch.units) if redraw else 0
         try:
@@ -469,7 +475,7 @@ class Job:
                 "memory of this device; expected a smaller one"
             ) from None
 
-    def draw_best(self, batch: Batch) -> tuple:
+    def draw_best(self, batch: Batch, found: dict) -> tuple:
         """Draw a batch, and those of its images that are under the threshold again and again; the best of each (DisCL).
 
         The redraws of a batch follow from its own images alone, so that neither a kill nor the number of shards changes
@@ -484,7 +490,8 @@ class Job:
         best: list[tuple] = [(-math.inf,)] * len(waiting)
         for redraw in range(args.max_redraws + 1):
             some = batch._replace(units=[batch.units[place] for place in waiting])
-            pixels, good, arrived = self.draw_once(some, redraw, self.read_sources(some))
+            # Encoded sources that the bound on memory has driven out since are read again.
+            pixels, good, arrived = self.draw_once(some, redraw, self.read_sources(some) if redraw else found)
             arrived()
             rows = [self.row(unit, redraw, batch.size) for unit in some.units]
             pictures = [
@@ -525,7 +532,7 @@ class Job:
             "level": unit.level,
             "seed": unit.seed,
             "redraws": redraw,
-            "prompt": self.prompt_of(unit, redraw if self.scorer else 0),
+            "prompt": self.prompt(unit, redraw),
             "text_guidance": args.text_guidance,
             "steps": steps_at(unit.level, args.steps),
             "start_timestep": self.generator.start_timestep(unit.level),

@@ -21,6 +21,7 @@ from test_generate_jobs import draw, failures, few  # noqa: F401  (few is a fixt
 import filter_clipscore
 import generate_spectrum
 import generators
+import images
 import models
 import runs
 import spectrum
@@ -120,6 +121,20 @@ def test_the_best_of_all_drawings_is_kept_and_no_more_are_made_than_needed(score
 def test_a_threshold_that_all_reach_changes_no_image(few, tmp_path):  # noqa: F811
     out = draw(few, tmp_path / "s", "--score", "--threshold", "-1")
     assert contents(out) == contents(few[1])
+
+
+@pytest.mark.parametrize("more", [[], HIGH])
+def test_sources_that_are_kept_in_memory_are_read_once(few, tmp_path, monkeypatch, more):  # noqa: F811
+    """Batches of five cut the images of a source in two."""
+    read, real = [], images.Sources.read
+
+    def counted(self, name):
+        read.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(images.Sources, "read", counted)
+    draw(few, tmp_path / "s", *more, "--size", "16x16")
+    assert sorted(read) == sorted(set(read)) and len(read) == 6
 
 
 def test_shards_and_signals_change_nothing(few, scored, tmp_path, monkeypatch, capsys):  # noqa: F811
