@@ -35,6 +35,11 @@ def start(device: str) -> str:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
+    # Functions of this module have the group of all processes as their default. DistributedDataParallel imports it, and
+    # after the group is made they would keep it, and gloo's threads with it, to the interpreter's end, which they can
+    # abort.
+    import torch.distributed.nn
+
     torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
     return device
 

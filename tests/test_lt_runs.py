@@ -271,7 +271,7 @@ def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path):
 
 # With STOP_AT set, the second process sends itself a SIGTERM before that batch.
 SCRIPT = """
-import os, signal, sys
+import glob, os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
 import augmentations, train_lt
 augment, steps = augmentations.augment, []
@@ -281,7 +281,10 @@ def counting(*args):
         os.kill(os.getpid(), signal.SIGTERM)
     return augment(*args)
 augmentations.augment = counting
-raise SystemExit(train_lt.main(sys.argv[1:]))
+code = train_lt.main(sys.argv[1:])
+threads = [pathlib.Path(path).read_text() for path in glob.glob("/proc/self/task/*/comm")]
+assert not [name for name in threads if "gloo" in name], threads  # at exit they can abort the process
+raise SystemExit(code)
 """
 
 
