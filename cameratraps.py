@@ -1,7 +1,8 @@
-"""Camera-trap data in WILDS's layout: iWildCam v2.0, and the tiny stand-in toycam (toycam.py).
+"""Camera-trap data in WILDS's layout: iWildCam v2.0, one's own, and the tiny stand-in toycam (toycam.py).
 
 `metadata.csv` lists every image: its split, class (`y`), file below `train/` and camera (`location_remapped`). Splits
-`train`, `id_val` and `id_test` share their cameras; those of `val` and `test` are out of domain.
+`train`, `id_val` and `id_test` share their cameras; those of `val` and `test` are out of domain. One's own data has
+`class_names.txt` beside it, with the name of class 0 in its first line, and so on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from datasets import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailed, file_set
 from defaults import ASSETS
 
 SPLITS = ("train", "val", "test", "id_val", "id_test")
-LAYOUT = "expected WILDS's folder iwildcam_v2.0: metadata.csv and train/*.jpg"
+LAYOUTS = {
+    "iwildcam": "expected WILDS's folder iwildcam_v2.0: metadata.csv and train/*.jpg",
+    "cameratraps": "expected a folder with metadata.csv (columns split, y, filename, location_remapped), "
+    "class_names.txt (a name a line, in the order of y) and the images below train/",
+}
 NO_CLASS = 99999  # what some copies of metadata.csv give images of species that no training image shows: left out
 TOYCAM = Path("runs/toycam")
 SHOWN = 3  # missing files that are named
@@ -43,7 +48,7 @@ class CameraTraps(LongTailed):
 
 
 def load(name: str, data_root: Path | None) -> CameraTraps:
-    """iWildCam below `data_root`, or toycam there (default: runs/toycam), which is drawn first if it is missing.
+    """The data set below `data_root`; toycam (default: runs/toycam) is drawn first if it is missing.
 
     Raises:
         UserError: no such data, or another version of it.
@@ -55,10 +60,28 @@ def load(name: str, data_root: Path | None) -> CameraTraps:
             toycam.draw(root)
         return read(name, root, toycam.CLASSES)
     if data_root is None:
-        raise UserError(f"--dataset {name}: expected --data-root, the folder of its images; {LAYOUT}")
+        raise UserError(f"--dataset {name}: expected --data-root, the folder of its images; {LAYOUTS[name]}")
     if not data_root.is_dir():
-        raise UserError(f"--data-root {data_root}: no such folder; {LAYOUT}")
-    return read(name, data_root, class_names())
+        raise UserError(f"--data-root {data_root}: no such folder; {LAYOUTS[name]}")
+    return read(name, data_root, class_names() if name == "iwildcam" else own_class_names(data_root))
+
+
+def own_class_names(root: Path) -> list[str]:
+    """The lines of class_names.txt.
+
+    Raises:
+        UserError: no such file, or an empty line.
+    """
+    path = root / "class_names.txt"
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {LAYOUTS['cameratraps']}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}; expected UTF-8") from None
+    if not names or not all(names):
+        raise UserError(f"{path}: expected the name of a class in each line")
+    return names
 
 
 def class_names() -> list[str]:
@@ -79,13 +102,13 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
         file = path.open(encoding="utf-8", newline="")
     except FileNotFoundError:
         older = "; this is version 1.0 of WILDS, whose splits differ" if (root / "val_trans.csv").exists() else ""
-        raise UserError(f"{path}: no such file{older}; {LAYOUT}") from None
+        raise UserError(f"{path}: no such file{older}; {LAYOUTS.get(name, LAYOUTS['cameratraps'])}") from None
     found: dict[str, list[tuple[str, int, int]]] = {split: [] for split in SPLITS}
     with file:
         table = csv.DictReader(file)
         lacking = {"split", "y", "filename", "location_remapped"} - set(table.fieldnames or ())
         if lacking:
-            raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; expected metadata.csv of WILDS v2.0")
+            raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; expected those of WILDS v2.0")
         for row in table:
             where = f"{path} line {table.line_num}"
             try:
@@ -96,10 +119,8 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
             if label == NO_CLASS:
                 continue
             if not 0 <= label < len(classes):
-                raise UserError(
-                    f"{where}: class {label}; expected one below {len(classes)}, as WILDS v2.0 has them "
-                    "(v1.0 has 186 classes)"
-                )
+                older = ", as WILDS v2.0 has them (v1.0 has 186 classes)" if name == "iwildcam" else ""
+                raise UserError(f"{where}: class {label}; expected one below {len(classes)}{older}")
             if row["split"] not in found:
                 raise UserError(f"{where}: split {row['split']!r}; expected one of {', '.join(SPLITS)}")
             if Path(row["filename"]).is_absolute() or ".." in Path(row["filename"]).parts:
@@ -107,7 +128,7 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
             found[row["split"]].append((f"train/{row['filename']}", label, camera))
     empty = [split for split, rows in found.items() if not rows]
     if empty:
-        raise UserError(f"{path}: no image in split {', '.join(empty)}; expected metadata.csv of WILDS v2.0")
+        raise UserError(f"{path}: no image in split {', '.join(empty)}; expected some in each of {', '.join(SPLITS)}")
     for split, rows in found.items():
         missing = missing_files(root, [file_name for file_name, _, _ in rows])
         if missing:

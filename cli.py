@@ -147,8 +147,14 @@ def default_data_root(dataset: str) -> Path | None:
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default is None or action.default is False or isinstance(action, argparse._HelpAction):
+        """The help with the default as one would type it."""
+        default = action.default
+        if default is None or default is False or default == [] or isinstance(action, argparse._HelpAction):
             return action.help
+        if isinstance(default, list | tuple):
+            words = [str(value) for value in default]
+            typed = "x".join(words) if isinstance(default, tuple) else shlex.join(words)  # a tuple is a size
+            return f"{action.help} (default: {typed.replace('%', '%%')})"
         return super()._get_help_string(action)
 
 

@@ -34,7 +34,7 @@ PHOTOS = [
     "a 8k real photo: a {} indoors",
     "a 8k real photo: a {} against a plain background",
 ]
-CAMERA_TRAPS = ("iwildcam", "toycam")
+CAMERA_TRAPS = ("iwildcam", "cameratraps", "toycam")
 # Templates of `write_prompts.py --source template`; the first is also the one that CLIPScore is taken against.
 TEMPLATES: dict[str, list[str]] = {
     **dict.fromkeys(DEFAULTS, PHOTOS),
@@ -123,9 +123,14 @@ class LongTailed:
         return np.bincount(self.train.labels, minlength=len(self.class_names))
 
     @property
+    def published_counts(self) -> np.ndarray:
+        """The same before images were held out for validation, which is what many, medium and few go by."""
+        return self.counts + self.held_out
+
+    @property
     def groups(self) -> dict[str, np.ndarray]:
         """Class indices of the groups many, medium and few, by training count."""
-        counts = self.counts + self.held_out
+        counts = self.published_counts
         few, many = counts < self.few_below, counts > self.many_above
         return {"many": np.flatnonzero(many), "medium": np.flatnonzero(~many & ~few), "few": np.flatnonzero(few)}
 

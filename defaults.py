@@ -52,6 +52,25 @@ CIFAR_REFINER = REFINER | {"levels": [50, 70, 90], "size": (512, 512), "save_siz
 CAPTIONS = ["a photo of {}.", "{} in the wild."]
 TOYCAM_CLIP = str(ASSETS / "toycam_clip")
 
+# FLYP's recipe (Goyal et al., 2023), and the paper's curriculum, prompts and filter.
+CAMERA_TRAPS: dict[str, dict] = {
+    "find_hard": {"rule": "confidence", "templates": CAPTIONS},
+    "generate_spectrum": REFINER | {"levels": [50, 70, 90], "threshold": 0.25},
+    "filter_clipscore": CLIP_FILTER | {"threshold": 0.25},
+    "train_lt": LARGE,
+    "train_iwildcam": {
+        "clip": "ViT-B-16:openai",
+        "templates": CAPTIONS,
+        "epochs": 20,
+        "curriculum_epochs": 15,
+        "batch_size": 256,
+        "lr": 1e-5,
+        "weight_decay": 0.2,
+        "warmup_epochs": 1,
+        "precision": "bf16",
+    },
+}
+
 # data set -> "data" (the flags that all scripts share) or the script -> flag -> value
 DEFAULTS: dict[str, dict[str, dict]] = {
     "digits": {
@@ -90,25 +109,12 @@ DEFAULTS: dict[str, dict[str, dict]] = {
         "filter_clipscore": CLIP_FILTER,
         "train_lt": CIFAR,
     },
-    # FLYP's recipe (Goyal et al., 2023), and the paper's curriculum, prompts and filter.
-    "iwildcam": {
-        "find_hard": {"rule": "confidence", "templates": CAPTIONS},
-        "generate_spectrum": REFINER | {"levels": [50, 70, 90], "size": (480, 270), "threshold": 0.25},
-        "filter_clipscore": CLIP_FILTER | {"threshold": 0.25},
-        "train_lt": LARGE,
-        "train_iwildcam": {
-            "clip": "ViT-B-16:openai",
-            "templates": CAPTIONS,
-            "epochs": 20,
-            "curriculum_epochs": 15,
-            "progress_images": 2000,
-            "real_pass_images": 30000,
-            "batch_size": 256,
-            "lr": 1e-5,
-            "weight_decay": 0.2,
-            "warmup_epochs": 0.986,  # 500 steps
-            "precision": "bf16",
-        },
+    "cameratraps": CAMERA_TRAPS,
+    "iwildcam": CAMERA_TRAPS
+    | {
+        "generate_spectrum": CAMERA_TRAPS["generate_spectrum"] | {"size": (480, 270)},
+        "train_iwildcam": CAMERA_TRAPS["train_iwildcam"]
+        | {"progress_images": 2000, "real_pass_images": 30000, "warmup_epochs": 0.986},  # 500 steps
     },
     "toycam": {
         "find_hard": {"rule": "confidence", "clip": TOYCAM_CLIP, "templates": CAPTIONS, "fraction": 0.4},

@@ -4,11 +4,11 @@ Finds the hard images, draws a spectrum for them with a tiny Stable Diffusion fr
 CLIP beside it, trains with and without curricula over several seeds, and reports.
 
     digits  long-tailed: the images of the few-shot classes are hard; a ResNet-8
-    toycam  low quality: images are hard to whose class the CLIP, zero-shot, gives a low probability; FLYP of that CLIP
+    toycam  low quality: the images whose class the CLIP, zero-shot, finds unlikely are hard; FLYP of that CLIP
 
 Reads:  nothing but the project and scikit-learn's digits (toycam draws its own data, into runs/toycam)
-Writes: OUT/hard.csv, prompts.json, spectrum/, train/ (a run folder each, TensorBoard logs inside), table.md, table.csv,
-        spectrum.png, acceptance.png, curriculum.png
+Writes: OUT/hard.csv, prompts.json, spectrum/, train/ (a run folder each, TensorBoard logs inside), and what report.py
+        writes: report.html, table.md, table.csv, table.tex, pictures
 
     python demo.py --out runs/demo
     python demo.py --dataset toycam --out runs/demo_toycam

@@ -11,9 +11,8 @@ Writes: SPECTRUM/scores.csv (file_name, text_score, image_score, kept, reason), 
         top_up.csv, the images that generate_spectrum.py --plan draws next (source, level, seed, prompt)
         with --distance: distance.csv and distance.png (how far each level is from the real images)
 
-Images scored before by the same CLIP, here or by generate_spectrum.py --score, are not scored again, so another
-threshold takes no time. Killed at any moment,
-the same command goes on where it was.
+Images scored before by the same CLIP, here or by generate_spectrum.py --score, are not scored again, so that another
+threshold takes seconds. Killed at any moment, the same command goes on where it was.
 
     python filter_clipscore.py --spectrum runs/spectrum --prompts runs/prompts.json
 """

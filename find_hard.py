@@ -5,8 +5,8 @@ images (DisCL). --rule confidence: images on which a model gives the true class 
 quality (DisCL). The model is a run of train_lt.py (--checkpoint) or a CLIP, zero-shot or fine-tuned (--clip).
 
 Reads:  the training set; for confidence the model
-Writes: OUT (hard.csv: source, label, class_name, reason, score): one row a hard image; the score is the class's image
-        count, or the true class's probability
+Writes: OUT (hard.csv: source, label, class_name, reason, score): a row for each hard image; the score is the class's
+        image count, or the true class's probability
         OUT with .png: the scores drawn, and where hard begins
         for confidence: OUT with .probabilities.jsonl and .probabilities.json, the score of every training image and
         what made it. Killed at any moment, the same command goes on after the last batch there
@@ -44,7 +44,7 @@ def build_parser() -> cli.Parser:
         type=cli.whole(1),
         default=20,
         metavar="IMAGES",
-        help="a class is few-shot with fewer training images than this",
+        help="a class is few-shot with fewer training images than this, those held out for validation counted in",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/hard.csv"), metavar="FILE", help="the table to write")
     group = parser.add_argument_group("confidence")
@@ -91,11 +91,12 @@ def find_few(data: datasets.LongTailed, few_max: int) -> list[int]:
     Raises:
         UserError: no class is.
     """
-    if data.counts.min() >= few_max:
+    counts = data.published_counts
+    if counts.min() >= few_max:
         raise cli.UserError(
-            f"--few-max {few_max}: no class of {data.name} has fewer images; the smallest has {data.counts.min()}"
+            f"--few-max {few_max}: no class of {data.name} has fewer images; the smallest has {counts.min()}"
         )
-    return [place for place, label in enumerate(data.train.labels.tolist()) if data.counts[label] < few_max]
+    return [place for place, label in enumerate(data.train.labels.tolist()) if counts[label] < few_max]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,6 +114,7 @@ def checkpoint_batches(args, data: datasets.LongTailed, places: list[int]):
     import torch
 
     import batches
+    import embeddings
     from augmentations import normalise
     from models import build_classifier, pick_device
 
@@ -134,7 +136,8 @@ def checkpoint_batches(args, data: datasets.LongTailed, places: list[int]):
     except (KeyError, RuntimeError) as error:
         raise cli.UserError(f"{path}: does not fit the model {trained['model']} of args.json") from error
     model.to(device).eval()
-    store = batches.build([data.train], device, size, args.workers or 0, "contiguous")
+    workers = embeddings.default_workers(device) if args.workers is None else args.workers
+    store = batches.build([data.train], device, size, workers, "contiguous")
     done = 0
     for images in store.evaluation(np.array(places), args.batch_size):
         with torch.inference_mode():
@@ -276,8 +279,8 @@ def main(argv: list[str] | None = None) -> int:
     missing = []
     if args.rule == "few":
         places = find_few(data, args.few_max)
-        scores = data.counts[data.train.labels]
-        draw_counts(data.counts, args.few_max, picture)
+        scores = data.published_counts[data.train.labels]
+        draw_counts(data.published_counts, args.few_max, picture)
     else:
         scores = probabilities(args, data)
         places = find_unlikely(scores, args.fraction, args.threshold)

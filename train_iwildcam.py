@@ -4,8 +4,9 @@ FLYP: the CLIP's own contrastive loss on (image, caption) pairs, and a zero-shot
 In the epochs of the curriculum, one accepted synthetic image of the stage's levels stands in for each hard real image
 (drawn anew each epoch; a hard image without one stays); the epochs after it train on real images alone (DisCL).
 
-Reads:  the data set (iwildcam: WILDS's folder; toycam is drawn if it is not there), a CLIP, a filtered spectrum folder
-        (none is needed for --curriculum none; toycam's default one is made first if it is missing)
+Reads:  the data set (iwildcam: WILDS's folder; cameratraps: your own in the same layout; toycam is drawn if it is not
+        there), a CLIP, a filtered spectrum folder (none is needed for --curriculum none; toycam's default one is made
+        first if it is missing)
 Writes: OUT/args.json, checkpoint.pt and the one before it, TensorBoard events, history.jsonl, predictions.npz (logits
         and labels of both test sets), per_class.csv, per_location.csv, for adaptive progress.png, clip.safetensors
         (find_hard.py takes it: --clip ARCHITECTURE:FILE), results.json: accuracy and macro-F1 out of domain (OOD: test)

@@ -3,8 +3,8 @@
 Each epoch of the curriculum trains on real images and on synthetic images of the levels that the curriculum names; the
 epochs after it train on real images alone (DisCL; curricula.py and datasets.stage_mix have the rules).
 
-Reads:  the data set, a filtered spectrum folder (none is needed for --curriculum none; if the default one is not there,
-        it is made first)
+Reads:  the data set, a filtered spectrum folder (none is needed for --curriculum none; digits' default one is made
+        first if it is missing)
 Writes: OUT/args.json, checkpoint.pt and the one before it, TensorBoard events, history.jsonl, predictions.npz,
         confusion.png, results.json, and subset.csv where a data set was made long-tailed
 
@@ -54,7 +54,8 @@ def add_curriculum_flags(group) -> None:
         "--hard-share",
         type=cli.number(0, 0.99),
         metavar="SHARE",
-        help="share of hard classes, real and synthetic, in a curriculum epoch (default: hard classes / all classes)",
+        help="share of a curriculum epoch's images, real and synthetic, that are of hard classes (default: the share "
+        "that hard classes are of all classes)",
     )
     group.add_argument(
         "--balanced",
@@ -113,7 +114,8 @@ def add_model_flags(group) -> None:
         "--model",
         metavar="NAME",
         default="resnet32",
-        help="classifier: resnet8, 20, 32, 44, 56 for small images, resnet10, 18, 34, 50, 152 for large; timm:NAME",
+        help="classifier: resnet8, 14, 20, 32, 44, 56, 110 for small images, resnet10, 18, 34, 50, 101, 152 for large; "
+        "timm:NAME",
     )
     group.add_argument("--pretrained", action="store_true", help="start from timm's weights of a timm: model")
     group.add_argument(
@@ -155,7 +157,7 @@ def add_training_flags(group) -> None:
         "--ema",
         type=cli.number(0, 1),
         metavar="DECAY",
-        help="evaluate a moving average of the weights, of which each step keeps DECAY (default: the weights)",
+        help="evaluate a moving average of the weights, of which each step keeps DECAY (default: no average)",
     )
 
 
@@ -372,6 +374,12 @@ def main(argv: list[str] | None = None) -> int:
     inputs: dict = {"data": runs.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
         levels, hard_classes = training.prepare_spectrum(args)
+        if len(hard_classes) == len(data.class_names):
+            raise cli.UserError(
+                f"{args.spectrum}: every class has hard images, so that a stage has no others to mix them with; "
+                "expected a spectrum of some classes (find_hard.py --rule few), or train_iwildcam.py, which replaces "
+                "hard images"
+            )
         training.stage_of(args, 0, levels)
         synthetic = datasets.load_spectrum(args.spectrum, levels, data)
         inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])

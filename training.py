@@ -76,7 +76,7 @@ def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
         type=cli.number(0),
         nargs="+",
         metavar="SHARE",
-        help="time that d2s and s2d give to each level, in ascending order of the levels (default: the same)",
+        help="time that d2s and s2d give to each level, in ascending order of the levels (default: equal shares)",
     )
     group.add_argument("--fixed-level", type=cli.level, default=50, metavar="PERCENT", help="the level of fixed")
     group.add_argument(
@@ -123,7 +123,11 @@ def add_training_flags(group) -> None:
         help="epochs from which steps lowers the rate",
     )
     group.add_argument(
-        "--step-factor", type=cli.number(0, 1), default=0.01, metavar="FACTOR", help="by what steps lowers the rate"
+        "--step-factor",
+        type=cli.number(0, 1),
+        default=0.01,
+        metavar="FACTOR",
+        help="what steps multiplies the rate by at each of --step-epochs",
     )
     group.add_argument(
         "--warmup-epochs", type=cli.number(0), default=0, metavar="N", help="epochs over which the rate rises to --lr"
@@ -133,7 +137,7 @@ def add_training_flags(group) -> None:
     )
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     group.add_argument(
-        "--clip-grad", type=cli.number(0), metavar="NORM", help="longest gradient of a step (default: any length)"
+        "--clip-grad", type=cli.number(0), metavar="NORM", help="shorten a step's gradient to NORM (default: leave it)"
     )
 
 

@@ -256,6 +256,9 @@ def main(argv: list[str] | None = None) -> int:
             add(label, own[label], f"file {args.file.name}")
     save()
     print(f"{args.out}: prompts for {len(prompts)} classes, {len(new)} of them new, from {args.source}")
+    kept = len(names) - len(new)
+    if kept:
+        print(f"{kept} classes had prompts there and keep them; for other ones take another --out")
     filled = {label: len(prompts[label].get("filled_from_scenes", [])) for label in new}
     if any(filled.values()):
         short = [label for label in new if filled[label]]

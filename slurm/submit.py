@@ -32,7 +32,7 @@ import cli
 import runs
 
 ROOT = Path(cli.__file__).parent
-SCRIPTS = ("find_hard", "generate_spectrum", "filter_clipscore", "train_lt", "train_iwildcam")
+SCRIPTS = ("find_hard", "write_prompts", "generate_spectrum", "filter_clipscore", "train_lt", "train_iwildcam")
 SNAPSHOT = ("*.py", "assets/*", "slurm/*")
 MAX_TIMEOUTS = 100  # a job that only ran out of time is requeued this often
 

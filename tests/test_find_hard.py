@@ -60,6 +60,22 @@ def test_a_clips_lowest_tenth_is_hard(clip_probabilities, tmp_path, capsys):
     assert len(spectrum.read_hard(out)) == 19
 
 
+def test_a_few_shot_class_is_one_of_the_tables_few(tmp_path, capsys):
+    """Images held out for validation count: 20 make a medium class, though 19 of them are trained on."""
+    for name, number in (("big", 40), ("medium", 20), ("few", 19)):
+        for part, images in (("train", number), ("test", 1)):
+            folder = tmp_path / "data" / part / name
+            folder.mkdir(parents=True)
+            for i in range(images):
+                Image.new("RGB", (8, 8), "grey").save(folder / f"{i}.png")
+    data = ["--dataset", "imagefolder", "--data-root", str(tmp_path / "data")]
+    assert find_hard.main([*data, "--out", str(tmp_path / "hard.csv")]) == 0
+    rows = hard_rows(tmp_path / "hard.csv")
+    assert {(row["class_name"], row["score"]) for row in rows} == {("few", "19")} and len(rows) == 18
+    groups = datasets.load("imagefolder", None, tmp_path / "data").groups
+    assert groups["few"].tolist() == [1] and groups["medium"].tolist() == [0, 2]
+
+
 def test_a_threshold_is_exclusive(clip_probabilities, tmp_path):
     out = tmp_path / "hard.csv"
     assert find_hard.main([*CLIP, "--threshold", "0.99", "--out", str(out)]) == 0

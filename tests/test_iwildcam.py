@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -126,7 +127,7 @@ def test_a_camera_of_training_in_an_out_of_domain_split_is_a_problem(tmp_path, c
         (
             WHOLE,
             "split,category_id,filename,location",
-            "no column location_remapped, y; expected metadata.csv of WILDS",
+            "no column location_remapped, y; expected those of WILDS",
         ),
     ],
 )
@@ -154,6 +155,23 @@ def test_a_folder_that_is_none_is_named(tmp_path):
         datasets.load("iwildcam", None, tmp_path)
     with pytest.raises(UserError, match="--imb-ratio 10"):
         datasets.load("iwildcam", 10, tmp_path)
+
+
+def test_ones_own_camera_traps_have_their_own_class_names(tmp_path, capsys):
+    root = write_metadata(tmp_path, [re.sub(r",(181|5|9),", ",1,", row) for row in WHOLE])
+    with pytest.raises(UserError, match="class_names.txt: no such file; expected a folder with metadata.csv"):
+        datasets.load("cameratraps", None, root)
+    (root / "class_names.txt").write_text("empty\n\n", encoding="utf-8")
+    with pytest.raises(UserError, match="class_names.txt: expected the name of a class in each line"):
+        datasets.load("cameratraps", None, root)
+    (root / "class_names.txt").write_text("empty\nlynx\n", encoding="utf-8")
+    data = datasets.load("cameratraps", None, root)
+    assert [data.class_names[label] for label in data.test.labels] == ["lynx"]
+    assert check_data.main(["--dataset", "cameratraps", "--data-root", str(root)]) == 0
+    assert "all as expected" in capsys.readouterr().out  # iWildCam's counts are not theirs
+    write_metadata(tmp_path, [*WHOLE[:-1], "id_test,2,e.jpg,0"])
+    with pytest.raises(UserError, match="class 181; expected one below 2$"):
+        datasets.load("cameratraps", None, root)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -84,6 +84,16 @@ def count_steps(monkeypatch, at: int, act) -> None:
 # results
 
 
+def test_ones_own_camera_traps_train_as_toycam_does(small, tmp_path):
+    shutil.copytree(small.root, tmp_path / "own")
+    (tmp_path / "own/class_names.txt").write_text("\n".join(toycam.CLASSES), encoding="utf-8")
+    same = ["--clip", defaults.TOYCAM_CLIP, "--precision", "fp32", "--lr", "3e-4", "--workers", "0"]
+    assert train(small, tmp_path / "toycam", *same) == 0
+    own = ["--dataset", "cameratraps", "--data-root", str(tmp_path / "own"), *same]
+    assert train(small, tmp_path / "cameratraps", *own) == 0
+    assert np.array_equal(logits_of(tmp_path / "toycam"), logits_of(tmp_path / "cameratraps"))
+
+
 def test_a_run_leaves_what_it_says_and_its_figures_agree(small, tmp_path):
     assert train(small, tmp_path / "r") == 0
     results = runs.read_json(tmp_path / "r/results.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,6 +265,14 @@ def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path):
     assert plugin.plugin_name == "hparams"
     assert len(list((tmp_path / "r").glob("events.out.tfevents.*"))) == 1
     assert not [path for path in (tmp_path / "r").iterdir() if path.is_dir()]
+
+
+def test_a_spectrum_in_which_every_class_is_hard_is_refused(road, tmp_path):
+    shutil.copytree(road.spectrum, tmp_path / "s")
+    plan = runs.read_json(tmp_path / "s/plan.json")
+    runs.write_json(tmp_path / "s/plan.json", plan | {"hard_classes": list(range(10))})
+    with pytest.raises(UserError, match="every class has hard images"):
+        train_lt.main(["--spectrum", str(tmp_path / "s"), "--curriculum", "d2s", "--out", str(tmp_path / "r")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
