@@ -21,6 +21,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from cli import UserError
 from datasets import ImageSet
 from level_of_learning import augmented
+from runs import leave_signals
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,10 @@ class Decoded:
         """As InMemory's; each image is a random crop, drawn from the seed and the image's number in the epoch."""
         strengths = strengths or [torch.zeros_like(places) for places in batches]
         jobs = [
-            [(int(place), (seed, int(number)), int(strength)) for place, number, strength in zip(*row, strict=True)]
+            [
+                (place, (seed, number), strength)
+                for place, number, strength in zip(*map(torch.Tensor.tolist, row), strict=True)
+            ]
             for row in zip(batches, keys, strengths, strict=True)
         ]
         yield from self._load(jobs)
@@ -148,6 +152,7 @@ class Decoded:
             num_workers=self.workers,
             collate_fn=_stack,
             generator=torch.Generator(),  # its draws are not the training's
+            worker_init_fn=leave_signals,
             pin_memory=pinned,
             prefetch_factor=4 if self.workers else None,
         )

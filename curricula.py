@@ -69,17 +69,19 @@ def epoch_levels(
     if curriculum == "s2d":
         levels, shares = levels[::-1], shares[::-1]
     lengths = stage_lengths(curriculum_epochs, shares)
-    if min(lengths) < 1:
+    some = [level for level, share in zip(levels, shares, strict=True) if share]
+    if any(share and not length for share, length in zip(shares, lengths, strict=True)):
         raise UserError(
-            f"--curriculum-epochs {curriculum_epochs}: expected at least one for each of the "
-            f"{len(levels)} levels {sorted(levels)}"
+            f"--curriculum-epochs {curriculum_epochs}: expected at least one for each of the {len(some)} levels "
+            f"{sorted(some)}"
         )
     ends = np.cumsum(lengths)
     return [levels[int(np.searchsorted(ends, epoch, side="right"))]]
 
 
 def stage_lengths(epochs: int, shares: list[float]) -> list[int]:
-    """Epochs of each stage: its share of `epochs`, rounded down; those left over go one each to the earliest (DisCL).
+    """Epochs of each stage: its share of `epochs`, rounded down; those left over go one each to the earliest (DisCL)
+    that have a share.
 
     A stage whose share is above 0 may still come out with no epoch, where there are too few.
     """
@@ -88,7 +90,7 @@ def stage_lengths(epochs: int, shares: list[float]) -> list[int]:
         raise UserError(f"--level-shares {shares}: expected numbers of 0 or more that are not all 0")
     # The small addend keeps 10 * 0.3 at 3 where the product comes out below it.
     lengths = [int(epochs * share / total + 1e-9) for share in shares]
-    for stage in range(epochs - sum(lengths)):
+    for stage in [stage for stage, share in enumerate(shares) if share][: epochs - sum(lengths)]:
         lengths[stage] += 1
     return lengths
 

@@ -91,6 +91,20 @@ class ImageSet:
             return Image.fromarray(self.images[place]), sha256_pixels(self.images[place])
         return read_image_file(self.images[place], f"source {self.sources[place]}")
 
+    def sha256(self, place: int) -> str:
+        """The sha256 that `read` gives, without decoding.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        if self.in_memory:
+            return sha256_pixels(self.images[place])
+        try:
+            with self.images[place].open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"source {self.sources[place]}: {error.strerror}") from None
+
 
 @dataclass(frozen=True)
 class LongTailed:
@@ -793,7 +807,7 @@ def load_spectrum(folder: Path, levels: list[int], data: LongTailed) -> dict[int
     for row in spectrum.kept_rows(folder, levels):
         place = places.get(row["source"])
         if place is not None and place not in digests:
-            digests[place] = data.train.read(place)[1]
+            digests[place] = data.train.sha256(place)
         if (
             place is None
             or data.train.labels[place] != row["label"]

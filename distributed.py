@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cli import UserError
 
@@ -20,18 +22,24 @@ def world() -> int:
 def start(device: str) -> str:
     """Join the other processes, where torchrun started several.
 
+    Args:
+        device: what --device says.
+
     Returns:
-        The device of this process: with CUDA one for each process of a machine.
+        The same, or with several processes the device of this one: with CUDA one for each process of a machine.
 
     Raises:
         UserError: --device names one device for several processes.
     """
-    import torch
-
     if world() == 1:
         return device
     if device.startswith("cuda:"):
         raise UserError(f"--device {device}: expected cuda or auto with torchrun, which gives each process a device")
+    import torch
+
+    import models
+
+    device = models.pick_device(device)
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -50,6 +58,16 @@ def stop() -> None:
 
     if world() > 1:
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def first_process_first(device: str) -> Iterator[None]:
+    """The first process goes through the block, and then the others do, which find there what it wrote."""
+    if rank() > 0:
+        any_of(False, device)
+    yield
+    if rank() == 0:
+        any_of(False, device)
 
 
 def synchronised(model, device: str):

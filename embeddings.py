@@ -20,6 +20,7 @@ import cli
 import datasets
 from cli import UserError
 from models import load_clip, pick_device
+from runs import leave_signals
 
 # What yields, for each name, its RGB image, or a line that says why there is none.
 Reader = Callable[[list[str]], Iterator[Image.Image | str]]
@@ -99,6 +100,7 @@ def batches(
         num_workers=min(workers, len(names)),
         collate_fn=collate,
         pin_memory=cuda,
+        worker_init_fn=leave_signals,
     )
     for places, stack, wrong in loader:
         yield places, None if stack is None else stack.to(device, non_blocking=True), wrong

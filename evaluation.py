@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -18,6 +20,7 @@ def predict(
     precision: str = "fp32",
     batch_size: int = 512,
     augmentation: tuple[np.ndarray, int] | None = None,
+    keep: Callable | None = None,
     width: int | None = None,
 ):
     """Logits, float (N, C), on the CPU; the model is left as it was, in evaluation mode.
@@ -29,6 +32,7 @@ def predict(
         store: the images (batches.py), of which those at `places`, int (N,), are looked at.
         data: the data set, for its channels' mean and standard deviation and the number of classes.
         augmentation: look at training images, augmented at these strengths, int (N,), by draws from this seed.
+        keep: what is kept of a batch's logits, (n, C) to (n, `width`), where all of them would be too many.
         width: what the model gives of an image, where that is not a logit of each class.
     """
     model.eval()
@@ -41,7 +45,8 @@ def predict(
         chosen, keys, strengths = split
         batches = store.training(chosen, keys, augmentation[1], strengths)
     with torch.inference_mode(), torch.autocast(device.split(":")[0], torch.bfloat16, precision == "bf16"):
-        parts = [model(normalise(images, data.mean, data.std)).float().cpu() for images in batches]
+        found = (model(normalise(images, data.mean, data.std)).float() for images in batches)
+        parts = [(keep(some).float() if keep else some).cpu() for some in found]
     if parts:
         logits[mine] = torch.cat(parts)
     return distributed.total(logits, device).cpu()

@@ -385,6 +385,7 @@ class Job:
         self.scorer = scorer
         self.saved = self.redraws = self.reached = 0
         self.failed: list[spectrum.Unit] = []
+        self.at_once: dict[tuple[int, int], int] = {}  # images of a size that fit into memory, where not a batch
 
     def draw(self, pipe, todo: list[Batch], done: set[spectrum.Unit], stop: runs.StopSignals) -> None:
         """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again."""
@@ -460,20 +461,30 @@ class Job:
 
     def draw_once(self, batch: Batch, redraw: int, found: dict) -> tuple:
         """Draw a batch: what generators.to_host gives of it."""
-        from torch import OutOfMemoryError
+        import torch
 
         from generators import to_host
 
-        texts = [self.prompt(unit, redraw) for unit in batch.units]
-        pad_to = self.args.batch_size if self.args.compile else 0
+        size, drawn = f"{batch.size[0]}x{batch.size[1]}", []
         self.redraws += len(batch.units) if redraw else 0
-        try:
-            return to_host(self.generator.draw(batch, redraw, texts, found, pad_to))
-        except OutOfMemoryError:
-            raise cli.UserError(
-                f"--batch-size {self.args.batch_size}: batches of {batch.size[0]}x{batch.size[1]} do not fit into the "
-                "memory of this device; expected a smaller one"
-            ) from None
+        while batch.units:
+            most = self.at_once.get(batch.size, self.args.batch_size)
+            some = batch._replace(units=batch.units[:most])
+            texts = [self.prompt(unit, redraw) for unit in some.units]
+            try:
+                drawn.append(self.generator.draw(some, redraw, texts, found, most if self.args.compile else 0))
+                batch = batch._replace(units=batch.units[most:])
+                continue
+            except torch.OutOfMemoryError:
+                if most == 1:
+                    raise cli.UserError(
+                        f"--size: one image of {size} does not fit into this device's memory; expected a smaller size"
+                    ) from None
+            # Not within the except clause, whose exception holds what has to be freed.
+            torch.cuda.empty_cache()
+            self.at_once[batch.size] = most // 2
+            print(f"{most} images of {size} do not fit into this device's memory: {most // 2} at once", flush=True)
+        return to_host(torch.cat(drawn))
 
     def draw_best(self, batch: Batch, found: dict) -> tuple:
         """Draw a batch, and those of its images that are under the threshold again and again; the best of each (DisCL).
@@ -591,7 +602,10 @@ def build_scorer(args, prompts: dict[int, dict], hard: dict[str, spectrum.Hard])
 
 
 def finished(args) -> bool:
-    """Whether every image of the plan is drawn, by whichever shard; further images of a --plan are not looked for."""
+    """Whether every image of the plan is drawn, by whichever shard; further images of a --plan are not looked for.
+
+    Nor is it looked whether one is damaged, which takes hours for a million: --check does.
+    """
     if args.plan or not (args.out / "plan.json").is_file():
         return False
     hard = spectrum.read_hard(args.hard)
@@ -599,7 +613,7 @@ def finished(args) -> bool:
     if plan != make_plan(args, hard, plan.get("dtype", ""), find_loras(args, hard)):
         return False  # the script itself says what differs
     units = set(worklist.order_units([row.source for row in hard], plan["levels"], plan["seeds"]))
-    return len(spectrum.done_units(args.out, units)) == len(units)
+    return len(spectrum.drawn_units(args.out, units)) == len(units)
 
 
 def most_shards(args) -> int:
@@ -679,7 +693,7 @@ def main(argv: list[str] | None = None) -> int:
         readable = [name for name in hard if name not in unreadable]
         mine = plan_batches(args, plan, extra, readable, size_of, adapter_of)
         wanted = {unit for batch in mine for unit in batch.units}
-        done = spectrum.done_units(args.out, wanted)
+        done = spectrum.done_units(args.out, wanted, delete=not args.dry_run)
         todo = [batch for batch in mine if not done.issuperset(batch.units)]
         print(
             f"{args.out}: {len(wanted)} images ({len(hard)} sources, levels {plan['levels']}, {args.seeds} seeds"
@@ -703,6 +717,10 @@ def main(argv: list[str] | None = None) -> int:
             pipe = models.load_generator(args.generator, device, args.revision, args.dtype, args.scheduler)
             if loras:
                 models.load_loras(pipe, loras)
+            if (args.out / "plan.json").exists():  # another shard's, perhaps written since
+                runs.stop_on_difference(
+                    args.out / "plan.json", spectrum.read_plan(args.out), plan, "delete that folder"
+                )
             runs.write_json(args.out / "plan.json", plan)
             job.draw(pipe, todo, done, stop)
         if stop.received:

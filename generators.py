@@ -252,7 +252,7 @@ def to_host(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Callable[[
         return pixels, good, lambda: None
     pixels, good = (tensor.to("cpu", non_blocking=True) for tensor in (pixels, good))
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(drawn.device))  # not that of the first device, which may be another
     return pixels, good, arrived.synchronize
 
 

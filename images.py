@@ -176,7 +176,7 @@ class ImageWriter:
         self.seen = self.saved = 0
         self.waited = 0.0
         self._room = threading.Semaphore(AHEAD)
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._line = ThreadPoolExecutor(1, "rows")  # one batch after another
         self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "images")
         self._last: Future | None = None
@@ -225,6 +225,8 @@ class ImageWriter:
 
     def _stop_on_error(self) -> None:
         if self._error is not None:
+            if not isinstance(self._error, OSError):
+                raise self._error
             what = self._error.filename or self.shard
             way_out = "free some space and " if self._error.errno == errno.ENOSPC else ""
             raise UserError(
@@ -243,7 +245,7 @@ class ImageWriter:
                 self.rejected += [row for _, fine, row in made if not fine]
                 self.seen += len(made)
                 self.saved += len(kept)
-        except OSError as error:
+        except Exception as error:  # of this thread: `put` and `drain` raise it
             self._error = error
         finally:
             self._room.release()

@@ -40,8 +40,12 @@ def logit_adjusted(logits: torch.Tensor, labels: torch.Tensor, counts: torch.Ten
 
 def focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Tensor:
     """The focal loss (Lin et al., 2017) over a softmax: -(1 - p)^gamma log p, p the true class's probability."""
+    import torch
+
     log_p = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
-    return -((1 - log_p.exp()) ** gamma) * log_p
+    # Of a p that rounds to 1 a power below 1 has no finite gradient.
+    others = (-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny)
+    return -(others**gamma) * log_p
 
 
 def ldam(

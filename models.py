@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +78,25 @@ class CosineHead(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.normalize(x, dim=1), F.normalize(self.weight, dim=1))
+        with _full_precision(x.device.type):
+            return F.linear(F.normalize(x.float(), dim=1), F.normalize(self.weight, dim=1))
+
+
+class FullPrecisionLinear(nn.Linear):
+    """A last layer that autocast leaves in float32.
+
+    In bfloat16 the best logit of one image in a hundred equals the next, and such ties all go to the class of the lower
+    index, which in a long-tailed data set made by index is the larger one.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with _full_precision(x.device.type):
+            return super().forward(x.float())
+
+
+def _full_precision(device: str):
+    """A context without autocast."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 # The same word means two families in the literature: by these depths a name is one for small or for large images.
@@ -125,10 +144,14 @@ def build_classifier(
             f"--model {name}: unknown; expected resnetN with N of {SMALL_DEPTHS} for small images or {LARGE_DEPTHS} "
             "for large ones, or timm:NAME"
         )
+    place, last = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
     if cosine_head:
-        place, last = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
-        parent, _, attribute = place.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, CosineHead(last.in_features, last.out_features))
+        head: nn.Module = CosineHead(last.in_features, last.out_features)
+    else:  # with the same weights, and without a draw, which would change those of others
+        head = FullPrecisionLinear(last.in_features, last.out_features, last.bias is not None, device="meta")
+        head.weight, head.bias = last.weight, last.bias
+    parent, _, attribute = place.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, head)
     return model
 
 

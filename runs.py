@@ -21,6 +21,7 @@ from cli import UserError
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "numpy", "pillow")
 HERE = Path(__file__).resolve().parent
+COMMIT = "commit.txt"  # in a snapshot of the code, the commit that it was taken of
 RESUMABLE = 75  # exit code of a script that a signal stopped ("try again" in sysexits.h): the same command goes on
 # Arguments that may differ when a run is taken up again: they change where and how fast it runs, not its result.
 FREE = ("out", "overwrite", "device", "workers", "data_root")
@@ -154,16 +155,31 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
 
-def environment() -> dict:
-    """Versions, machine and code that a result depends on."""
+def leave_signals(worker: int = 0) -> None:
+    """For a DataLoader's `worker_init_fn`: StopSignals' signals, which a whole process group may get, are its process's
+    business; a worker that one of them ends would end the process in the middle of a step.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def commit() -> str:
+    """The commit of this code, marked where the checkout differs from it; in a job's snapshot that of the snapshot."""
+    if (HERE / COMMIT).is_file():
+        return (HERE / COMMIT).read_text(encoding="utf-8").strip()
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
-        commit = ""
+        found = ""
+    return found or "unknown"
+
+
+def environment() -> dict:
+    """Versions, machine and code that a result depends on."""
     return {
         "python": platform.python_version(),
-        "commit": commit or "unknown",
+        "commit": commit(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
 

@@ -211,14 +211,18 @@ def read_rows(folder: Path, decode: bool = False) -> list[dict]:
 
     A row whose image is missing (or, with `decode`, damaged) is no row, nor is a line that a kill left unfinished.
     """
-    rows, seen = [], set()
+    rows, seen, there = [], set(), _image_names(folder)
     for _, _, row in _read_lines(folder):
-        if row and row["file_name"] not in seen:
-            path = folder / row["file_name"]
-            if path.is_file() and not (decode and not decodes(path)):
+        if row and row["file_name"] in there and row["file_name"] not in seen:
+            if not (decode and not decodes(folder / row["file_name"])):
                 seen.add(row["file_name"])
                 rows.append(row)
     return rows
+
+
+def _image_names(folder: Path) -> set[str]:
+    """The files of all shards, relative to `folder`: a network disk lists a shard sooner than it finds each file."""
+    return {f"{shard.name}/{name}" for shard in folder.glob("shard-*") for name in os.listdir(shard)}
 
 
 def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
@@ -240,17 +244,23 @@ def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
                     yield path, number, row | {"file_name": name}
 
 
-def done_units(folder: Path, wanted: Collection[Unit]) -> set[Unit]:
-    """Those of the wanted units that any shard has drawn. Their images are decoded; damaged ones are deleted."""
-    found: dict[Unit, str] = {}
+def drawn_units(folder: Path, wanted: Collection[Unit]) -> dict[Unit, str]:
+    """Those of the wanted units that any shard has drawn, and the image of each; not looked into: `done_units` does."""
+    found, there = {}, _image_names(folder)
     for _, _, row in _read_lines(folder):
         unit = Unit(row.get("source"), row.get("level"), row.get("seed")) if row else None
-        if unit in wanted:
+        if unit in wanted and row["file_name"] in there:
             found[unit] = row["file_name"]
+    return found
+
+
+def done_units(folder: Path, wanted: Collection[Unit], delete: bool = True) -> set[Unit]:
+    """Those of the wanted units whose images any shard has drawn and that decode; with `delete` damaged ones go."""
+    found = drawn_units(folder, wanted)
     with ThreadPoolExecutor() as pool:
         whole = list(pool.map(lambda name: decodes(folder / name), found.values()))
     for name, fine in zip(found.values(), whole, strict=True):
-        if not fine:  # its row is then no row, in whichever shard it stands
+        if delete and not fine:  # its row is then no row, in whichever shard it stands
             (folder / name).unlink(missing_ok=True)
     return {unit for unit, fine in zip(found, whole, strict=True) if fine}
 

@@ -149,7 +149,7 @@ class Trainer(training.Trainer):
         def loss_of(part, rows: slice, images, generator):
             own = torch.from_numpy(places)[part[rows]].tolist()
             readable = torch.tensor([place not in store.unreadable for place in own])
-            self.stop_on_unreadable(len(places))
+            self.stop_on_unreadable(places)
             images = normalise(images, data.mean, data.std)
             captions = labels[part] * templates + torch.randint(templates, (len(part),), generator=generator)
             targets = labels[part].to(device)
@@ -173,13 +173,16 @@ class Trainer(training.Trainer):
 
         return loss_of
 
-    def stop_on_unreadable(self, images: int) -> None:
-        """Raise UserError where too many of an epoch's images have turned out to be unreadable."""
-        wrong = self.pool.images.unreadable
-        if len(wrong) > max(1, UNREADABLE_SHARE * images / distributed.world()):  # each process reads its share
+    def stop_on_unreadable(self, places: np.ndarray) -> None:
+        """Raise UserError where too many of the images at `places`, a pass, have turned out to be unreadable."""
+        found = self.pool.images.unreadable
+        if not found:
+            return
+        wrong = np.intersect1d(list(found), places)
+        if len(wrong) > max(1, UNREADABLE_SHARE * len(places) / distributed.world()):  # each process reads its share
             raise cli.UserError(
-                f"{len(wrong)} training images cannot be read: more than {UNREADABLE_SHARE:.0%} of the {images} of an "
-                f"epoch; the first: {next(iter(wrong.values()))}"
+                f"{len(wrong)} training images cannot be read: more than {UNREADABLE_SHARE:.0%} of the {len(places)} "
+                f"of an epoch; the first: {found[wrong[0]]}"
             )
 
     def unreadable_files(self) -> list[str]:
@@ -366,6 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_flags(args)
     args.out = run_folder(args)
+    args.device = distributed.start(args.device)
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
@@ -391,7 +395,7 @@ def prepare(args, data, synthetic: dict, signals: runs.StopSignals) -> tuple[Tra
     import cliptuning
     import models
 
-    device = distributed.start(models.pick_device(args.device))
+    device = models.pick_device(args.device)
     torch.manual_seed(runs.digest_int("weights", args.seed))
     clip, _, tokenizer = models.load_clip(args.clip, device)
     size, mean, std = cliptuning.input_of(clip, args.clip)
@@ -416,6 +420,8 @@ def prepare(args, data, synthetic: dict, signals: runs.StopSignals) -> tuple[Tra
         model.set_head(*probe(args, data, model, pool, device))
     optimizer = optimization.build_optimizer(args, model)
     state = training.start_or_resume(args, model, optimizer, None, device)
+    pool.images.unreadable |= state.get("unreadable", {})
+    state["unreadable"] = pool.images.unreadable  # the same dictionary, which grows
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
     trainer = Trainer(
         args, data, sorted(synthetic), pool, model, step_model, None, optimizer, device, signals, tokens, zero_shot,

@@ -262,14 +262,14 @@ class Trainer(training.Trainer):
         )
         seed = runs.digest_int("trial", args.seed, epoch)
         distributed.same_buffers(self.model)
-        logits = evaluation.predict(
+        predicted = evaluation.predict(
             self.model, pool.images, real[chosen], self.data, self.device, args.precision,
-            augmentation=(strengths, seed),
+            augmentation=(strengths, seed), keep=lambda logits: logits.argmax(1, keepdim=True), width=1,
         )  # fmt: skip
         labels = pool.labels[real][chosen]
         right, tried = (
             level_of_learning.counted(labels, strengths, rows, classes)
-            for rows in (logits.argmax(1).numpy() == labels, np.ones(len(labels), dtype=bool))
+            for rows in (predicted[:, 0].numpy() == labels, np.ones(len(labels), dtype=bool))
         )
         self.learned = level_of_learning.updated(self.learned, right, tried)
         state["learned"] = self.learned.tolist()
@@ -367,6 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_flags(args)
     args.out = run_folder(args)
+    args.device = distributed.start(args.device)
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
@@ -403,7 +404,7 @@ def prepare(
 
     import models
 
-    device = distributed.start(models.pick_device(args.device))
+    device = models.pick_device(args.device)
     torch.manual_seed(runs.digest_int("weights", args.seed))
     size = data.train.images.shape[1] if data.train.in_memory else args.image_size
     model = models.build_classifier(args.model, len(data.class_names), size, args.pretrained, args.loss == "ldam")

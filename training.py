@@ -145,6 +145,8 @@ def check_flags(args) -> None:
     """Raise UserError where flags that all trainers have do not go together."""
     if args.schedule == "cosine" and args.warmup_epochs >= args.epochs:
         raise cli.UserError(f"--warmup-epochs {args.warmup_epochs:g}: expected fewer than --epochs {args.epochs}")
+    if args.curriculum != "none" and args.curriculum_epochs > args.epochs:
+        raise cli.UserError(f"--curriculum-epochs {args.curriculum_epochs}: expected at most --epochs {args.epochs}")
     if args.level_shares and args.curriculum not in ("d2s", "s2d"):
         raise cli.UserError(f"--level-shares: --curriculum {args.curriculum} has no stages; expected d2s or s2d")
 
@@ -307,6 +309,8 @@ class Trainer:
             done, total = start["batches"], start["total"].to(device)
             generator.set_state(start["generator"].cpu())
             torch.set_rng_state(start["rng"].cpu())
+            if device != "cpu":
+                torch.cuda.set_rng_state(start["device_rng"].cpu(), device)
         own = [distributed.share(len(part)) for part in parts]
         strengths = self.strengths(epoch, places, purpose)
         images = self.pool.images.training(
@@ -342,6 +346,8 @@ class Trainer:
                 if distributed.any_of(self.signals.received is not None, device):
                     total = distributed.total(total, device) / distributed.world()
                     state = {"batches": number + 1, "total": total, "generator": generator.get_state()}
+                    if device != "cpu":
+                        state["device_rng"] = torch.cuda.get_rng_state(device)
                     raise Stopped(state | {"rng": torch.get_rng_state()})
         seconds = time.monotonic() - began
         total = distributed.total(total, device) / distributed.world()
@@ -388,9 +394,10 @@ class Trainer:
 
 def prepare_spectrum(args) -> tuple[list[int], list[int]]:
     """The levels that the curriculum may ask for, and the hard classes; makes the default spectrum if it is missing."""
-    if args.spectrum == EMBEDDED.get(args.dataset) and not (args.spectrum / "scores.csv").exists():
-        print(f"{args.spectrum}: no finished spectrum there; making it first", flush=True)
-        road.make_spectrum(args.spectrum.parent, args.dataset, args.imb_ratio)
+    with distributed.first_process_first(args.device):
+        if args.spectrum == EMBEDDED.get(args.dataset) and not (args.spectrum / "scores.csv").exists():
+            print(f"{args.spectrum}: no finished spectrum there; making it first", flush=True)
+            road.make_spectrum(args.spectrum.parent, args.dataset, args.imb_ratio)
     plan = spectrum.read_plan(args.spectrum)
     levels = curricula.needed_levels(args.curriculum, args.levels or plan["levels"], args.fixed_level)
     return levels, plan["hard_classes"]
@@ -431,14 +438,14 @@ def run(args, inputs: dict, begin: Callable[[runs.StopSignals], tuple[Trainer, d
     """
     main_process = distributed.rank() == 0
     with runs.claim(args.out) if main_process else nullcontext(), runs.StopSignals() as signals:
-        if main_process:
-            complete = runs.open_run(args.out, args, inputs, args.overwrite)
-        else:
-            complete = (args.out / "results.json").exists() and not args.overwrite
+        with distributed.first_process_first(args.device):
+            if main_process:
+                complete = runs.open_run(args.out, args, inputs, args.overwrite)
+            else:
+                complete = (args.out / "results.json").exists()
         if complete:
             print(f"{args.out}: already complete")
-            return 0
-        code = fit(*begin(signals))
+        code = 0 if complete else fit(*begin(signals))
         distributed.stop()
     return code
 

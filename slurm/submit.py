@@ -46,14 +46,18 @@ class Command:
     def __call__(self) -> int:
         import os
         import subprocess
+        import time
 
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             import submitit
 
-            submitit.helpers.TorchDistributedEnvironment().export()
+            # The script itself takes the GPU of its rank out of all of the node's.
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         # Unbuffered, so that --status sees the last line of a running task.
         self.child = subprocess.Popen(self.command, cwd=self.folder, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-        code = self.child.wait()
+        # Not wait(): checkpoint() runs in a signal handler within this loop, and waits for the same child.
+        while (code := self.child.poll()) is None:
+            time.sleep(0.2)
         if code:
             raise RuntimeError(f"exit code {code}: {' '.join(self.command)}")
         return code
@@ -220,7 +224,7 @@ def is_finished(module, args) -> bool:
 
 def take_snapshot(folder: Path) -> str:
     """Copy the project's code below `folder`; returns the commit, marked where the checkout differs from it."""
-    commit = runs.environment()["commit"]
+    commit = runs.commit()
     if commit.endswith("-dirty"):
         print("the checkout has changes that are not committed: the snapshot holds them as they are")
     for pattern in SNAPSHOT:
@@ -229,6 +233,7 @@ def take_snapshot(folder: Path) -> str:
             copy = folder / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(path, copy, ignore=ignore) if path.is_dir() else shutil.copy2(path, copy)
+    runs.write_text(folder / runs.COMMIT, commit)
     return commit
 
 

@@ -110,6 +110,9 @@ def test_level_shares_by_hand():
     found = [epoch_levels("s2d", epoch, 12, LEVELS, shares=[1, 1, 2, 4])[0] for epoch in range(12)]
     assert found == [50] * 7 + [30] * 3 + [10] + [0]
     assert stage_lengths(10, [0.3, 0.7]) == [3, 7]
+    # A level without a share has no epoch, not even one that is left over.
+    assert stage_lengths(5, [0, 1, 1]) == [0, 3, 2]
+    assert [epoch_levels("d2s", epoch, 3, LEVELS, shares=[0, 1, 1, 1])[0] for epoch in range(3)] == [10, 30, 50]
 
 
 @given(epochs=st.integers(0, 300), shares=st.lists(st.floats(0.01, 100), min_size=1, max_size=9))
@@ -120,7 +123,8 @@ def test_stages_fill_the_epochs_and_keep_their_shares(epochs, shares):
 
 
 @pytest.mark.parametrize(
-    ("shares", "message"), [([1, 1], "one for each of the levels"), ([0] * 4, "not all 0"), ([0, 1, 1, 1], "at least")]
+    ("shares", "message"),
+    [([1, 1], "one for each of the levels"), ([0] * 4, "not all 0"), ([1e-3, 1, 1, 1], "at least")],
 )
 def test_bad_level_shares_are_named(shares, message):
     with pytest.raises(UserError, match=message):

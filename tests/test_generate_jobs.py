@@ -23,7 +23,7 @@ import spectrum
 import worklist
 from bench import spectrum as bench
 from cli import UserError
-from images import Sources
+from images import Sources, save_image
 
 HEADER = "source,level,seed,prompt\n"
 
@@ -123,6 +123,40 @@ def test_a_batch_cut_in_two_is_drawn_whole_so_that_not_a_bit_changes(few, tmp_pa
 
 def test_what_is_kept_in_memory_does_not_change_the_images(few, tmp_path):
     assert contents(draw(few, tmp_path / "s", "--cache-mb", "0")) == contents(few[1])
+
+
+def test_batches_that_do_not_fit_into_memory_are_drawn_in_parts(few, tmp_path, monkeypatch, capsys):
+    draw_all, sizes = generators.Generator.draw, []
+
+    def draw_few(self, batch, *rest):
+        sizes.append(len(batch.units))
+        if len(batch.units) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw_all(self, batch, *rest)
+
+    monkeypatch.setattr(generators.Generator, "draw", draw_few)
+    out = draw(few, tmp_path / "s")
+    assert sizes[:4] == [5, 2, 2, 1] and max(sizes[1:]) == 2  # found out once
+    assert "5 images of 16x16 do not fit into this device's memory: 2 at once" in capsys.readouterr().out
+    assert rows_of(out) == rows_of(few[1])
+    for name in rows_of(out):
+        a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (out, few[1]))
+        assert abs(a - b).max() <= 1
+    monkeypatch.setattr(generators.Generator, "draw", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(UserError, match="--size: one image of 16x16 does not fit"):
+        generate_spectrum.main([*few[0], "--out", str(tmp_path / "t")])
+
+
+def test_an_error_of_the_writer_ends_the_job(few, tmp_path, monkeypatch):
+    def fail_once(pixels, path, size):
+        monkeypatch.setattr("images.save_image", save_image)
+        raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates not allowed")
+
+    monkeypatch.setattr("images.save_image", fail_once)
+    with pytest.raises(UnicodeEncodeError):
+        generate_spectrum.main([*few[0], "--out", str(tmp_path / "s")])
+    draw(few, tmp_path / "s")
+    assert contents(tmp_path / "s") == contents(few[1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

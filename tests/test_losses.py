@@ -68,6 +68,15 @@ def test_focal_loss_by_hand():
     assert focal(logits, torch.tensor([0]), 2.0).item() == pytest.approx(0.01 * -math.log(0.9))
 
 
+def test_focal_loss_of_a_certain_image_has_a_finite_gradient():
+    logits = torch.tensor([[200.0, 0.0], [20.0, 0.0]], requires_grad=True)  # p rounds to 1; 1 - p is 2e-9
+    loss = focal(logits, torch.tensor([0, 0]), 0.5)
+    loss.sum().backward()
+    assert logits.grad.isfinite().all()
+    # (1 - p)^gamma * -log p, where both are e^-20: e^-30
+    assert loss[0].item() == 0 and loss[1].item() == pytest.approx(math.exp(-30), rel=1e-4)
+
+
 def test_focal_loss_with_gamma_0_is_cross_entropy_and_agrees_with_torchvision():
     from torchvision.ops import sigmoid_focal_loss
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -265,6 +266,29 @@ def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path):
     assert plugin.plugin_name == "hparams"
     assert len(list((tmp_path / "r").glob("events.out.tfevents.*"))) == 1
     assert not [path for path in (tmp_path / "r").iterdir() if path.is_dir()]
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_process_group_stops_a_run_and_not_its_loading_processes(photographs, tmp_path):
+    """Slurm, timeout and systemd send SIGTERM to all of a job's processes."""
+    command = [sys.executable, str(ROOT / "train_lt.py"), "--dataset", "imagefolder", "--data-root", str(photographs)]
+    command += ["--model", "resnet8", "--image-size", "32", "--batch-size", "2", "--epochs", "200", "--device", "cpu"]
+    command += ["--workers", "2", "--out", str(tmp_path / "r")]
+    running = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 120
+    while not (tmp_path / "r/checkpoint.pt").exists():
+        assert running.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    os.killpg(running.pid, signal.SIGTERM)
+    said = running.communicate(timeout=60)[0].decode()
+    assert running.returncode == runs.RESUMABLE and "SIGTERM came; checkpoint written" in said, said
+
+
+def test_a_curriculum_longer_than_the_training_is_refused(road, tmp_path):
+    with pytest.raises(UserError, match="--curriculum-epochs 48: expected at most --epochs 30"):
+        train_lt.main(["--spectrum", str(road.spectrum), "--curriculum", "d2s", "--epochs", "30"])
+    args = train_lt.build_parser().parse_args(["--epochs", "30", "--curriculum", "none"])
+    train_lt.check_flags(args)
 
 
 def test_a_spectrum_in_which_every_class_is_hard_is_refused(road, tmp_path):

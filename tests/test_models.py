@@ -117,6 +117,25 @@ def test_a_cosine_head_gives_cosines(name):
     assert torch.allclose(model(images), logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("cosine_head", [False, True])
+@pytest.mark.parametrize("name", ["resnet20", "resnet10", "timm:test_vit"])
+def test_the_last_layer_computes_in_float32_under_autocast(name, cosine_head):
+    torch.manual_seed(0)
+    model = models.build_classifier(name, 5, 32, cosine_head=cosine_head).eval()
+    head = [layer for layer in model.modules() if isinstance(layer, models.FullPrecisionLinear | models.CosineHead)][-1]
+    seen = []
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randn(4, 3, 32, 32))
+    [features] = seen
+    assert features.shape[0] == 4 and logits.dtype == torch.float32
+    features, weight = features.double(), head.weight.double()
+    if cosine_head:
+        features, weight = (one / one.norm(dim=1, keepdim=True) for one in (features, weight))
+    by_hand = features @ weight.T + (0 if cosine_head else head.bias.double())
+    assert torch.allclose(logits.double(), by_hand, atol=1e-5)
+
+
 def test_weights_are_taken_from_checkpoints_of_the_same_model_alone(tmp_path):
     from safetensors.torch import save_file
 

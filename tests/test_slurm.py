@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import pytest
 from conftest import ROOT, SMALL
 
 import cli
+import runs
 import train_lt
 from cli import UserError
 
@@ -90,7 +92,7 @@ def documented_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", documented_commands())
 def test_documented_launcher_commands_parse(command):
-    own, scripts, _ = submit.split_command_line(shlex.split(command)[2:])
+    own, scripts, _ = submit.split_command_line(shlex.split(command, comments=True)[2:])
     with cli.paths_unchecked(True):
         args = submit.build_parser().parse_args(own)
         assert args.status or [submit.check(words, False) for words in scripts]
@@ -135,6 +137,43 @@ def test_a_local_sweep_runs_from_the_snapshot_and_finished_runs_are_skipped(tmp_
     assert again.returncode == 0 and "nothing to submit" in again.stdout
     status = launch(tmp_path, "--status", "runs/jobs/train_lt")
     assert status.returncode == 0 and "2 completed" in status.stdout, status.stdout + status.stderr
+
+
+def test_a_snapshot_knows_its_commit(tmp_path):
+    commit = submit.take_snapshot(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", "import runs; print(runs.environment()['commit'])"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == commit == runs.environment()["commit"]
+    (tmp_path / runs.COMMIT).write_text("0123456")
+    done = subprocess.run(
+        [sys.executable, "-c", "import runs; print(runs.commit())"],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "0123456"  # and not the checkout's that it may lie in
+
+
+def test_a_job_waits_for_its_script_to_stop_and_no_longer(tmp_path):
+    """submitit calls `checkpoint` in a signal handler, while `__call__` waits for the script."""
+    script = "import signal, sys, time; signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75)); time.sleep(60)"
+    command = submit.Command([sys.executable, "-c", script], str(tmp_path), grace=30)
+    asked = []
+
+    def preempt(*_):
+        began = time.monotonic()
+        asked.append(command.checkpoint())
+        asked.append(time.monotonic() - began)
+
+    before = signal.signal(signal.SIGALRM, preempt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2)
+        with pytest.raises(RuntimeError, match="exit code 75"):
+            command()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    again, seconds = asked
+    assert seconds < 10 and again.function.command == command.command
 
 
 def test_more_shards_than_work_is_an_error(road, tmp_path):
