@@ -24,6 +24,7 @@ LAYOUTS = {
     "cameratraps": "expected a folder with metadata.csv (columns split, y, filename, location_remapped), "
     "class_names.txt (a name a line, in the order of y) and the images below train/",
 }
+CLASS_NAMES = "class_names.txt"
 NO_CLASS = 99999  # what some copies of metadata.csv give images of species that no training image shows: left out
 TOYCAM = Path("runs/toycam")
 SHOWN = 3  # missing files that are named
@@ -72,9 +73,9 @@ def own_class_names(root: Path) -> list[str]:
     Raises:
         UserError: no such file, or an empty line.
     """
-    path = root / "class_names.txt"
+    path = root / CLASS_NAMES
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {LAYOUTS['cameratraps']}") from None
     except UnicodeDecodeError as error:
@@ -99,7 +100,7 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
     """
     path = root / "metadata.csv"
     try:
-        file = path.open(encoding="utf-8", newline="")
+        file = path.open(encoding="utf-8-sig", newline="")
     except FileNotFoundError:
         older = "; this is version 1.0 of WILDS, whose splits differ" if (root / "val_trans.csv").exists() else ""
         raise UserError(f"{path}: no such file{older}; {LAYOUTS.get(name, LAYOUTS['cameratraps'])}") from None
@@ -143,7 +144,7 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         note="validation: id_val (in domain) to choose by, val (out of domain) beside it",
-        files=[path],
+        files=[path] + [file for file in [root / CLASS_NAMES] if name == "cameratraps"],
         locations={split: np.array([row[2] for row in rows], dtype=np.int64) for split, rows in found.items()},
         **sets,
     )

@@ -151,7 +151,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         default = action.default
         if default is None or default is False or default == [] or isinstance(action, argparse._HelpAction):
             return action.help
-        if isinstance(default, list | tuple):
+        if type(default) in (list, tuple):  # and not a type of a script's own, which prints itself
             words = [str(value) for value in default]
             typed = "x".join(words) if isinstance(default, tuple) else shlex.join(words)  # a tuple is a size
             return f"{action.help} (default: {typed.replace('%', '%%')})"

@@ -43,9 +43,9 @@ def start(device: str) -> str:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-    # Functions of this module have the group of all processes as their default. DistributedDataParallel imports it, and
-    # after the group is made they would keep it, and gloo's threads with it, to the interpreter's end, which they can
-    # abort.
+    # The functions of torch.distributed.nn, which DistributedDataParallel imports, have the group of all processes as
+    # their default. Imported after the group is made they would keep it, and gloo's threads with it, to the
+    # interpreter's end, which those can abort.
     import torch.distributed.nn
 
     torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
@@ -62,10 +62,19 @@ def stop() -> None:
 
 @contextmanager
 def first_process_first(device: str) -> Iterator[None]:
-    """The first process goes through the block, and then the others do, which find there what it wrote."""
-    if rank() > 0:
-        any_of(False, device)
-    yield
+    """The first process goes through the block, and then the others do, which find there what it wrote.
+
+    Raises:
+        UserError: in the others, where the first has failed.
+    """
+    if rank() > 0 and any_of(False, device):
+        raise UserError("the first process has stopped, and says why")
+    try:
+        yield
+    except BaseException:
+        if rank() == 0:
+            any_of(True, device)
+        raise
     if rank() == 0:
         any_of(False, device)
 

@@ -23,7 +23,7 @@ def predict(
     keep: Callable | None = None,
     width: int | None = None,
 ):
-    """Logits, float (N, C), on the CPU; the model is left as it was, in evaluation mode.
+    """Logits, float (N, C), or what is kept of them, (N, width), on the CPU; the model is left in evaluation mode.
 
     Several processes share the work, and each has the whole result.
 
@@ -33,7 +33,7 @@ def predict(
         data: the data set, for its channels' mean and standard deviation and the number of classes.
         augmentation: look at training images, augmented at these strengths, int (N,), by draws from this seed.
         keep: what is kept of a batch's logits, (n, C) to (n, `width`), where all of them would be too many.
-        width: what the model gives of an image, where that is not a logit of each class.
+        width: how much comes of an image, where that is not a logit of each class.
     """
     model.eval()
     mine = np.arange(distributed.rank(), len(places), distributed.world())

@@ -174,6 +174,7 @@ def probabilities(args, data: datasets.LongTailed) -> np.ndarray:
         "dataset": args.dataset,
         "imb_ratio": args.imb_ratio,
         "images": len(data.train),
+        "class_names": runs.digest_int(*data.class_names),
         "model": model.name if model.is_dir() else args.clip,
         "model_digest": runs.digest_files([file for file in files if file.is_file()]),
         "templates": args.templates if args.clip else [],

@@ -385,7 +385,7 @@ class Job:
         self.scorer = scorer
         self.saved = self.redraws = self.reached = 0
         self.failed: list[spectrum.Unit] = []
-        self.at_once: dict[tuple[int, int], int] = {}  # images of a size that fit into memory, where not a batch
+        self.at_once: dict[tuple[int, int], int] = {}  # of a size, set where a batch did not fit into memory
 
     def draw(self, pipe, todo: list[Batch], done: set[spectrum.Unit], stop: runs.StopSignals) -> None:
         """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again."""
@@ -465,14 +465,19 @@ class Job:
 
         from generators import to_host
 
-        size, drawn = f"{batch.size[0]}x{batch.size[1]}", []
+        size, parts = f"{batch.size[0]}x{batch.size[1]}", []
         self.redraws += len(batch.units) if redraw else 0
         while batch.units:
             most = self.at_once.get(batch.size, self.args.batch_size)
+            if not self.args.compile:
+                most = min(most, len(batch.units))
             some = batch._replace(units=batch.units[:most])
+            if parts:  # the part before may have driven encoded sources out of memory
+                found = found | self.read_sources(some)
             texts = [self.prompt(unit, redraw) for unit in some.units]
             try:
-                drawn.append(self.generator.draw(some, redraw, texts, found, most if self.args.compile else 0))
+                drawn = self.generator.draw(some, redraw, texts, found, most if self.args.compile else 0)
+                parts.append(to_host(drawn))
                 batch = batch._replace(units=batch.units[most:])
                 continue
             except torch.OutOfMemoryError:
@@ -484,7 +489,12 @@ class Job:
             torch.cuda.empty_cache()
             self.at_once[batch.size] = most // 2
             print(f"{most} images of {size} do not fit into this device's memory: {most // 2} at once", flush=True)
-        return to_host(torch.cat(drawn))
+        if len(parts) == 1:
+            return parts[0]
+        for _, _, arrived in parts:
+            arrived()
+        pixels, good, _ = zip(*parts, strict=True)
+        return torch.cat(pixels), torch.cat(good), lambda: None
 
     def draw_best(self, batch: Batch, found: dict) -> tuple:
         """Draw a batch, and those of its images that are under the threshold again and again; the best of each (DisCL).

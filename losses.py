@@ -43,7 +43,7 @@ def focal(logits: torch.Tensor, labels: torch.Tensor, gamma: float) -> torch.Ten
     import torch
 
     log_p = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
-    # Of a p that rounds to 1 a power below 1 has no finite gradient.
+    # Where p rounds to 1, a gamma below 1 has an infinite gradient.
     others = (-log_p.expm1()).clamp(min=torch.finfo(log_p.dtype).tiny)
     return -(others**gamma) * log_p
 

@@ -79,7 +79,7 @@ class CosineHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with _full_precision(x.device.type):
-            return F.linear(F.normalize(x.float(), dim=1), F.normalize(self.weight, dim=1))
+            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.weight, dim=1))
 
 
 class FullPrecisionLinear(nn.Linear):
@@ -119,7 +119,8 @@ def build_classifier(
             ones (resnet10 has one block a stage, as in the long-tail literature). `timm:NAME`: any model of timm.
         image_size: side of the images in pixels, for models of timm that are built for one size.
         pretrained: start from timm's weights for that name, with a new last layer.
-        cosine_head: end in a CosineHead instead of a linear layer.
+        cosine_head: end in a CosineHead instead of a linear layer. (Of several heads, as some of timm's models have,
+            it and FullPrecisionLinear take the last one's place.)
 
     Raises:
         UserError: no such classifier, or one without pre-trained weights.
@@ -144,7 +145,14 @@ def build_classifier(
             f"--model {name}: unknown; expected resnetN with N of {SMALL_DEPTHS} for small images or {LARGE_DEPTHS} "
             "for large ones, or timm:NAME"
         )
-    place, last = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+    linear = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    if not linear:  # some of timm's end in a convolution
+        if cosine_head:
+            raise UserError(
+                f"--model {name}: ends in no linear layer, which --loss ldam replaces; expected another model"
+            )
+        return model
+    place, last = linear[-1]
     if cosine_head:
         head: nn.Module = CosineHead(last.in_features, last.out_features)
     else:  # with the same weights, and without a draw, which would change those of others

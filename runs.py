@@ -156,8 +156,8 @@ class StopSignals:
 
 
 def leave_signals(worker: int = 0) -> None:
-    """For a DataLoader's `worker_init_fn`: StopSignals' signals, which a whole process group may get, are its process's
-    business; a worker that one of them ends would end the process in the middle of a step.
+    """For a DataLoader's `worker_init_fn`: StopSignals' signals, which a whole process group may get, are for the main
+    process; a worker that one of them ends would end it too, in the middle of a step.
     """
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

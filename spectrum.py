@@ -222,7 +222,7 @@ def read_rows(folder: Path, decode: bool = False) -> list[dict]:
 
 def _image_names(folder: Path) -> set[str]:
     """The files of all shards, relative to `folder`: a network disk lists a shard sooner than it finds each file."""
-    return {f"{shard.name}/{name}" for shard in folder.glob("shard-*") for name in os.listdir(shard)}
+    return {f"{shard.name}/{name}" for shard in folder.glob("shard-*/") for name in os.listdir(shard)}
 
 
 def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:

@@ -145,11 +145,13 @@ class Trainer(training.Trainer):
         args, data, device = self.args, self.data, self.device
         labels, templates = torch.from_numpy(self.pool.labels[places]), len(args.templates)
         store = self.pool.images
+        wrong: list[int] = []  # of this pass and this process
 
         def loss_of(part, rows: slice, images, generator):
             own = torch.from_numpy(places)[part[rows]].tolist()
             readable = torch.tensor([place not in store.unreadable for place in own])
-            self.stop_on_unreadable(places)
+            wrong.extend(place for place in own if place in store.unreadable)
+            self.stop_on_unreadable(wrong, len(places))
             images = normalise(images, data.mean, data.std)
             captions = labels[part] * templates + torch.randint(templates, (len(part),), generator=generator)
             targets = labels[part].to(device)
@@ -173,16 +175,12 @@ class Trainer(training.Trainer):
 
         return loss_of
 
-    def stop_on_unreadable(self, places: np.ndarray) -> None:
-        """Raise UserError where too many of the images at `places`, a pass, have turned out to be unreadable."""
-        found = self.pool.images.unreadable
-        if not found:
-            return
-        wrong = np.intersect1d(list(found), places)
-        if len(wrong) > max(1, UNREADABLE_SHARE * len(places) / distributed.world()):  # each process reads its share
+    def stop_on_unreadable(self, wrong: list[int], images: int) -> None:
+        """Raise UserError where those at `wrong`, this process's part of a pass over `images`, are too many."""
+        if len(wrong) > max(1, UNREADABLE_SHARE * images / distributed.world()):
             raise cli.UserError(
-                f"{len(wrong)} training images cannot be read: more than {UNREADABLE_SHARE:.0%} of the {len(places)} "
-                f"of an epoch; the first: {found[wrong[0]]}"
+                f"{len(wrong)} training images cannot be read: more than {UNREADABLE_SHARE:.0%} of the {images} of an "
+                f"epoch; the first: {self.pool.images.unreadable[wrong[0]]}"
             )
 
     def unreadable_files(self) -> list[str]:

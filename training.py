@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -309,7 +309,7 @@ class Trainer:
             done, total = start["batches"], start["total"].to(device)
             generator.set_state(start["generator"].cpu())
             torch.set_rng_state(start["rng"].cpu())
-            if device != "cpu":
+            if device != "cpu" and "device_rng" in start:
                 torch.cuda.set_rng_state(start["device_rng"].cpu(), device)
         own = [distributed.share(len(part)) for part in parts]
         strengths = self.strengths(epoch, places, purpose)
@@ -437,9 +437,10 @@ def run(args, inputs: dict, begin: Callable[[runs.StopSignals], tuple[Trainer, d
         begin: gives the trainer, and the run's state (`start_or_resume`).
     """
     main_process = distributed.rank() == 0
-    with runs.claim(args.out) if main_process else nullcontext(), runs.StopSignals() as signals:
+    with ExitStack() as stack, runs.StopSignals() as signals:
         with distributed.first_process_first(args.device):
             if main_process:
+                stack.enter_context(runs.claim(args.out))
                 complete = runs.open_run(args.out, args, inputs, args.overwrite)
             else:
                 complete = (args.out / "results.json").exists()

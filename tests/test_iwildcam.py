@@ -164,9 +164,10 @@ def test_ones_own_camera_traps_have_their_own_class_names(tmp_path, capsys):
     (root / "class_names.txt").write_text("empty\n\n", encoding="utf-8")
     with pytest.raises(UserError, match="class_names.txt: expected the name of a class in each line"):
         datasets.load("cameratraps", None, root)
-    (root / "class_names.txt").write_text("empty\nlynx\n", encoding="utf-8")
+    (root / "class_names.txt").write_text("empty\nlynx\n", encoding="utf-8-sig")  # as Windows' editors write it
     data = datasets.load("cameratraps", None, root)
     assert [data.class_names[label] for label in data.test.labels] == ["lynx"]
+    assert data.class_names[0] == "empty" and root / "class_names.txt" in data.files
     assert check_data.main(["--dataset", "cameratraps", "--data-root", str(root)]) == 0
     assert "all as expected" in capsys.readouterr().out  # iWildCam's counts are not theirs
     write_metadata(tmp_path, [*WHOLE[:-1], "id_test,2,e.jpg,0"])

@@ -302,6 +302,16 @@ def test_a_spectrum_in_which_every_class_is_hard_is_refused(road, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # several processes
 
+
+@pytest.mark.slow
+def test_the_other_process_leaves_with_the_first(road, tmp_path):
+    flags = ["--model", "timm:test_vit", "--device", "cpu", "--epochs", "1", "--curriculum", "none"]
+    assert train_lt.main([*flags, "--seed", "1", "--out", str(tmp_path / "r")]) == 0
+    done = launch(tmp_path, 2, *flags, "--seed", "2", "--out", str(tmp_path / "r"))
+    assert done.returncode != 0
+    assert "args.seed is 1 there, 2 here" in done.stderr and "the first process has stopped" in done.stderr, done.stderr
+
+
 # With STOP_AT set, the second process sends itself a SIGTERM before that batch.
 SCRIPT = """
 import glob, os, pathlib, signal, sys

@@ -136,6 +136,13 @@ def test_the_last_layer_computes_in_float32_under_autocast(name, cosine_head):
     assert torch.allclose(logits.double(), by_hand, atol=1e-5)
 
 
+def test_a_model_without_a_linear_layer_is_left_as_it_is():
+    logits = models.build_classifier("timm:resnetv2_50x1_bit", 5).eval()(torch.randn(1, 3, 64, 64))
+    assert logits.shape == (1, 5)
+    with pytest.raises(UserError, match="ends in no linear layer"):
+        models.build_classifier("timm:resnetv2_50x1_bit", 5, cosine_head=True)
+
+
 def test_weights_are_taken_from_checkpoints_of_the_same_model_alone(tmp_path):
     from safetensors.torch import save_file
 
