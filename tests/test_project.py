@@ -130,9 +130,13 @@ def test_every_flag_has_a_help_and_shows_its_default(name):
     shown = " ".join(parser.format_help().split())
     for action in parser._actions:
         assert action.help and action.help.strip(), action.dest
-        default = defaults.get(action.dest)
-        if default not in (None, False):
-            assert f"(default: {default})" in shown, action.dest
+        default = typed = defaults.get(action.dest)
+        if type(default) in (list, tuple) and default:
+            typed = "x".join(map(str, default)) if isinstance(default, tuple) else shlex.join(map(str, default))
+            again = parser.parse_args([action.option_strings[0], *shlex.split(typed)])
+            assert getattr(again, action.dest) == default  # what the help shows can be typed
+        if default not in (None, False, []):
+            assert f"(default: {typed})" in shown, action.dest
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
