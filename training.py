@@ -444,7 +444,7 @@ def run(args, inputs: dict, begin: Callable[[runs.StopSignals], tuple[Trainer, d
                 complete = runs.open_run(args.out, args, inputs, args.overwrite)
             else:
                 complete = (args.out / "results.json").exists()
-        if complete:
+        if complete and main_process:
             print(f"{args.out}: already complete")
         code = 0 if complete else fit(*begin(signals))
         distributed.stop()
