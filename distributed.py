@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,10 +54,11 @@ def start(device: str) -> str:
 
 
 def stop() -> None:
-    """Leave the other processes."""
+    """Leave the other processes. No wrapped model may be in use any more: it holds the group, and gloo's threads."""
     import torch
 
     if world() > 1:
+        gc.collect()  # a model in a cycle of references holds it too
         torch.distributed.destroy_process_group()
 
 
