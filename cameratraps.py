@@ -144,7 +144,7 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         note="validation: id_val (in domain) to choose by, val (out of domain) beside it",
-        files=[path] + [file for file in [root / CLASS_NAMES] if name == "cameratraps"],
+        files=[path, root / CLASS_NAMES] if name == "cameratraps" else [path],
         locations={split: np.array([row[2] for row in rows], dtype=np.int64) for split, rows in found.items()},
         **sets,
     )
