@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
 import datasets
+from loaders.base import LongTailed
+from runtime import cli
 
 # Published numbers of images of each split and of classes; validation that is held out is counted in train.
 KNOWN = {
@@ -40,7 +41,7 @@ CHECKSUMS = {
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "check_data")
-    parser.add_dataset()
+    datasets.add_flags(parser)
     parser.add_argument(
         "--decode", type=cli.whole(0), default=200, metavar="N", help="images of each split that are decoded"
     )
@@ -53,7 +54,7 @@ def git_checksum(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def problems_of(data: datasets.LongTailed, imb_ratio: float | None, decode: int) -> list[str]:
+def problems_of(data: LongTailed, imb_ratio: float | None, decode: int) -> list[str]:
     """What is wrong with a data set that could be loaded, a line each."""
     problems = []
     parts = data.splits

@@ -10,7 +10,7 @@ import random
 
 import numpy as np
 
-from cli import UserError
+from runtime.cli import UserError
 
 CURRICULA = ("none", "text_only", "fixed", "all", "d2s", "s2d", "random", "cyclic", "adaptive")
 

@@ -6,21 +6,23 @@ test set to report on.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-import spectrum
-from cli import UserError
-from defaults import DEFAULTS
+from loaders.base import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailed, file_set, missing_files
+from loaders.defaults import DEFAULTS
+from loaders.pictures import read_image
+from runtime import cli
+from runtime.cli import UserError
+from spectrum import folder as spectrum_folder
 
 PHOTOS = [
     "a photo of a {}",
@@ -54,104 +56,36 @@ TEMPLATES: dict[str, list[str]] = {
 }
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """Images in memory, or the files that hold them.
-
-    Attributes:
-        images: uint8 (N, H, W, 3), or N paths, which are read when an image is needed.
-        labels: int64, (N,).
-        sources: N names that stay the same whatever subset is drawn (`index:N`, or a path relative to the data root).
-            A synthetic image's is that of the real image that it was drawn from.
-    """
-
-    images: np.ndarray | list[Path]
-    labels: np.ndarray
-    sources: list[str]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def in_memory(self) -> bool:
-        return isinstance(self.images, np.ndarray)
-
-    def take(self, indices: np.ndarray) -> ImageSet:
-        """The images at `indices` (int, any length), in that order."""
-        images = self.images[indices] if self.in_memory else [self.images[i] for i in indices]
-        return ImageSet(images, self.labels[indices], [self.sources[i] for i in indices])
-
-    def read(self, place: int) -> tuple[Image.Image, str]:
-        """The image at `place` as RGB, and its sha256: of its pixels in memory, else of its file.
-
-        Raises:
-            UserError: it does not decode.
-        """
-        if self.in_memory:
-            return Image.fromarray(self.images[place]), sha256_pixels(self.images[place])
-        return read_image_file(self.images[place], f"source {self.sources[place]}")
-
-    def sha256(self, place: int) -> str:
-        """The sha256 that `read` gives, without decoding.
-
-        Raises:
-            UserError: it cannot be read.
-        """
-        if self.in_memory:
-            return sha256_pixels(self.images[place])
-        try:
-            with self.images[place].open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"source {self.sources[place]}: {error.strerror}") from None
-
-
-@dataclass(frozen=True)
-class LongTailed:
-    """A long-tailed data set: few-shot classes have fewer than `few_below` training images, many-shot ones more than
-    `many_above`.
-
-    Attributes:
-        mean, std: of the three channels, for images in [0, 1]: what a classifier's input is normalised by.
-        note: where the validation set comes from, for people.
-        held_out: training images of each class that became the validation set, (C,). Groups go by the counts before.
-        files: what the data set was read from beside the images (lists, an archive), for digests.
-    """
-
-    name: str
-    class_names: list[str]
-    train: ImageSet
-    val: ImageSet
-    test: ImageSet
-    few_below: int = 20
-    many_above: int = 100
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    note: str = ""
-    held_out: np.ndarray | int = 0
-    files: list[Path] = field(default_factory=list)
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Training images of each class, int64 (C,)."""
-        return np.bincount(self.train.labels, minlength=len(self.class_names))
-
-    @property
-    def published_counts(self) -> np.ndarray:
-        """The same before images were held out for validation, which is what many, medium and few go by."""
-        return self.counts + self.held_out
-
-    @property
-    def groups(self) -> dict[str, np.ndarray]:
-        """Class indices of the groups many, medium and few, by training count."""
-        counts = self.published_counts
-        few, many = counts < self.few_below, counts > self.many_above
-        return {"many": np.flatnonzero(many), "medium": np.flatnonzero(~many & ~few), "few": np.flatnonzero(few)}
-
-    @property
-    def splits(self) -> dict[str, ImageSet]:
-        """Every split by its name."""
-        return {"train": self.train, "val": self.val, "test": self.test}
+def add_flags(parser: cli.Parser, default: str = "digits", choices: Iterable[str] = DEFAULTS) -> None:
+    """The flags that choose the data. Defaults of other flags follow the data set (`loaders/defaults.py`)."""
+    parser.shipped = DEFAULTS
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        default=default,
+        choices=sorted(choices),
+        help="data set; the defaults shown here are the chosen one's",
+    )
+    group.add_argument(
+        "--imb-ratio",
+        type=cli.number(1),
+        metavar="RATIO",
+        help="images of the largest training class over those of the smallest",
+    )
+    group.add_argument(
+        "--data-root",
+        type=cli.existing_path,
+        metavar="FOLDER",
+        help="folder of the data set's images (for CIFAR also a zip); digits and toycam need none (default: "
+        "$DISCL_DATA/DATASET, where that variable is set)",
+    )
+    group.add_argument(
+        "--data-seed",
+        type=cli.whole(0),
+        default=0,
+        metavar="N",
+        help="which images a data set that is made long-tailed keeps, and which are held out for validation",
+    )
 
 
 def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed: int = 0) -> LongTailed:
@@ -171,7 +105,7 @@ def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed
     if name == "digits":
         return load_digits(imb_ratio)
     if name in CAMERA_TRAPS:
-        import cameratraps
+        from loaders import cameratraps
 
         refuse_ratio(name, imb_ratio)
         return cameratraps.load(name, data_root)
@@ -452,7 +386,6 @@ def cifar_torchvision(name: str, root: Path, part: str) -> Cifar:
 # ---------------------------------------------------------------------------------------------------------------------
 # Large data sets: images stay in their files.
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
@@ -477,11 +410,6 @@ def class_folders(root: Path, part: str) -> list[tuple[str, list[str]]]:
     if not classes:
         raise UserError(f"--data-root {root}: no class folder in {part}; expected {part}/CLASS/* images")
     return classes
-
-
-def file_set(root: Path, names: list[str], labels: Iterable[int]) -> ImageSet:
-    """The images `names`, relative to `root`, as files."""
-    return ImageSet([root / name for name in names], np.array(list(labels), dtype=np.int64), names)
 
 
 def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -583,22 +511,6 @@ def read_list(path: Path, classes: int) -> tuple[list[str], list[int]]:
         names.append(name)
         labels.append(int(label))
     return names, labels
-
-
-def missing_files(root: Path, names: list[str]) -> list[str]:
-    """Those of `names`, relative to `root`, that are not there. Each folder is listed once, which is quick."""
-    listings: dict[str, set[str]] = {}
-    missing = []
-    for name in names:
-        folder, _, base = name.rpartition("/")
-        if folder not in listings:
-            try:
-                listings[folder] = set(os.listdir(root / folder))
-            except OSError:
-                listings[folder] = set()
-        if base not in listings[folder]:
-            missing.append(name)
-    return missing
 
 
 def stop_on_missing(root: Path, names: list[str], what: Path) -> None:
@@ -732,65 +644,6 @@ LAYOUTS = {
 # hard images and the spectrum, beside the real data
 
 
-def read_sources(names: list[str], train: ImageSet, data_root: Path | None) -> Iterator[tuple[Image.Image, str]]:
-    """The images that hard.csv names, one after another, each with its sha256.
-
-    `index:N` is an image of `train`, hashed over its pixels; any other name is a file below `data_root`.
-
-    Yields:
-        An RGB image, and 64 hexadecimal digits.
-
-    Raises:
-        UserError: no such image, or one that does not decode.
-    """
-    places = {source: place for place, source in enumerate(train.sources)}
-    for name in names:
-        if name in places:
-            yield train.read(places[name])
-        elif name.startswith("index:") or data_root is None:
-            raise UserError(
-                f"source {name}: not a training image of this data set; "
-                "expected one of the same --dataset and --imb-ratio, or a file below --data-root"
-            )
-        else:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UserError(f"source {name}: lies outside --data-root {data_root}")
-            yield read_image_file(data_root / name, f"source {name}")
-
-
-def read_image_file(path: Path, what: str) -> tuple[Image.Image, str]:
-    """The image of a file, upright and as RGB, and the sha256 of the file's bytes.
-
-    Raises:
-        UserError: no such file, or one that does not decode; the message begins with `what`.
-    """
-    try:
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image), hashlib.sha256(content).hexdigest()
-    except FileNotFoundError:
-        raise UserError(f"{what}: no such file {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{what}: not a readable image ({error})") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as upright 8-bit RGB: 16 bits are scaled, not cut off; what is transparent becomes white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, or 32 that hold 16; convert() would clip at 255
-        grey = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(grey / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def sha256_pixels(pixels: np.ndarray) -> str:
-    """The sha256 of an image held in memory: uint8 (H, W, 3)."""
-    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()
-
-
 def load_spectrum(folder: Path, levels: list[int], data: LongTailed) -> dict[int, ImageSet]:
     """The kept synthetic images of each level: in memory and in the size of the data set's own, or as files like them.
 
@@ -798,13 +651,13 @@ def load_spectrum(folder: Path, levels: list[int], data: LongTailed) -> dict[int
         UserError: not filtered, a level without a kept image, an image that does not decode, or a spectrum that was
             drawn from other images than this training set's.
     """
-    plan = spectrum.read_plan(folder)
+    plan = spectrum_folder.read_plan(folder)
     if plan["dataset"] != data.name:
         raise UserError(f"{folder}: made for --dataset {plan['dataset']}; expected a spectrum of {data.name}")
     places = {source: place for place, source in enumerate(data.train.sources)}
     digests: dict[int, str] = {}  # a source has many rows, and is read once
     by_level: dict[int, list[dict]] = {level: [] for level in levels}
-    for row in spectrum.kept_rows(folder, levels):
+    for row in spectrum_folder.kept_rows(folder, levels):
         place = places.get(row["source"])
         if place is not None and place not in digests:
             digests[place] = data.train.sha256(place)
@@ -834,19 +687,6 @@ def load_spectrum(folder: Path, levels: list[int], data: LongTailed) -> dict[int
         return ImageSet(np.stack([np.asarray(image) for image in resized]), labels, sources)
 
     return {level: image_set(rows) for level, rows in by_level.items()}
-
-
-def read_image(path: Path) -> Image.Image:
-    """A synthetic image as RGB.
-
-    Raises:
-        UserError: it does not decode.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); run generate_spectrum.py again") from None
 
 
 def stage_mix(

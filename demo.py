@@ -23,8 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import cli
-import road
+from runtime import cli, steps
 
 SCRIPTS = {"digits": "train_lt.py", "toycam": "train_iwildcam.py"}
 ARMS = {
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     began = time.monotonic()
     arms, script = ARMS[args.dataset], SCRIPTS[args.dataset]
-    folder = road.make_spectrum(args.out, args.dataset, 30 if args.dataset == "digits" else None)
+    folder = steps.make_spectrum(args.out, args.dataset, 30 if args.dataset == "digits" else None)
     print(f"training {len(arms)} rows with {len(args.train_seeds)} seeds each", flush=True)
     commands, folders = [], []
     for arm in arms:
@@ -95,12 +94,12 @@ def main(argv: list[str] | None = None) -> int:
             name = "_".join(word for word in arm if not word.startswith("--"))
             folders.append(args.out / "train" / f"{name}_seed{seed}")
             commands.append(
-                road.command(
+                steps.command(
                     script, "--dataset", args.dataset, *arm, "--seed", seed, "--spectrum", folder, "--out", folders[-1]
                 )
             )
     train_all(commands, args.jobs)
-    road.run("report.py", "--runs", *folders, "--spectrum", folder, "--out", args.out)
+    steps.run("report.py", "--runs", *folders, "--spectrum", folder, "--out", args.out)
     print(
         f"done in {time.monotonic() - began:.0f} s; look at {args.out / 'spectrum.png'}, "
         f"and at the curves with: tensorboard --logdir {args.out / 'train'}"

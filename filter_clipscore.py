@@ -29,10 +29,9 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
 import datasets
-import runs
-import spectrum
+from runtime import cli, runs
+from spectrum import folder as spectrum_folder
 
 # Data set and, where it matters, imbalance ratio -> synthetic images (made, kept) that DisCL reports.
 PAPER_ACCEPTANCE = {
@@ -49,7 +48,7 @@ DISTANCE_IMAGES = 5000  # a set of more is drawn from at random: the distances n
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "filter_clipscore")
-    parser.add_dataset()
+    datasets.add_flags(parser)
     parser.add_argument(
         "--spectrum",
         type=cli.existing_folder,
@@ -120,7 +119,7 @@ def score(rows: list[dict], prompts: dict[int, dict], train, clip, args, scores:
     Raises:
         UserError: a source that cannot be read, or a text or source that the CLIP gives no finite embedding.
     """
-    from embeddings import read_files, read_training_images
+    from spectrum.embeddings import read_files, read_training_images
 
     labels = sorted({row["label"] for row in rows})
     texts = clip.texts([prompts[label]["score_prompt"] for label in labels])
@@ -314,10 +313,10 @@ def top_up(rows, prompts, plan, names, made, kept, note: dict, args) -> None:
     """List what falls short of --min-per-class-level and write the next plan; counts the rounds in `note`."""
     path, list_path = args.spectrum / "top_up.csv", args.spectrum / "short.csv"
     if path.exists():  # a round is over once the generator has drawn from its plan
-        there = {spectrum.Unit(row["source"], row["level"], row["seed"]) for row in rows}
-        note["rounds"] += any(unit in there for unit, _ in spectrum.read_top_up(path))
+        there = {spectrum_folder.Unit(row["source"], row["level"], row["seed"]) for row in rows}
+        note["rounds"] += any(unit in there for unit, _ in spectrum_folder.read_top_up(path))
     short = find_short(plan, names, made, kept, args.min_per_class_level)
-    spectrum.write_short(list_path, short)
+    spectrum_folder.write_short(list_path, short)
     if not short:
         path.unlink(missing_ok=True)
         print(f"every class has {args.min_per_class_level} kept images or more at every level")
@@ -338,7 +337,7 @@ def top_up(rows, prompts, plan, names, made, kept, note: dict, args) -> None:
             "these classes have, and no others"
         )
         return
-    spectrum.write_top_up(path, planned)
+    spectrum_folder.write_top_up(path, planned)
     print(
         f"{path}: {len(planned)} images to draw in round {note['rounds'] + 1} of {args.max_rounds}; run "
         f"generate_spectrum.py with the flags of before and --plan {path}, then this command again"
@@ -361,8 +360,8 @@ def measure_distances(rows: list[dict], scores: dict[str, dict], train, clip, ar
     Each level has two rows, one for all images made and one for those kept; a row is left out where there are fewer
     than two images.
     """
-    import distances
-    from embeddings import read_files, read_training_images
+    from spectrum import distances
+    from spectrum.embeddings import read_files, read_training_images
 
     labels = {row["label"] for row in rows}
     real = [name for name, label in zip(train.sources, train.labels.tolist(), strict=True) if label in labels]
@@ -400,9 +399,9 @@ def measure_distances(rows: list[dict], scores: dict[str, dict], train, clip, ar
 
 def report_distances(table: list[dict], folder: Path) -> None:
     """Print the distances, and write distance.csv and distance.png."""
-    from figures import COLOURS, new_figure, save_figure
+    from reporting.figures import COLOURS, new_figure, save_figure
 
-    spectrum.write_distances(folder / "distance.csv", table)
+    spectrum_folder.write_distances(folder / "distance.csv", table)
     print("distance to the real images of the same classes, in the CLIP's feature space")
     print("level  images   count     MMD^2  Frechet  its floor")
     for row in table:
@@ -435,7 +434,7 @@ def report_distances(table: list[dict], folder: Path) -> None:
 
 def write_scores(path: Path, rows: list[dict], scores: dict[str, dict]) -> None:
     """scores.csv, in the order of `rows`; those without a score yet are left out."""
-    spectrum.write_scores(
+    spectrum_folder.write_scores(
         path,
         (
             {
@@ -458,7 +457,7 @@ def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict
     """
     if not path.exists():
         return {}
-    scores = spectrum.read_scores(path)
+    scores = spectrum_folder.read_scores(path)
     for name in ("clip", "clip_digest"):
         if note.get(name) != made_by[name]:
             aside = path.with_name("scores.previous.csv")
@@ -485,18 +484,18 @@ def same_scorer(plan: dict, made_by: dict, prompts: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    plan = spectrum.read_plan(args.spectrum)
+    plan = spectrum_folder.read_plan(args.spectrum)
     for name in ("dataset", "imb_ratio", "data_seed"):
         if plan[name] != getattr(args, name):
             raise cli.UserError(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: {args.spectrum} was made with {plan[name]}"
             )
-    rows = spectrum.read_made(args.spectrum)
+    rows = spectrum_folder.read_made(args.spectrum)
     if not rows:
         raise cli.UserError(f"{args.spectrum}: holds no image; run generate_spectrum.py")
     names = {row["label"]: row["class_name"] for row in rows}
-    prompts = spectrum.read_prompts(args.prompts, names)
-    made_by = spectrum.describe_clip(args.clip)
+    prompts = spectrum_folder.read_prompts(args.prompts, names)
+    made_by = spectrum_folder.describe_clip(args.clip)
     made_by["score_prompts"] = {str(label): prompts[label]["score_prompt"] for label in sorted(names)}
     path, note_path = args.spectrum / "scores.csv", args.spectrum / "scores.json"
     note = runs.read_json(note_path) if note_path.exists() else {}
@@ -505,7 +504,7 @@ def main(argv: list[str] | None = None) -> int:
     if same_scorer(plan, made_by, args.prompts):
         for row in rows:
             if row["file_name"] not in scores and "text_score" in row:
-                pair = {name: row[name] for name in spectrum.SCORED_FIELDS}
+                pair = {name: row[name] for name in spectrum_folder.SCORED_FIELDS}
                 scores[row["file_name"]] = pair | {"kept": False, "reason": ""}
     scored = len(scores) - scored
     there = {
@@ -534,9 +533,12 @@ def main(argv: list[str] | None = None) -> int:
         runs.write_json(note_path, note)
 
     if new or args.distance:
-        import embeddings  # takes seconds: after everything that can be wrong without it
+        import models  # takes seconds: after everything that can be wrong without it
+        from runtime.device import pick_device
+        from spectrum import embeddings
 
-        clip = embeddings.Clip(args.clip, args.device, args.batch_size, args.workers)
+        device = pick_device(args.device)
+        clip = embeddings.Clip(models.load_clip(args.clip, device), device, args.batch_size, args.workers)
     if new:
         score(new, prompts, train, clip, args, scores, save)
     save()
@@ -545,7 +547,7 @@ def main(argv: list[str] | None = None) -> int:
     groups = {int(label): group for label, group in note["groups"].items()}
     table = acceptance(made, kept, names, groups)
     print(table_text(*table))
-    from figures import draw_acceptance
+    from reporting.figures import draw_acceptance
 
     draw_acceptance(*table, args.spectrum / "acceptance.png")
     by = (

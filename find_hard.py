@@ -22,17 +22,17 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
 import datasets
-import runs
-import spectrum
+from loaders.base import LongTailed
+from runtime import cli, runs
+from spectrum import folder as spectrum_folder
 
 SHOWN = 20  # classes or images that are listed one by one
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "find_hard")
-    parser.add_dataset()
+    datasets.add_flags(parser)
     parser.add_argument(
         "--rule",
         choices=["few", "confidence"],
@@ -85,7 +85,7 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def find_few(data: datasets.LongTailed, few_max: int) -> list[int]:
+def find_few(data: LongTailed, few_max: int) -> list[int]:
     """Indices of the training images of few-shot classes.
 
     Raises:
@@ -103,7 +103,7 @@ def find_few(data: datasets.LongTailed, few_max: int) -> list[int]:
 # confidence
 
 
-def checkpoint_batches(args, data: datasets.LongTailed, places: list[int]):
+def checkpoint_batches(args, data: LongTailed, places: list[int]):
     """Batches of (places, probabilities of all classes (n, C) or None, place -> what is wrong), by a checkpoint.
 
     The images are those of the run's own evaluation: its size, its crop, its normalisation.
@@ -113,10 +113,11 @@ def checkpoint_batches(args, data: datasets.LongTailed, places: list[int]):
     """
     import torch
 
-    import batches
-    import embeddings
-    from augmentations import normalise
-    from models import build_classifier, pick_device
+    from models import build_classifier
+    from runtime.device import pick_device
+    from spectrum import embeddings
+    from training import stores
+    from training.augmentations import normalise
 
     trained = runs.read_json(args.checkpoint / "args.json")["args"]
     for name in ("dataset", "imb_ratio", "data_seed"):
@@ -137,7 +138,7 @@ def checkpoint_batches(args, data: datasets.LongTailed, places: list[int]):
         raise cli.UserError(f"{path}: does not fit the model {trained['model']} of args.json") from error
     model.to(device).eval()
     workers = embeddings.default_workers(device) if args.workers is None else args.workers
-    store = batches.build([data.train], device, size, workers, "contiguous")
+    store = stores.build([data.train], device, size, workers, "contiguous")
     done = 0
     for images in store.evaluation(np.array(places), args.batch_size):
         with torch.inference_mode():
@@ -146,14 +147,17 @@ def checkpoint_batches(args, data: datasets.LongTailed, places: list[int]):
         done += len(images)
 
 
-def clip_batches(args, data: datasets.LongTailed, places: list[int]):
+def clip_batches(args, data: LongTailed, places: list[int]):
     """As `checkpoint_batches`, by a CLIP: the softmax of the scaled cosines to each class's mean text embedding."""
     import torch
     from torch.nn import functional as F
 
-    import embeddings
+    import models
+    from runtime.device import pick_device
+    from spectrum import embeddings
 
-    clip = embeddings.Clip(args.clip, args.device, args.batch_size, args.workers)
+    device = pick_device(args.device)
+    clip = embeddings.Clip(models.load_clip(args.clip, device), device, args.batch_size, args.workers)
     texts = [clip.texts([template.replace("{}", name) for name in data.class_names]) for template in args.templates]
     head = F.normalize(torch.stack(texts).mean(0), dim=-1)
     scale = clip.model.logit_scale.exp().item()
@@ -162,7 +166,7 @@ def clip_batches(args, data: datasets.LongTailed, places: list[int]):
         yield found, (scale * vectors @ head.T).softmax(1) if found else None, wrong
 
 
-def probabilities(args, data: datasets.LongTailed) -> np.ndarray:
+def probabilities(args, data: LongTailed) -> np.ndarray:
     """The true class's probability of every training image, float64 (N,); NaN where it cannot be read.
 
     Raises:
@@ -185,7 +189,7 @@ def probabilities(args, data: datasets.LongTailed) -> np.ndarray:
     else:
         path.unlink(missing_ok=True)
         runs.write_json(note, made_by)
-    found = spectrum.read_probabilities(path) if path.exists() else {}
+    found = spectrum_folder.read_probabilities(path) if path.exists() else {}
     # Those that could not be read are tried again.
     places = [place for place, name in enumerate(data.train.sources) if found.get(name) is None]
     batches = (checkpoint_batches if args.checkpoint else clip_batches)(args, data, places) if places else ()
@@ -200,7 +204,7 @@ def probabilities(args, data: datasets.LongTailed) -> np.ndarray:
                         "not finite; expected another checkpoint"
                     )
                 rows.append((data.train.sources[places[i]], value))
-            spectrum.append_probabilities(path, rows)
+            spectrum_folder.append_probabilities(path, rows)
             found |= rows
             bar.update(len(rows))
     print(f"{path}: the probability of {len(data.train)} images, {len(places)} newly scored")
@@ -222,7 +226,7 @@ def find_unlikely(scores: np.ndarray, fraction: float, threshold: float | None) 
 
 def draw_counts(counts: np.ndarray, few_max: int, path: Path) -> None:
     """Training images of each class (C,), in descending order, few-shot classes in another colour."""
-    from figures import COLOURS, new_figure, save_figure
+    from reporting.figures import COLOURS, new_figure, save_figure
 
     ordered = np.sort(counts)[::-1]
     figure, axis = new_figure(figsize=(6, 3))
@@ -239,7 +243,7 @@ def draw_counts(counts: np.ndarray, few_max: int, path: Path) -> None:
 
 def draw_probabilities(scores: np.ndarray, hard: list[int], path: Path) -> None:
     """A histogram of probabilities (N,), the hard ones in another colour."""
-    from figures import COLOURS, new_figure, save_figure
+    from reporting.figures import COLOURS, new_figure, save_figure
 
     is_hard = np.zeros(len(scores), bool)
     is_hard[hard] = True
@@ -256,7 +260,7 @@ def draw_probabilities(scores: np.ndarray, hard: list[int], path: Path) -> None:
     save_figure(figure, path)
 
 
-def print_counts(hard: list[dict], data: datasets.LongTailed) -> None:
+def print_counts(hard: list[dict], data: LongTailed) -> None:
     """Hard images of each class, most first."""
     found = Counter(row["label"] for row in hard)
     for label, number in found.most_common(SHOWN):
@@ -301,7 +305,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         for place in places
     ]
-    spectrum.write_hard(args.out, hard)
+    spectrum_folder.write_hard(args.out, hard)
     classes = {row["label"] for row in hard}
     print(f"{args.out}: {len(hard)} hard images of {len(data.train)}, in {len(classes)} classes of {len(data.counts)}")
     print_counts(hard, data)

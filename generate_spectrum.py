@@ -4,7 +4,7 @@ Guidance level 100 is the real image and 0 text only: an image of level L is the
 strength 1 - L/100 and denoised under a prompt of its class (SDEdit; DisCL).
 
 Reads:  hard.csv, prompts.json, the images that hard.csv names
-Writes: OUT/plan.json, OUT/shard-00000/*.png and its metadata.jsonl (a row an image; see spectrum.py)
+Writes: OUT/plan.json, OUT/shard-00000/*.png and its metadata.jsonl (a row an image; see spectrum/folder.py)
 
 The noise of an image depends on its source, level and seed alone. Killed at any moment, the same command goes on where
 it was; SIGTERM and SIGUSR2 end it after the batch in flight, with exit code 75. A folder that was begun with other
@@ -42,13 +42,12 @@ from typing import NamedTuple
 
 from PIL import Image
 
-import cli
 import datasets
-import images
-import runs
-import spectrum
-import worklist
-from worklist import Batch, steps_at
+from generation import worklist
+from generation.worklist import Batch, steps_at
+from generation.writer import BYTES_PER_PIXEL, SAVE_OPTIONS, ImageWriter, Reader, Sources, draw_size, resize
+from runtime import cli, runs
+from spectrum import folder as spectrum_folder
 
 MAX_REDRAWS = 3
 # A model that does not work is noticed after so many images, of which more than half were blank or not finite.
@@ -85,7 +84,7 @@ def size(text: str) -> str | tuple[int, int]:
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "generate_spectrum")
-    parser.add_dataset()
+    datasets.add_flags(parser)
     parser.add_argument(
         "--hard", type=cli.existing_file, default=Path("runs/hard.csv"), metavar="FILE", help="table of find_hard.py"
     )
@@ -164,7 +163,7 @@ def build_parser() -> cli.Parser:
         help="pixels to save at: source (the source's size) or WIDTHxHEIGHT; without it, as drawn",
     )
     group.add_argument(
-        "--format", choices=list(images.SAVE_OPTIONS), default="png", help="of the files; jpg and webp at quality 95"
+        "--format", choices=list(SAVE_OPTIONS), default="png", help="of the files; jpg and webp at quality 95"
     )
     group = parser.add_argument_group("score while drawing")
     group.add_argument(
@@ -223,12 +222,12 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def make_plan(args, hard: list[spectrum.Hard], dtype: str, loras: dict[str, Path]) -> dict:
+def make_plan(args, hard: list[spectrum_folder.Hard], dtype: str, loras: dict[str, Path]) -> dict:
     """Everything that determines the images."""
     score = None
     if args.score:
         rule = {"threshold": args.threshold, "max_redraws": args.max_redraws}
-        score = spectrum.describe_clip(args.clip) | rule
+        score = spectrum_folder.describe_clip(args.clip) | rule
     local = Path(args.generator)
     if local.is_dir():  # a folder may move or be trained again: its content is what counts
         files = sorted(path for path in local.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
@@ -260,7 +259,7 @@ def make_plan(args, hard: list[spectrum.Hard], dtype: str, loras: dict[str, Path
     }
 
 
-def choose_prompt(unit: spectrum.Unit, texts: list[str], another: int = 0) -> str:
+def choose_prompt(unit: spectrum_folder.Unit, texts: list[str], another: int = 0) -> str:
     """The prompt of a unit, by its digest.
 
     Args:
@@ -275,7 +274,7 @@ def choose_prompt(unit: spectrum.Unit, texts: list[str], another: int = 0) -> st
     return others[(another - 1) % len(others)]
 
 
-def read_sizes(names: list[str], sources: images.Sources) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+def read_sizes(names: list[str], sources: Sources) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
     """Width and height of each source, and for those that cannot be opened why not."""
 
     def look(name: str) -> tuple[int, int] | str:
@@ -351,7 +350,7 @@ def print_forecast(args, todo: list[Batch], sizes: dict[str, tuple[int, int]]) -
         pixels = count * args.save_size[0] * args.save_size[1]
     elif args.save_size == "source":
         pixels = sum(math.prod(sizes[unit.source]) for batch in todo for unit in batch.units)
-    gigabytes = (sum(sample) / len(sample) * count if sample else pixels * images.BYTES_PER_PIXEL[args.format]) / 1e9
+    gigabytes = (sum(sample) / len(sample) * count if sample else pixels * BYTES_PER_PIXEL[args.format]) / 1e9
     place = next(folder for folder in [args.out.resolve(), *args.out.resolve().parents] if folder.exists())
     print(
         f"  {count} images, {len(todo)} batches, {steps} denoising steps: {hours}; about {gigabytes:.3g} GB of "
@@ -384,12 +383,12 @@ class Job:
         self.prompt_of, self.size_of, self.adapter_of, self.reader = prompt_of, size_of, adapter_of, reader
         self.scorer = scorer
         self.saved = self.redraws = self.reached = 0
-        self.failed: list[spectrum.Unit] = []
+        self.failed: list[spectrum_folder.Unit] = []
         self.at_once: dict[tuple[int, int], int] = {}  # of a size, set where a batch did not fit into memory
 
-    def draw(self, pipe, todo: list[Batch], done: set[spectrum.Unit], stop: runs.StopSignals) -> None:
+    def draw(self, pipe, todo: list[Batch], done: set[spectrum_folder.Unit], stop: runs.StopSignals) -> None:
         """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again."""
-        from generators import Generator
+        from generation.generator import Generator
 
         args = self.args
         self.generator = Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb)
@@ -398,7 +397,7 @@ class Job:
         self.scheduler = type(pipe.scheduler).__name__
         total = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
         began = time.monotonic()
-        with images.ImageWriter(self.folder) as writer, cli.progress(total, "drawing", "step") as bar:
+        with ImageWriter(self.folder) as writer, cli.progress(total, "drawing", "step") as bar:
             for redraw in range(1 if self.scorer else MAX_REDRAWS + 1):
                 for batch, following in itertools.zip_longest(todo, todo[1:]):
                     if stop.received:
@@ -408,7 +407,7 @@ class Job:
                     self.stop_if_broken(writer)
                 writer.drain()
                 self.stop_if_broken(writer)
-                units = [spectrum.Unit(row["source"], row["level"], row["seed"]) for row in writer.rejected]
+                units = [spectrum_folder.Unit(row["source"], row["level"], row["seed"]) for row in writer.rejected]
                 writer.rejected.clear()
                 todo = worklist.make_batches(units, self.size_of, args.batch_size, self.adapter_of)
                 if stop.received or not todo:
@@ -455,15 +454,15 @@ class Job:
             self.reader.prepared.clear()
         return found
 
-    def prompt(self, unit: spectrum.Unit, redraw: int) -> str:
+    def prompt(self, unit: spectrum_folder.Unit, redraw: int) -> str:
         """The prompt of a drawing: another one at each redraw for a better score, the same where it was only blank."""
         return self.prompt_of(unit, redraw if self.scorer else 0)
 
     def draw_once(self, batch: Batch, redraw: int, found: dict) -> tuple:
-        """Draw a batch: what generators.to_host gives of it."""
+        """Draw a batch: what generator.to_host gives of it."""
         import torch
 
-        from generators import to_host
+        from generation.generator import to_host
 
         size, parts = f"{batch.size[0]}x{batch.size[1]}", []
         self.redraws += len(batch.units) if redraw else 0
@@ -503,7 +502,7 @@ class Job:
         them.
 
         Returns:
-            As `generators.to_host`, and the images' rows.
+            As `generator.to_host`, and the images' rows.
         """
         import torch
 
@@ -516,7 +515,7 @@ class Job:
             arrived()
             rows = [self.row(unit, redraw, batch.size) for unit in some.units]
             pictures = [
-                images.resize(Image.fromarray(one.numpy()), (row["width"], row["height"]))
+                resize(Image.fromarray(one.numpy()), (row["width"], row["height"]))
                 for one, row in zip(pixels, rows, strict=True)
             ]
             scores = self.scorer.score(pictures, [row["label"] for row in rows], [unit.source for unit in some.units])
@@ -531,7 +530,7 @@ class Job:
         _, pixels, good, rows = zip(*best, strict=True)
         return torch.stack(pixels), torch.tensor(good), arrived, list(rows)
 
-    def stop_if_broken(self, writer: images.ImageWriter) -> None:
+    def stop_if_broken(self, writer: ImageWriter) -> None:
         """Raise UserError where most of what was drawn is not good, before a day is spent on it."""
         rejected = len(writer.rejected)
         if writer.seen >= TRIAL and rejected > writer.seen / 2:
@@ -540,7 +539,7 @@ class Job:
                 f"work in {self.plan['dtype']}; expected another --dtype or --generator"
             )
 
-    def row(self, unit: spectrum.Unit, redraw: int, drawn: tuple[int, int]) -> dict:
+    def row(self, unit: spectrum_folder.Unit, redraw: int, drawn: tuple[int, int]) -> dict:
         """The row of an image in metadata.jsonl, but for its scores."""
         args, source = self.args, self.hard[unit.source]
         width, height = {None: drawn, "source": self.sizes.get(unit.source)}.get(args.save_size, args.save_size)
@@ -590,7 +589,7 @@ class Job:
         return 1
 
 
-def find_loras(args, hard: list[spectrum.Hard]) -> dict[str, Path]:
+def find_loras(args, hard: list[spectrum_folder.Hard]) -> dict[str, Path]:
     """The adapter files that the arguments name: models.find_loras."""
     if args.lora and args.lora_by_class:
         raise cli.UserError("--lora and --lora-by-class: expected one of them")
@@ -602,11 +601,14 @@ def find_loras(args, hard: list[spectrum.Hard]) -> dict[str, Path]:
     return models.find_loras(args.lora or args.lora_by_class, labels)
 
 
-def build_scorer(args, prompts: dict[int, dict], hard: dict[str, spectrum.Hard]):
+def build_scorer(args, prompts: dict[int, dict], hard: dict[str, spectrum_folder.Hard]):
     """The CLIP that --score names, and the texts of the hard classes."""
-    import embeddings
+    import models
+    from runtime.device import pick_device
+    from spectrum import embeddings
 
-    clip = embeddings.Clip(args.clip, args.device, args.batch_size, workers=0)
+    device = pick_device(args.device)
+    clip = embeddings.Clip(models.load_clip(args.clip, device), device, args.batch_size, workers=0)
     labels = sorted({row.label for row in hard.values()})
     return embeddings.Scorer(clip, {label: prompts[label]["score_prompt"] for label in labels})
 
@@ -618,26 +620,26 @@ def finished(args) -> bool:
     """
     if args.plan or not (args.out / "plan.json").is_file():
         return False
-    hard = spectrum.read_hard(args.hard)
-    plan = spectrum.read_plan(args.out)
+    hard = spectrum_folder.read_hard(args.hard)
+    plan = spectrum_folder.read_plan(args.out)
     if plan != make_plan(args, hard, plan.get("dtype", ""), find_loras(args, hard)):
         return False  # the script itself says what differs
     units = set(worklist.order_units([row.source for row in hard], plan["levels"], plan["seeds"]))
-    return len(spectrum.drawn_units(args.out, units)) == len(units)
+    return len(spectrum_folder.drawn_units(args.out, units)) == len(units)
 
 
 def most_shards(args) -> int:
     """How many shards have something to draw: one for each batch, where all sources have one size."""
-    units = len(spectrum.read_hard(args.hard)) * args.seeds
+    units = len(spectrum_folder.read_hard(args.hard)) * args.seeds
     return len(set(args.levels)) * -(-units // args.batch_size)
 
 
 def print_check(folder: Path) -> int:
     """Print what is wrong with a spectrum folder."""
-    count, wrong = spectrum.check(folder)
+    count, wrong = spectrum_folder.check(folder)
     for line in wrong:
         print(line)
-    plan = spectrum.read_plan(folder)
+    plan = spectrum_folder.read_plan(folder)
     planned = plan["sources"] * len(plan["levels"]) * plan["seeds"]
     print(f"{folder}: {count} images with a row, {planned} in plan.json, {len(wrong)} things wrong")
     return 1 if wrong else 0
@@ -651,12 +653,13 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError("--levels 100: that is the real image; expected levels from 0 to 99")
     if args.save_size == "native":
         raise cli.UserError("--save-size native: expected source or WIDTHxHEIGHT")
-    hard = {row.source: row for row in spectrum.read_hard(args.hard)}
-    prompts = spectrum.read_prompts(args.prompts, [row.label for row in hard.values()])
+    hard = {row.source: row for row in spectrum_folder.read_hard(args.hard)}
+    prompts = spectrum_folder.read_prompts(args.prompts, [row.label for row in hard.values()])
 
-    import models  # takes seconds
+    import models
+    from runtime.device import pick_device  # takes seconds
 
-    device = models.pick_device(args.device)
+    device = pick_device(args.device)
     models.check_generator(args.generator)
     known = models.GENERATORS.get(args.generator, models.UNKNOWN_GENERATOR)
     if args.size == "native" and known is models.UNKNOWN_GENERATOR:
@@ -666,27 +669,27 @@ def main(argv: list[str] | None = None) -> int:
     loras = find_loras(args, list(hard.values()))
     plan = make_plan(args, list(hard.values()), models.generator_dtype(args.dtype, device), loras)
     if (args.out / "plan.json").exists():
-        runs.stop_on_difference(args.out / "plan.json", spectrum.read_plan(args.out), plan, "delete that folder")
+        runs.stop_on_difference(args.out / "plan.json", spectrum_folder.read_plan(args.out), plan, "delete that folder")
 
     with ExitStack() as stack:
         stop = stack.enter_context(runs.StopSignals())
         if not args.dry_run:
-            folder = stack.enter_context(spectrum.claim(args.out, *args.shard, args.batch_size))
+            folder = stack.enter_context(spectrum_folder.claim(args.out, *args.shard, args.batch_size))
             if args.plan:
-                spectrum.add_extra(args.out, args.plan, hard)
+                spectrum_folder.add_extra(args.out, args.plan, hard)
         paths = sorted(args.out.glob("extra-*.csv"))
         if args.dry_run and args.plan:
             paths.append(args.plan)
 
-        def prompt_of(unit: spectrum.Unit, redraw: int = 0) -> str:
+        def prompt_of(unit: spectrum_folder.Unit, redraw: int = 0) -> str:
             return asked.get(unit) or choose_prompt(unit, prompts[hard[unit.source].label]["prompts"], redraw)
 
-        asked: dict[spectrum.Unit, str] = {}
-        extra = leave_out_planned(spectrum.read_extra(paths, hard), plan, prompt_of)
+        asked: dict[spectrum_folder.Unit, str] = {}
+        extra = leave_out_planned(spectrum_folder.read_extra(paths, hard), plan, prompt_of)
         for units in extra:
             asked |= units
 
-        sources = images.Sources(
+        sources = Sources(
             datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed).train, args.data_root
         )
         sizes, unreadable = {}, {}
@@ -695,7 +698,7 @@ def main(argv: list[str] | None = None) -> int:
         multiple = models.latent_multiple(args.generator, args.revision)
 
         def size_of(source: str) -> tuple[int, int]:
-            return images.draw_size(sizes.get(source, (0, 0)), args.size, known.native, multiple)
+            return draw_size(sizes.get(source, (0, 0)), args.size, known.native, multiple)
 
         def adapter_of(source: str) -> str | None:
             return f"class_{hard[source].label}" if args.lora_by_class else None
@@ -703,7 +706,7 @@ def main(argv: list[str] | None = None) -> int:
         readable = [name for name in hard if name not in unreadable]
         mine = plan_batches(args, plan, extra, readable, size_of, adapter_of)
         wanted = {unit for batch in mine for unit in batch.units}
-        done = spectrum.done_units(args.out, wanted, delete=not args.dry_run)
+        done = spectrum_folder.done_units(args.out, wanted, delete=not args.dry_run)
         todo = [batch for batch in mine if not done.issuperset(batch.units)]
         print(
             f"{args.out}: {len(wanted)} images ({len(hard)} sources, levels {plan['levels']}, {args.seeds} seeds"
@@ -721,7 +724,7 @@ def main(argv: list[str] | None = None) -> int:
             print_forecast(args, todo, sizes)
             return 0
         scorer = build_scorer(args, prompts, hard) if args.score and todo else None
-        reader = images.Reader(sources, unreadable, scorer.clip.preprocess if scorer else None)
+        reader = Reader(sources, unreadable, scorer.clip.preprocess if scorer else None)
         job = Job(args, plan, folder, hard, prompt_of, size_of, adapter_of, sizes, reader, scorer)
         if todo:
             pipe = models.load_generator(args.generator, device, args.revision, args.dtype, args.scheduler)
@@ -729,7 +732,7 @@ def main(argv: list[str] | None = None) -> int:
                 models.load_loras(pipe, loras)
             if (args.out / "plan.json").exists():  # another shard's, perhaps written since
                 runs.stop_on_difference(
-                    args.out / "plan.json", spectrum.read_plan(args.out), plan, "delete that folder"
+                    args.out / "plan.json", spectrum_folder.read_plan(args.out), plan, "delete that folder"
                 )
             runs.write_json(args.out / "plan.json", plan)
             job.draw(pipe, todo, done, stop)

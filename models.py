@@ -8,96 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from cli import UserError
-from runs import read_json
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a parameter-free shortcut (He et al., 2016, option A)."""
-
-    def __init__(self, width_in: int, width: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.stride, self.extra = stride, width - width_in
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, 0, self.extra)))
-
-
-class CifarResNet(nn.Module):
-    """The ResNet for small images of He et al. (2016), section 4.2: 6n + 2 layers, widths 16, 32, 64.
-
-    Args:
-        depth: 6n + 2: 8, 14, 20, 32, 44, 56, 110.
-
-    Shapes: float (N, 3, H, W), normalised, to logits (N, num_classes).
-    """
-
-    def __init__(self, depth: int, num_classes: int):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(16)
-        blocks, width_in = [], 16
-        for width, stride in ((16, 1), (32, 2), (64, 2)):
-            for i in range((depth - 2) // 6):
-                blocks.append(BasicBlock(width_in, width, stride if i == 0 else 1))
-                width_in = width
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.blocks(F.relu(self.bn(self.conv(x))))
-        return self.head(x.mean((2, 3)))
-
-
-class CosineHead(nn.Module):
-    """A last layer whose logits are cosines of features and class weights, in [-1, 1], as LDAM takes them.
-
-    Shapes: float (N, D) to (N, num_classes).
-    """
-
-    def __init__(self, features: int, num_classes: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_classes, features))
-        nn.init.xavier_uniform_(self.weight)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with _full_precision(x.device.type):
-            return F.linear(F.normalize(x.float(), dim=-1), F.normalize(self.weight, dim=1))
-
-
-class FullPrecisionLinear(nn.Linear):
-    """A last layer that autocast leaves in float32.
-
-    In bfloat16 the best logit of one image in a hundred equals the next, and such ties all go to the class of the lower
-    index, which in a long-tailed data set made by index is the larger one.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with _full_precision(x.device.type):
-            return super().forward(x.float())
-
-
-def _full_precision(device: str):
-    """A context without autocast."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-
+from runtime.cli import UserError, first_line
+from runtime.runs import read_json
+from training.networks import CifarResNet, CosineHead, FullPrecisionLinear
 
 # The same word means two families in the literature: by these depths a name is one for small or for large images.
 SMALL_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
@@ -174,7 +93,7 @@ def _build_timm(name: str, num_classes: int, image_size: int | None, pretrained:
     try:
         return timm.create_model(plain, pretrained=pretrained, num_classes=num_classes, **sized)
     except Exception as error:  # no network, no weights, a size that the model cannot have: each its own class
-        raise UserError(f"--model {name}: cannot be built: {_first_line(error)}") from error
+        raise UserError(f"--model {name}: cannot be built: {first_line(error)}") from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -183,7 +102,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: not readable, or the weights of another architecture or number of classes.
     """
-    import runs
+    from runtime import runs
 
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -192,7 +111,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         try:
             weights = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"--init-checkpoint {path}: not readable ({_first_line(error)})") from error
+            raise UserError(f"--init-checkpoint {path}: not readable ({first_line(error)})") from error
     else:
         content = runs.load_checkpoint(path, "cpu")
         weights = content.get("model", content)
@@ -286,7 +205,7 @@ def load_generator(
             **{name: options[name] for name in names},
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"--generator {name_or_path}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     if hasattr(pipe, "watermark"):
@@ -352,7 +271,7 @@ def load_loras(pipe, loras: dict[str, Path]) -> None:
             pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
             pipe.set_adapters([name])
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{path}: not a LoRA of this generator: {_first_line(error)}") from error
+            raise UserError(f"{path}: not a LoRA of this generator: {first_line(error)}") from error
         if torch.equal(draw(), without):
             raise UserError(
                 f"{path}: changes nothing that the generator draws; expected a trained LoRA of this very architecture"
@@ -388,7 +307,7 @@ def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
         try:
             config = diffusers.AutoencoderKL.load_config(name_or_path, subfolder="vae", revision=revision)
         except (OSError, ValueError) as error:
-            raise UserError(f"--generator {name_or_path}: cannot be loaded: {_first_line(error)}") from error
+            raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
     return 2 ** (len(config.get("block_out_channels", [0] * 4)) - 1)
 
 
@@ -430,7 +349,7 @@ def load_clip(name_or_path: str, device: str):
                 f"--clip {name_or_path}: its checkpoint does not match its architecture: {lines[1][:200]}; "
                 "expected weights that were trained with this architecture"
             ) from error
-        raise UserError(f"--clip {name_or_path}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"--clip {name_or_path}: cannot be loaded: {first_line(error)}") from error
     return model.eval(), preprocess, tokenizer
 
 
@@ -450,7 +369,7 @@ def load_language_model(name_or_path: str, device: str):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
         model = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--llm {name_or_path}: cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"--llm {name_or_path}: cannot be loaded: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model.to(device).eval(), tokenizer
@@ -462,22 +381,3 @@ def _check_path(flag: str, name: str, needed: str) -> None:
     looks_local = path.is_absolute() or name.startswith(".") or name.count("/") != 1 or path.exists()
     if looks_local and "/" in name and not (path / needed).is_file():
         raise UserError(f"{flag} {name}: expected a folder that holds {needed}, or a name on the hub")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def pick_device(name: str) -> str:
-    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine.
-
-    Raises:
-        UserError: no such device here.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used here: {_first_line(error)}") from error
-    return name

@@ -22,14 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
 import datasets
-import figures
-import page
-import recipes
-import runs
-import spectrum
-import tables
+from loaders.pictures import read_image
+from loaders.sources import read_sources
+from reporting import figures, page, recipes, tables
+from runtime import cli, runs
+from spectrum import folder as spectrum_folder
 
 GROUPS = ("many", "medium", "few")
 PANELS = {
@@ -154,9 +152,9 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
 
 def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: int = 10) -> None:
     """A sheet: a row for each of some hard images, a column for each level and the source; rejected ones framed red."""
-    plan = spectrum.read_plan(folder)
-    rows = spectrum.read_rows(folder)
-    scores = spectrum.read_scores(folder / "scores.csv") if (folder / "scores.csv").exists() else {}
+    plan = spectrum_folder.read_plan(folder)
+    rows = spectrum_folder.read_rows(folder)
+    scores = spectrum_folder.read_scores(folder / "scores.csv") if (folder / "scores.csv").exists() else {}
     by_label: dict[int, list[str]] = {}
     for source, label in {row["source"]: row["label"] for row in rows}.items():
         by_label.setdefault(label, []).append(source)
@@ -170,7 +168,7 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
     shown.sort(key=lambda source: next(row["label"] for row in rows if row["source"] == source))
     cells = {(row["source"], row["level"]): row for row in rows if row["seed"] == 0}
     train = datasets.load(plan["dataset"], plan["imb_ratio"], data_root, plan["data_seed"]).train
-    real = dict(zip(shown, (image for image, _ in datasets.read_sources(shown, train, data_root)), strict=True))
+    real = dict(zip(shown, (image for image, _ in read_sources(shown, train, data_root)), strict=True))
 
     columns = [*plan["levels"], 100]
     figure, axes = figures.new_figure(
@@ -184,7 +182,7 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
             if level == 100:
                 axis.imshow(real[source])
             elif row:
-                axis.imshow(datasets.read_image(folder / row["file_name"]))
+                axis.imshow(read_image(folder / row["file_name"]))
                 rejected = row["file_name"] in scores and not scores[row["file_name"]]["kept"]
                 for spine in axis.spines.values():
                     spine.set(visible=rejected, color="red", linewidth=3)
@@ -201,7 +199,7 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
 def draw_spectrum_figures(folder: Path, data_root: Path | None, out: Path) -> list[tuple[Path, str]]:
     """The figures of a spectrum folder: files and what they show."""
     draw_spectrum(
-        folder, data_root or cli.default_data_root(spectrum.read_plan(folder)["dataset"]), out / "spectrum.png"
+        folder, data_root or cli.default_data_root(spectrum_folder.read_plan(folder)["dataset"]), out / "spectrum.png"
     )
     drawn = [(out / "spectrum.png", "Each row starts at text only and ends at the real image, level 100.")]
     if (folder / "scores.csv").exists():
@@ -217,7 +215,7 @@ def draw_spectrum_figures(folder: Path, data_root: Path | None, out: Path) -> li
 
 def draw_acceptance(folder: Path, path: Path) -> None:
     """The kept share of each class and level, with the number kept."""
-    rows, scores = spectrum.read_rows(folder), spectrum.read_scores(folder / "scores.csv")
+    rows, scores = spectrum_folder.read_rows(folder), spectrum_folder.read_scores(folder / "scores.csv")
     labels, levels = sorted({row["label"] for row in rows}), sorted({row["level"] for row in rows})
     names = {row["label"]: row["class_name"] for row in rows}
     made, kept = np.zeros((len(labels), len(levels)), int), np.zeros((len(labels), len(levels)), int)

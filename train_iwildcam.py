@@ -30,14 +30,11 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
 import datasets
-import distributed
-import losses
-import optimization
-import recipes
-import runs
-import training
+from loaders.base import ImageSet, LongTailed
+from reporting import recipes
+from runtime import cli, runs
+from training import distributed, loop, losses, optimization
 
 LOSSES = ("flyp", "ce", "lpft")
 ALPHAS = [i / 10 for i in range(11)]  # of WiSE-FT
@@ -52,10 +49,10 @@ def curriculum_name(text: str) -> str:
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "train_iwildcam")
-    parser.add_dataset("toycam", datasets.CAMERA_TRAPS)
-    training.add_run_flags(parser)
+    datasets.add_flags(parser, "toycam", datasets.CAMERA_TRAPS)
+    loop.add_run_flags(parser)
     group = parser.add_argument_group("curriculum")
-    training.add_curriculum_flags(group, curriculum_name)
+    loop.add_curriculum_flags(group, curriculum_name)
     group = parser.add_argument_group("model and loss")
     group.add_argument(
         "--clip",
@@ -85,7 +82,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--grad-checkpointing", action="store_true", help="compute activations twice, which saves most of their memory"
     )
-    training.add_training_flags(parser.add_argument_group("training"))
+    loop.add_training_flags(parser.add_argument_group("training"))
     return parser
 
 
@@ -95,10 +92,10 @@ def check_flags(args) -> None:
         raise cli.UserError("--templates: expected texts with {}, where the class name goes")
     if args.merge_same_class and args.loss != "flyp":
         raise cli.UserError(f"--merge-same-class: --loss {args.loss} has no captions; expected flyp")
-    training.check_flags(args)
+    loop.check_flags(args)
 
 
-def epoch_data(seed: int, epoch: int, stage: list[int], pool: training.Pool, source_ids: np.ndarray) -> np.ndarray:
+def epoch_data(seed: int, epoch: int, stage: list[int], pool: loop.Pool, source_ids: np.ndarray) -> np.ndarray:
     """The places in the pool of the images that an epoch trains on, before shuffling; `stage` has its levels.
 
     Every real image, but where accepted synthetic images of the stage's levels were drawn from it, one of those at
@@ -118,11 +115,11 @@ def epoch_data(seed: int, epoch: int, stage: list[int], pool: training.Pool, sou
 
 
 @dataclass
-class Trainer(training.Trainer):
+class Trainer(loop.Trainer):
     """A CLIP's fine-tuning on camera traps.
 
     Attributes:
-        tokens: of every class's captions (cliptuning.captions_of), int (C * T, length), on the device.
+        tokens: of every class's captions (clip.captions_of), int (C * T, length), on the device.
         zero_shot: the weights before any training, on the CPU, with the zero-shot head where there is a linear one.
         source_ids: a number for each image of the pool, the same for those of one source, int (N,).
         stores: the images of the splits to evaluate on.
@@ -140,7 +137,7 @@ class Trainer(training.Trainer):
         import torch
         from torch.nn import functional as F
 
-        from augmentations import normalise
+        from training.augmentations import normalise
 
         args, data, device = self.args, self.data, self.device
         labels, templates = torch.from_numpy(self.pool.labels[places]), len(args.templates)
@@ -202,20 +199,20 @@ class Trainer(training.Trainer):
         """Logits, float (N, C), of the model with its linear head, or the zero-shot one that its text tower makes."""
         import torch
 
-        import cliptuning
-        import evaluation
+        from training import clip as clip_tuning
+        from training import evaluation
 
         distributed.same_buffers(self.model)
         weight = None
         if self.args.loss == "flyp":
             with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
-                weight = cliptuning.zero_shot_head(self.model, self.tokens, len(self.data.class_names))
-        classifier = cliptuning.Classifier(self.model, weight)
+                weight = clip_tuning.zero_shot_head(self.model, self.tokens, len(self.data.class_names))
+        classifier = clip_tuning.Classifier(self.model, weight)
         return evaluation.predict(classifier, store, places, self.data, self.device, self.args.precision)
 
     def figures(self, split: str) -> tuple[dict[str, float], np.ndarray]:
         """Macro-F1 and accuracy on a split in percent, and the logits, float32 (N, C)."""
-        import evaluation
+        from training import evaluation
 
         labels = getattr(self.data, split).labels
         logits = self.predict(self.stores[split], np.arange(len(labels))).numpy()
@@ -244,8 +241,8 @@ class Trainer(training.Trainer):
         """Test the last weights, the best by id_val, WiSE-FT's and the untuned ones, and write what the run leaves."""
         import torch
 
-        import cliptuning
-        import evaluation
+        from training import clip as clip_tuning
+        from training import evaluation
 
         args, data = self.args, self.data
         tuned = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
@@ -255,11 +252,11 @@ class Trainer(training.Trainer):
         zero_shot = {name: value.to(self.device) for name, value in self.zero_shot.items()}
         sweep = []
         for alpha in ALPHAS:
-            self.model.load_state_dict(cliptuning.interpolated(zero_shot, tuned, alpha))
+            self.model.load_state_dict(clip_tuning.interpolated(zero_shot, tuned, alpha))
             sweep.append({"alpha": alpha} | {f"id_val_{name}": one for name, one in self.figures("id_val")[0].items()})
         # The test sets are not looked at: of equal alphas the larger, nearer to the tuned weights.
         chosen = max(sweep, key=lambda row: (row["id_val_f1"], row["alpha"]))
-        self.model.load_state_dict(cliptuning.interpolated(zero_shot, tuned, chosen["alpha"]))
+        self.model.load_state_dict(clip_tuning.interpolated(zero_shot, tuned, chosen["alpha"]))
         wise, _ = self.test()
         self.model.load_state_dict(zero_shot)
         untuned, _ = self.test()
@@ -288,12 +285,12 @@ class Trainer(training.Trainer):
         for row in sweep:
             writer.add_scalar("wise_ft/id_val_f1", row["id_val_f1"], round(100 * row["alpha"]))
         if args.curriculum == "adaptive":
-            import figures
+            from reporting import figures
 
             figures.draw_progress(state["history"], args.out / "progress.png")
         metrics = {f"test/{name}": value for name, value in last.items()}
         metrics |= {f"test_wise_ft/{name}": value for name, value in wise.items()}
-        training.write_results(self, state, writer, results, metrics)
+        loop.write_results(self, state, writer, results, metrics)
         for name, found in (("after the last epoch", last), (f"WiSE-FT, alpha {chosen['alpha']}", wise)):
             print(f"{args.out}: {name}: macro-F1 % OOD {found['ood_f1']:.1f}, ID {found['id_f1']:.1f}")
         if unreadable:
@@ -302,7 +299,7 @@ class Trainer(training.Trainer):
 
 def spectrum_sheet(trainer: Trainer) -> np.ndarray:
     """Some hard images, each beside one synthetic image of each level: uint8 (height, width, 3)."""
-    import figures
+    from reporting import figures
 
     pool, data = trainer.pool, trainer.data
     ids, levels = trainer.source_ids, [*trainer.levels, 100]
@@ -320,9 +317,9 @@ def spectrum_sheet(trainer: Trainer) -> np.ndarray:
     return figures.sheet(images, captions, len(levels))
 
 
-def write_tables(folder: Path, data: datasets.LongTailed, predicted: dict[str, np.ndarray]) -> None:
+def write_tables(folder: Path, data: LongTailed, predicted: dict[str, np.ndarray]) -> None:
     """per_class.csv and per_location.csv of both test sets: images, accuracy and F1 in percent."""
-    import evaluation
+    from training import evaluation
 
     by_class, by_location = io.StringIO(), io.StringIO()
     class_table, location_table = (csv.writer(text, lineterminator="\n") for text in (by_class, by_location))
@@ -375,49 +372,48 @@ def main(argv: list[str] | None = None) -> int:
     sources = [source for part in data.splits.values() for source in part.sources]
     inputs: dict = {"data": runs.digest_int(*sources, runs.digest_files(data.files))}
     if args.curriculum != "none":
-        levels, _ = training.prepare_spectrum(args)
-        training.stage_of(args, 0, levels)
+        levels, _ = loop.prepare_spectrum(args)
+        loop.stage_of(args, 0, levels)
         synthetic = datasets.load_spectrum(args.spectrum, levels, data)
         inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
         hard = len({source for one in synthetic.values() for source in one.sources})
         if distributed.rank() == 0:
             print(f"{hard} hard images of {len(data.train)} have an accepted image of the levels {levels}")
-    return training.run(args, inputs, lambda signals: prepare(args, data, synthetic, signals))
+    return loop.run(args, inputs, lambda signals: prepare(args, data, synthetic, signals))
 
 
 def prepare(args, data, synthetic: dict, signals: runs.StopSignals) -> tuple[Trainer, dict]:
     """The model, its optimiser and the images, and the run's state: new, or its last checkpoint's."""
     import torch
 
-    import batches
-    import cliptuning
     import models
+    from runtime.device import pick_device
+    from training import clip as clip_tuning
+    from training import stores
 
-    device = models.pick_device(args.device)
+    device = pick_device(args.device)
     torch.manual_seed(runs.digest_int("weights", args.seed))
     clip, _, tokenizer = models.load_clip(args.clip, device)
-    size, mean, std = cliptuning.input_of(clip, args.clip)
+    size, mean, std = clip_tuning.input_of(clip, args.clip)
     data = dataclasses.replace(data, mean=mean, std=std)
-    tokens = tokenizer(cliptuning.captions_of(data.class_names, args.templates)).to(device)
+    tokens = tokenizer(clip_tuning.captions_of(data.class_names, args.templates)).to(device)
 
-    def store(sets: list[datasets.ImageSet], skip_unreadable: bool = False):
+    def store(sets: list[ImageSet], skip_unreadable: bool = False):
         paths = [path for one in sets for path in one.images]
-        return batches.Decoded(
-            paths, device, size, args.workers, crop=batches.CLIP_CROP, skip_unreadable=skip_unreadable
-        )
+        return stores.Decoded(paths, device, size, args.workers, crop=stores.CLIP_CROP, skip_unreadable=skip_unreadable)
 
-    pool = training.build_pool(args, data, synthetic, lambda sets: store(sets, True))
-    model = cliptuning.TunedClip(distributed.synchronised(clip, device)).to(device)
+    pool = loop.build_pool(args, data, synthetic, lambda sets: store(sets, True))
+    model = clip_tuning.TunedClip(distributed.synchronised(clip, device)).to(device)
     if args.loss != "flyp":
-        head = cliptuning.zero_shot_head(model, tokens, len(data.class_names))
-        model = cliptuning.TunedClip(model.clip, head)
+        head = clip_tuning.zero_shot_head(model, tokens, len(data.class_names))
+        model = clip_tuning.TunedClip(model.clip, head)
     zero_shot = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     if args.grad_checkpointing:
         clip.set_grad_checkpointing(True)
     if args.loss == "lpft" and not (args.out / "checkpoint.pt").exists():
         model.set_head(*probe(args, data, model, pool, device))
     optimizer = optimization.build_optimizer(args, model)
-    state = training.start_or_resume(args, model, optimizer, None, device)
+    state = loop.start_or_resume(args, model, optimizer, None, device)
     pool.images.unreadable |= state.get("unreadable", {})
     state["unreadable"] = pool.images.unreadable  # the same dictionary, which grows
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
@@ -429,20 +425,20 @@ def prepare(args, data, synthetic: dict, signals: runs.StopSignals) -> tuple[Tra
     return trainer, state
 
 
-def probe(args, data, model, pool: training.Pool, device: str) -> tuple:
+def probe(args, data, model, pool: loop.Pool, device: str) -> tuple:
     """The linear probe of lpft: weights and bias of the head, fitted to the real training images' embeddings."""
     import torch
 
-    import cliptuning
-    import evaluation
+    from training import clip as clip_tuning
+    from training import evaluation
 
     places = np.flatnonzero((pool.levels == 100) & ~pool.held)
-    embedder, width = cliptuning.Embedder(model), model.head.in_features
+    embedder, width = clip_tuning.Embedder(model), model.head.in_features
     features = evaluation.predict(embedder, pool.images, places, data, device, args.precision, width=width)
     wrong = torch.tensor([float(place in pool.images.unreadable) for place in places])
     keep = distributed.total(wrong, device).cpu() == 0
     labels = torch.from_numpy(pool.labels[places])
-    return cliptuning.linear_probe(features[keep].to(device), labels[keep].to(device), model.head.weight.detach())
+    return clip_tuning.linear_probe(features[keep].to(device), labels[keep].to(device), model.head.weight.detach())
 
 
 if __name__ == "__main__":

@@ -25,22 +25,20 @@ from pathlib import Path
 
 import numpy as np
 
-import cli
 import datasets
-import distributed
-import losses
-import optimization
-import recipes
-import runs
-import training
+from loaders.base import ImageSet, LongTailed
+from loaders.pictures import read_image
+from reporting import recipes
+from runtime import cli, runs
+from training import distributed, loop, losses, optimization
 
 DRAWN = ("cifar10_lt", "cifar100_lt", "imagefolder")  # data sets that --imb-ratio draws a part of
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "train_lt")
-    parser.add_dataset()
-    training.add_run_flags(parser)
+    datasets.add_flags(parser)
+    loop.add_run_flags(parser)
     add_curriculum_flags(parser.add_argument_group("curriculum"))
     add_loss_flags(parser.add_argument_group("loss"))
     add_model_flags(parser.add_argument_group("model and images"))
@@ -49,7 +47,7 @@ def build_parser() -> cli.Parser:
 
 
 def add_curriculum_flags(group) -> None:
-    training.add_curriculum_flags(group)
+    loop.add_curriculum_flags(group)
     group.add_argument(
         "--hard-share",
         type=cli.number(0, 0.99),
@@ -146,7 +144,7 @@ def add_model_flags(group) -> None:
 
 
 def add_training_flags(group) -> None:
-    training.add_training_flags(group)
+    loop.add_training_flags(group)
     group.add_argument(
         "--memory-format",
         choices=["contiguous", "channels_last"],
@@ -171,10 +169,10 @@ def check_flags(args) -> None:
         raise cli.UserError(f"--mix {args.mix}: a mixed image has no one class to weight; expected no --drw")
     if args.drw and args.loss in ("bs", "la"):
         raise cli.UserError(f"--drw: --loss {args.loss} corrects for the class counts itself; expected ce, focal, ldam")
-    training.check_flags(args)
+    loop.check_flags(args)
 
 
-def epoch_data(args, epoch: int, stage: list[int], pool: training.Pool, is_hard: np.ndarray) -> np.ndarray:
+def epoch_data(args, epoch: int, stage: list[int], pool: loop.Pool, is_hard: np.ndarray) -> np.ndarray:
     """The places in the pool of the images that an epoch trains on, before shuffling; `stage` has its levels."""
     real = np.flatnonzero(pool.levels == 100)
     if not stage:
@@ -193,12 +191,12 @@ def epoch_data(args, epoch: int, stage: list[int], pool: training.Pool, is_hard:
 
 
 @dataclass
-class Trainer(training.Trainer):
+class Trainer(loop.Trainer):
     """A classifier's training on a long-tailed data set.
 
     Attributes:
         is_hard: whether a class is hard, bool (C,).
-        val: the validation images (batches.py).
+        val: the validation images (training/stores.py).
         learned: the level of learning of each class, int (C,), which --augment cuda goes by; None without it.
     """
 
@@ -214,7 +212,7 @@ class Trainer(training.Trainer):
         """See training.Trainer."""
         import torch
 
-        import augmentations
+        from training import augmentations
 
         args, data, device = self.args, self.data, self.device
         classes = len(data.class_names)
@@ -252,12 +250,11 @@ class Trainer(training.Trainer):
         """See training.Trainer: with --augment cuda, try the model on each class and move its level of learning."""
         if self.learned is None:
             return
-        import evaluation
-        import level_of_learning
+        from training import class_augmentation, evaluation
 
         args, pool, classes = self.args, self.pool, len(self.data.class_names)
         real = np.flatnonzero((pool.levels == 100) & ~pool.held)
-        chosen, strengths = level_of_learning.trial(
+        chosen, strengths = class_augmentation.trial(
             pool.labels[real], self.learned, np.random.default_rng([args.seed, epoch, 3])
         )
         seed = runs.digest_int("trial", args.seed, epoch)
@@ -268,20 +265,20 @@ class Trainer(training.Trainer):
         )  # fmt: skip
         labels = pool.labels[real][chosen]
         right, tried = (
-            level_of_learning.counted(labels, strengths, rows, classes)
+            class_augmentation.counted(labels, strengths, rows, classes)
             for rows in (predicted[:, 0].numpy() == labels, np.ones(len(labels), dtype=bool))
         )
-        self.learned = level_of_learning.updated(self.learned, right, tried)
+        self.learned = class_augmentation.updated(self.learned, right, tried)
         state["learned"] = self.learned.tolist()
 
     def strengths(self, epoch: int, places: np.ndarray, purpose: str) -> np.ndarray | None:
         """See training.Trainer."""
         if self.learned is None:
             return None
-        import level_of_learning
+        from training import class_augmentation
 
         rng = np.random.default_rng(runs.digest_int("strengths", purpose, self.args.seed, epoch))
-        return level_of_learning.epoch_strengths(self.pool.labels[places], self.learned, rng)
+        return class_augmentation.epoch_strengths(self.pool.labels[places], self.learned, rng)
 
     def epoch_figures(self) -> dict[str, float]:
         """The mean level of learning, over all classes and over each group."""
@@ -296,14 +293,14 @@ class Trainer(training.Trainer):
 
     def predict(self, store, places: np.ndarray):
         """Logits, float (N, C), of the evaluated model."""
-        import evaluation
+        from training import evaluation
 
         distributed.same_buffers(self.evaluated)
         return evaluation.predict(self.evaluated, store, places, self.data, self.device, self.args.precision)
 
     def validate(self) -> dict[str, float | None]:
         """Accuracies in percent, overall and of each group of classes."""
-        import evaluation
+        from training import evaluation
 
         val, groups = self.data.val, self.data.groups
         found = evaluation.accuracies(self.predict(self.val, np.arange(len(val))), val.labels, groups)
@@ -311,7 +308,7 @@ class Trainer(training.Trainer):
 
     def finish(self, state: dict, writer) -> None:
         """Test the last and the best-by-validation weights, and write what the run leaves."""
-        import evaluation
+        from training import evaluation
 
         args, data = self.args, self.data
         test, places = build_store(args, [data.test], self.device), np.arange(len(data.test))
@@ -330,14 +327,14 @@ class Trainer(training.Trainer):
         }
         np.savez(args.out / "predictions.npz", logits=logits.numpy(), labels=data.test.labels)
         if len(data.groups["few"]):
-            import figures
+            from reporting import figures
 
             counts = evaluation.confusion(logits, data.test.labels)
             figures.draw_confusion(counts, data.groups["few"], data.class_names, args.out / "confusion.png")
-            picture = np.asarray(datasets.read_image(args.out / "confusion.png"))
+            picture = np.asarray(read_image(args.out / "confusion.png"))
             writer.add_image("test/confusion", picture, args.epochs - 1, dataformats="HWC")
         metrics = {f"test/{name}": last[name] for name in ("overall", *data.groups) if last[name] is not None}
-        training.write_results(self, state, writer, results, metrics)
+        loop.write_results(self, state, writer, results, metrics)
         shown = ", ".join(f"{name.removeprefix('test/')} {value:.1f}" for name, value in metrics.items())
         print(f"{args.out}: test accuracy % after the last epoch: {shown}")
 
@@ -352,7 +349,7 @@ def run_folder(args) -> Path:
     return args.out or Path("runs", f"{recipes.folder_name(vars(args))}_seed{args.seed}")
 
 
-def write_subset(path: Path, data: datasets.LongTailed) -> None:
+def write_subset(path: Path, data: LongTailed) -> None:
     """Which images a long-tailed draw took: split, source, label."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -374,17 +371,17 @@ def main(argv: list[str] | None = None) -> int:
     hard_classes, synthetic = [], {}
     inputs: dict = {"data": runs.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
-        levels, hard_classes = training.prepare_spectrum(args)
+        levels, hard_classes = loop.prepare_spectrum(args)
         if len(hard_classes) == len(data.class_names):
             raise cli.UserError(
                 f"{args.spectrum}: every class has hard images, so that a stage has no others to mix them with; "
                 "expected a spectrum of some classes (find_hard.py --rule few), or train_iwildcam.py, which replaces "
                 "hard images"
             )
-        training.stage_of(args, 0, levels)
+        loop.stage_of(args, 0, levels)
         synthetic = datasets.load_spectrum(args.spectrum, levels, data)
         inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
-        training.print_gaps(hard_classes, synthetic, data.class_names)
+        loop.print_gaps(hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:
         inputs["init_checkpoint"] = runs.digest_files([args.init_checkpoint])
 
@@ -393,18 +390,19 @@ def main(argv: list[str] | None = None) -> int:
             write_subset(args.out / "subset.csv", data)
         return prepare(args, data, synthetic, hard_classes, signals)
 
-    return training.run(args, inputs, begin)
+    return loop.run(args, inputs, begin)
 
 
 def prepare(
-    args, data: datasets.LongTailed, synthetic: dict, hard_classes: list[int], signals: runs.StopSignals
+    args, data: LongTailed, synthetic: dict, hard_classes: list[int], signals: runs.StopSignals
 ) -> tuple[Trainer, dict]:
     """The model, its optimiser and the images on the device, and the run's state: new, or its last checkpoint's."""
     import torch
 
     import models
+    from runtime.device import pick_device
 
-    device = models.pick_device(args.device)
+    device = pick_device(args.device)
     torch.manual_seed(runs.digest_int("weights", args.seed))
     size = data.train.images.shape[1] if data.train.in_memory else args.image_size
     model = models.build_classifier(args.model, len(data.class_names), size, args.pretrained, args.loss == "ldam")
@@ -416,9 +414,9 @@ def prepare(
     optimizer = optimization.build_optimizer(args, model)
     average = optimization.moving_average(model, args.ema) if args.ema is not None else None
 
-    state = training.start_or_resume(args, model, optimizer, average, device)
+    state = loop.start_or_resume(args, model, optimizer, average, device)
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
-    pool = training.build_pool(args, data, synthetic, lambda sets: build_store(args, sets, device, args.randaugment))
+    pool = loop.build_pool(args, data, synthetic, lambda sets: build_store(args, sets, device, args.randaugment))
     is_hard = np.isin(np.arange(len(data.class_names)), hard_classes)
     trainer = Trainer(
         args, data, sorted(synthetic), pool, model, step_model, average, optimizer, device, signals, is_hard,
@@ -428,11 +426,11 @@ def prepare(
     return trainer, state
 
 
-def build_store(args, sets: list[datasets.ImageSet], device: str, randaugment: bool = False):
-    """The images of some sets as one store (batches.py)."""
-    import batches
+def build_store(args, sets: list[ImageSet], device: str, randaugment: bool = False):
+    """The images of some sets as one store (training/stores.py)."""
+    from training import stores
 
-    return batches.build(sets, device, args.image_size, args.workers, args.memory_format, randaugment)
+    return stores.build(sets, device, args.image_size, args.workers, args.memory_format, randaugment)
 
 
 if __name__ == "__main__":

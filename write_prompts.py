@@ -19,11 +19,10 @@ import json
 import re
 from pathlib import Path
 
-import cli
-import runs
-import scenes
-import spectrum
 from datasets import TEMPLATES
+from runtime import cli, runs
+from spectrum import folder as spectrum_folder
+from spectrum import scenes
 
 MOST_WORDS = 50  # CLIP reads 77 tokens
 QUESTION = (
@@ -122,7 +121,8 @@ def write_by_llm(labels: list[int], names: dict[int, str], args, add) -> None:
 
     Calls `add(label, descriptions, filled)` as soon as a class is done; `filled` are those that `scenes` gave.
     """
-    from models import load_language_model, pick_device
+    from models import load_language_model
+    from runtime.device import pick_device
 
     model, tokenizer = load_language_model(args.llm, pick_device(args.device))
     answers = args.out.with_suffix(".answers.jsonl")
@@ -209,8 +209,8 @@ def main(argv: list[str] | None = None) -> int:
             raise cli.UserError(f"--source {args.source}: expected --{source} with --source {source}, and only with it")
     if args.frame.count("{}") != 1:
         raise cli.UserError(f"--frame {args.frame!r}: expected a text with one {{}}, where the description goes")
-    names = {row.label: row.class_name for row in spectrum.read_hard(args.hard)}
-    prompts = spectrum.read_prompts(args.out, []) if args.out.exists() else {}
+    names = {row.label: row.class_name for row in spectrum_folder.read_hard(args.hard)}
+    prompts = spectrum_folder.read_prompts(args.out, []) if args.out.exists() else {}
     for label in names.keys() & prompts.keys():
         if prompts[label]["class_name"] != names[label]:
             raise cli.UserError(

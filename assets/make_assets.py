@@ -42,11 +42,11 @@ from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cli
 import datasets
 import models
-import runs
-import toycam
+from loaders import toycam
+from runtime import cli, runs
+from runtime.device import pick_device
 
 MAX_TOKENS = 16
 CHECKPOINT_SECONDS = 300
@@ -329,7 +329,7 @@ class Work:
 
     def __init__(self, args, web, sizes: Sizes, signals: runs.StopSignals):
         self.web, self.sizes, self.signals = web, sizes, signals
-        self.device = models.pick_device(args.device)
+        self.device = pick_device(args.device)
         bf16 = args.precision == "bf16" or (args.precision == "auto" and self.device.startswith("cuda"))
         self.autocast = torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
         self.path = args.out / "checkpoint.pt"

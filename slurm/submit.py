@@ -28,12 +28,12 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cli
-import runs
+from runtime import cli, runs
 
-ROOT = Path(cli.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("find_hard", "write_prompts", "generate_spectrum", "filter_clipscore", "train_lt", "train_iwildcam")
-SNAPSHOT = ("*.py", "assets/*", "slurm/*")
+FOLDERS = ("loaders", "spectrum", "generation", "training", "reporting", "runtime")
+SNAPSHOT = ("*.py", *(f"{name}/*.py" for name in FOLDERS), "assets/*", "slurm/*")
 MAX_TIMEOUTS = 100  # a job that only ran out of time is requeued this often
 
 

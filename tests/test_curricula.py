@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli import UserError
 from curricula import (
     CURRICULA,
     epoch_levels,
@@ -17,6 +16,7 @@ from curricula import (
     progress_of,
     stage_lengths,
 )
+from runtime.cli import UserError
 
 LEVELS = [0, 10, 30, 50]
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 import check_data
 import datasets
-from cli import UserError
+from loaders.sources import read_sources
+from runtime.cli import UserError
 
 
 def test_splits_are_disjoint_and_balanced():
@@ -113,7 +114,7 @@ def test_sources_outside_the_data_root_are_refused(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"x")
     for name in ("../secret.png", str(tmp_path / "secret.png")):
         with pytest.raises(UserError, match="outside --data-root"):
-            list(datasets.read_sources([name], train, tmp_path / "root"))
+            list(read_sources([name], train, tmp_path / "root"))
 
 
 def test_balanced_mix_by_hand():

@@ -7,7 +7,7 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist, pdist
 
-import distances
+from spectrum import distances
 
 
 @pytest.fixture

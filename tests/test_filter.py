@@ -15,10 +15,10 @@ from PIL import Image
 
 import datasets
 import filter_clipscore
-import runs
-import spectrum
-from cli import UserError
-from defaults import ASSETS
+from loaders.defaults import ASSETS
+from runtime import runs
+from runtime.cli import UserError
+from spectrum import folder as spectrum_folder
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def test_scores_are_the_cosines_of_a_plain_computation(road):
     model.eval()
     tokenizer = open_clip.get_tokenizer(name)
     data = datasets.load("digits", 30)
-    scores = spectrum.read_scores(road.spectrum / "scores.csv")
-    for row in spectrum.read_rows(road.spectrum)[::20]:
+    scores = spectrum_folder.read_scores(road.spectrum / "scores.csv")
+    for row in spectrum_folder.read_rows(road.spectrum)[::20]:
         with torch.no_grad():
             image = model.encode_image(preprocess(Image.open(road.spectrum / row["file_name"]))[None])
             text = model.encode_text(tokenizer([f"a photo of a {row['class_name']}"]))
@@ -54,18 +54,18 @@ def test_scores_are_the_cosines_of_a_plain_computation(road):
 
 
 def test_images_come_closer_to_their_source_as_the_level_rises(road):
-    scores = spectrum.read_scores(road.spectrum / "scores.csv")
+    scores = spectrum_folder.read_scores(road.spectrum / "scores.csv")
     by_level = {level: [] for level in (0, 50, 90)}
-    for row in spectrum.read_rows(road.spectrum):
+    for row in spectrum_folder.read_rows(road.spectrum):
         by_level[row["level"]].append(scores[row["file_name"]]["image_score"])
     means = [sum(values) / len(values) for values in by_level.values()]
     assert means == sorted(means)
 
 
 def test_another_threshold_scores_nothing_anew(road, copy, capsys):
-    before = spectrum.read_scores(copy / "scores.csv")
+    before = spectrum_folder.read_scores(copy / "scores.csv")
     assert run(copy, road, "--threshold", "0.5") == 0
-    after = spectrum.read_scores(copy / "scores.csv")
+    after = spectrum_folder.read_scores(copy / "scores.csv")
     assert "0 newly scored" in capsys.readouterr().out
     for name, row in after.items():
         assert row["text_score"] == before[name]["text_score"]
@@ -93,7 +93,7 @@ def test_an_unreadable_image_is_marked_and_the_run_goes_on(road, copy, capsys):
     broken.write_bytes(b"not an image")
     (copy / "scores.csv").unlink()
     assert run(copy, road) == 1
-    row = spectrum.read_scores(copy / "scores.csv")[f"shard-00000/{broken.name}"]
+    row = spectrum_folder.read_scores(copy / "scores.csv")[f"shard-00000/{broken.name}"]
     assert not row["kept"] and row["reason"] == "unreadable"
     assert broken.name in capsys.readouterr().out
 
@@ -102,7 +102,7 @@ def test_an_image_that_vanished_is_marked_and_the_run_goes_on(road, copy, capsys
     gone = next(copy.glob("shard-*/*.png"))
     gone.unlink()
     assert run(copy, road, "--threshold", "0.1") == 1
-    scores = spectrum.read_scores(copy / "scores.csv")
+    scores = spectrum_folder.read_scores(copy / "scores.csv")
     row = scores[f"shard-00000/{gone.name}"]
     assert not row["kept"] and row["reason"] == "missing" and math.isnan(row["text_score"])
     assert len(scores) == 165 and sum(score["reason"] == "missing" for score in scores.values()) == 1
@@ -114,7 +114,7 @@ def test_worker_processes_change_no_score(road, copy):
     broken.write_bytes(b"not an image")
     (copy / "scores.csv").unlink()
     assert run(copy, road, "--threshold", "0.1", "--workers", "2", "--batch-size", "7") == 1
-    found, expected = (spectrum.read_scores(folder / "scores.csv") for folder in (copy, road.spectrum))
+    found, expected = (spectrum_folder.read_scores(folder / "scores.csv") for folder in (copy, road.spectrum))
     assert found.pop(f"shard-00000/{broken.name}")["reason"] == "unreadable"
     for name, row in found.items():
         assert row["text_score"] == pytest.approx(expected[name]["text_score"], abs=2e-6)
@@ -261,8 +261,8 @@ def test_a_class_that_nearly_always_fails_gets_at_most_ten_times_what_is_missing
 def test_rounds_are_counted_once_drawn_and_given_up_at_the_limit(road, copy, capsys):
     quota = ("--threshold", "0.9", "--min-per-class-level", "2", "--max-rounds", "1")
     assert run(copy, road, *quota) == 0
-    asked = spectrum.read_top_up(copy / "top_up.csv")
-    there = {(row["source"], row["level"], row["seed"]) for row in spectrum.read_rows(copy)}
+    asked = spectrum_folder.read_top_up(copy / "top_up.csv")
+    there = {(row["source"], row["level"], row["seed"]) for row in spectrum_folder.read_rows(copy)}
     assert asked and not {(unit.source, unit.level, unit.seed) for unit, _ in asked} & there
     assert "in round 1 of 1" in capsys.readouterr().out
     plan = (copy / "top_up.csv").read_bytes()
@@ -270,9 +270,9 @@ def test_rounds_are_counted_once_drawn_and_given_up_at_the_limit(road, copy, cap
     assert (copy / "top_up.csv").read_bytes() == plan and runs.read_json(copy / "scores.json")["rounds"] == 0
 
     unit, prompt = asked[0]  # as the generator would draw it
-    row = next(row for row in spectrum.read_rows(copy) if row["source"] == unit.source)
+    row = next(row for row in spectrum_folder.read_rows(copy) if row["source"] == unit.source)
     Image.new("RGB", (16, 16), "red").save(copy / "shard-00000" / unit.file_name)
-    writer = spectrum.RowWriter(copy / "shard-00000")
+    writer = spectrum_folder.RowWriter(copy / "shard-00000")
     writer.append([row | {"file_name": unit.file_name, "level": unit.level, "seed": unit.seed, "prompt": prompt}])
     writer.close()
     capsys.readouterr()
@@ -375,10 +375,10 @@ def test_a_missing_source_is_named_before_anything_is_scored(road, copy):
 def test_an_empty_class_name_is_named(road, tmp_path, name):
     (tmp_path / "hard.csv").write_text(f"source,label,class_name,reason,score\na,3,{name},few,1\n")
     with pytest.raises(UserError, match="hard.csv row 2: the class name of class 3 is empty"):
-        spectrum.read_hard(tmp_path / "hard.csv")
+        spectrum_folder.read_hard(tmp_path / "hard.csv")
     runs.write_json(tmp_path / "p.json", {"3": {"class_name": name, "score_prompt": "a", "prompts": ["a"]}})
     with pytest.raises(UserError, match="p.json class 3: class_name or score_prompt is empty"):
-        spectrum.read_prompts(tmp_path / "p.json", [3])
+        spectrum_folder.read_prompts(tmp_path / "p.json", [3])
 
 
 def test_bad_input_names_the_flag(road, copy, tmp_path):

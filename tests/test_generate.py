@@ -18,12 +18,12 @@ from PIL import Image
 
 import datasets
 import generate_spectrum
-import generators
 import models
-import spectrum
-import worklist
-from cli import UserError
-from defaults import ASSETS
+from generation import generator as generators
+from generation import worklist
+from loaders.defaults import ASSETS
+from runtime.cli import UserError
+from spectrum import folder as spectrum_folder
 
 TINY = str(ASSETS / "tiny_sd")
 
@@ -34,15 +34,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
-    return {row["file_name"]: row for row in spectrum.read_rows(folder, decode=True)}
+    return {row["file_name"]: row for row in spectrum_folder.read_rows(folder, decode=True)}
 
 
 def test_rows_describe_what_was_drawn(road):
-    rows = spectrum.read_rows(road.spectrum, decode=True)
+    rows = spectrum_folder.read_rows(road.spectrum, decode=True)
     assert len(rows) == 55 * 3
     for row in rows:
-        assert set(row) == set(spectrum.ROW_FIELDS)
-        assert all(isinstance(row[name], kind) for name, kind in spectrum.ROW_FIELDS.items())
+        assert set(row) == set(spectrum_folder.ROW_FIELDS)
+        assert all(isinstance(row[name], kind) for name, kind in spectrum_folder.ROW_FIELDS.items())
         assert row["steps"] == {0: 4, 50: 2, 90: 1}[row["level"]]
         assert row["prompt"] in [text.replace("{}", row["class_name"]) for text in datasets.TEMPLATES["digits"]]
     starts = {row["level"]: row["start_timestep"] for row in rows}
@@ -60,7 +60,7 @@ def test_executed_steps_are_rounded_not_cut(level, steps, expected):
 def draw_nines(pipe, level: int, **settings) -> tuple[torch.Tensor, list, list, list]:
     """Three of digits' nines at a level, in one batch: float (3, 3, 16, 16), and their units, sources and texts."""
     data = datasets.load("digits", 30)
-    units = [spectrum.Unit(source, level, 1) for source in data.train.sources[-3:]]
+    units = [spectrum_folder.Unit(source, level, 1) for source in data.train.sources[-3:]]
     sources = [Image.fromarray(image) for image in data.train.images[-3:]]
     texts = ["a photo of a nine", "a nine in red ink", "a nine in blue ink"]
     generator = generators.Generator(pipe, steps=10, text_guidance=3.0, **settings)
@@ -70,7 +70,7 @@ def draw_nines(pipe, level: int, **settings) -> tuple[torch.Tensor, list, list, 
     return generator.draw(batch, 0, texts, dict(zip(names, sources, strict=True))), units, sources, texts
 
 
-def plain(pipe, unit: spectrum.Unit, source, text: str, **call) -> torch.Tensor:
+def plain(pipe, unit: spectrum_folder.Unit, source, text: str, **call) -> torch.Tensor:
     """One image a call, as diffusers' documentation has it, with the generator of the work unit: float (3, H, W)."""
     level = unit.level
     settings = {"strength": 1 if level == 0 else 1 - level / 100 + 1e-6, "num_inference_steps": 10}
@@ -164,7 +164,7 @@ def test_killed_five_times_the_folder_equals_an_undisturbed_one(road, tmp_path):
     killed, whole = rows_of(tmp_path / "s"), rows_of(tmp_path / "u")
     assert killed == whole
     assert contents(tmp_path / "s") == contents(tmp_path / "u")
-    assert spectrum.check(tmp_path / "s") == (165, [])
+    assert spectrum_folder.check(tmp_path / "s") == (165, [])
     assert not list((tmp_path / "s").rglob("*.tmp"))
 
 
@@ -190,7 +190,7 @@ def test_a_generator_that_draws_nothing_but_black_fails_the_job_and_keeps_nothin
 
 
 def write_hard(path: Path, names: list[tuple[str, int, str]]) -> None:
-    spectrum.write_hard(
+    spectrum_folder.write_hard(
         path,
         [{"source": source, "label": label, "class_name": name, "reason": "few", "score": 1}
          for source, label, name in names],
@@ -212,13 +212,13 @@ def test_sources_may_be_files_of_any_size_and_hostile_class_names_survive(tmp_pa
     write_prompts.main(["--hard", str(hard), "--out", str(prompts)])
     root = ["--data-root", str(tmp_path / "images"), "--prompts", str(prompts)]
     assert generate_spectrum.main(["--hard", str(hard), "--out", str(out), *root, *SMALL]) == 0
-    rows = spectrum.read_rows(out, decode=True)
+    rows = spectrum_folder.read_rows(out, decode=True)
     assert {row["label"]: row["class_name"] for row in rows} == dict(enumerate(names))
     assert {(row["label"], row["width"], row["height"]) for row in rows} == {
         (0, 20, 16), (1, 20, 18), (2, 20, 18), (3, 20, 20), (4, 20, 20)
     }  # fmt: skip
     assert filter_clipscore.main(["--spectrum", str(out), *root]) == 0
-    assert len(spectrum.read_scores(out / "scores.csv")) == 15
+    assert len(spectrum_folder.read_scores(out / "scores.csv")) == 15
 
 
 def test_an_unreadable_source_is_named_before_the_model_loads(road, tmp_path):

@@ -17,13 +17,13 @@ from test_generate import TINY, contents, rows_of, write_hard
 
 import datasets
 import generate_spectrum
-import generators
 import models
-import spectrum
-import worklist
-from bench import spectrum as bench
-from cli import UserError
-from images import Sources, save_image
+from bench import bench_spectrum as bench
+from generation import generator as generators
+from generation import worklist
+from generation.writer import Sources, save_image
+from runtime.cli import UserError
+from spectrum import folder as spectrum_folder
 
 HEADER = "source,level,seed,prompt\n"
 
@@ -37,14 +37,14 @@ def few(road, tmp_path_factory):
     command = ["--hard", str(folder / "hard.csv"), "--prompts", str(road.prompts), "--steps", "4", "--batch-size", "5"]
     command += ["--levels", "50", "90", "--seeds", "2"]
     assert generate_spectrum.main([*command, "--out", str(folder / "s")]) == 0
-    assert spectrum.check(folder / "s") == (24, [])
+    assert spectrum_folder.check(folder / "s") == (24, [])
     return command, folder / "s"
 
 
 def draw(few, out: Path, *more, code: int = 0) -> Path:
     """Run the small job into `out`, and check what it made."""
     assert generate_spectrum.main([*few[0], "--out", str(out), *map(str, more)]) == code
-    assert spectrum.check(out)[1] == []
+    assert spectrum_folder.check(out)[1] == []
     return out
 
 
@@ -64,13 +64,13 @@ def test_shards_draw_the_same_bytes_and_their_number_may_change(few, tmp_path):
     for index in range(3):
         draw(few, out, "--shard", f"{index}/3")
     assert contents(out) == contents(few[1])
-    assert len(spectrum.read_rows(out, decode=True)) == 24
+    assert len(spectrum_folder.read_rows(out, decode=True)) == 24
     assert part.items() <= contents(out).items()
 
 
 def test_a_second_process_on_a_shard_leaves_at_once(few, tmp_path):
     out = tmp_path / "s"
-    with spectrum.claim(out, 0, 2, 5):
+    with spectrum_folder.claim(out, 0, 2, 5):
         with pytest.raises(UserError, match="--shard 0/2: another process is drawing"):
             draw(few, out, "--shard", "0/2")
         with pytest.raises(UserError, match="is being drawn in 2 shards and batches of 5; expected the same"):
@@ -149,10 +149,10 @@ def test_batches_that_do_not_fit_into_memory_are_drawn_in_parts(few, tmp_path, m
 
 def test_an_error_of_the_writer_ends_the_job(few, tmp_path, monkeypatch):
     def fail_once(pixels, path, size):
-        monkeypatch.setattr("images.save_image", save_image)
+        monkeypatch.setattr("generation.writer.save_image", save_image)
         raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates not allowed")
 
-    monkeypatch.setattr("images.save_image", fail_once)
+    monkeypatch.setattr("generation.writer.save_image", fail_once)
     with pytest.raises(UnicodeEncodeError):
         generate_spectrum.main([*few[0], "--out", str(tmp_path / "s")])
     draw(few, tmp_path / "s")
@@ -187,25 +187,25 @@ def test_odd_and_broken_sources(tmp_path, road):
     bad = ["corrupt.png", "cut.png", "missing.png", "zero.png"]
     assert [failure["source"] for failure in failures(tmp_path / "s")] == bad
     assert all(name in failure["reason"] for name, failure in zip(bad, failures(tmp_path / "s"), strict=True))
-    rows = {row["source"]: row for row in spectrum.read_rows(tmp_path / "s", decode=True)}
+    rows = {row["source"]: row for row in spectrum_folder.read_rows(tmp_path / "s", decode=True)}
     assert sorted(rows) == [name for name in names if name not in bad]
     assert {name: (row["width"], row["height"]) for name, row in rows.items()} == {
         "good.png": (30, 20), "cmyk.jpg": (30, 20), "palette.png": (30, 20), "sixteen.png": (30, 20),
         "turned.jpg": (20, 30), "one.png": (2, 2),
     }  # fmt: skip
-    assert spectrum.check(tmp_path / "s") == (6, [])
+    assert spectrum_folder.check(tmp_path / "s") == (6, [])
     sources = Sources(datasets.load("digits", 30).train, folder)
     assert np.asarray(sources.read("sixteen.png")[0]).tolist() == [[[128] * 3] * 30] * 20  # 32896 = 128 * 257
     # A source that is mended is drawn by the next run, and is no failure any more.
     for name in bad:
         shutil.copy(folder / "good.png", folder / name)
     assert generate_spectrum.main(command) == 0
-    assert spectrum.check(tmp_path / "s") == (10, [])
+    assert spectrum_folder.check(tmp_path / "s") == (10, [])
     assert not (tmp_path / "s/shard-00000/failures.jsonl").exists()
 
 
 def test_sources_of_another_data_set_stop_the_job(few, tmp_path):
-    names = [*(row.source for row in spectrum.read_hard(Path(few[0][1]))), "index:99999"]
+    names = [*(row.source for row in spectrum_folder.read_hard(Path(few[0][1]))), "index:99999"]
     write_hard(tmp_path / "hard.csv", [(name, 3, "three") for name in names])
     with pytest.raises(UserError, match="source index:99999: not a training image of this data set"):
         draw(few, tmp_path / "s", "--hard", tmp_path / "hard.csv")
@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(few, tmp_path):
     try:
         with pytest.raises(UserError, match="No space left on device; .* free some space and run the same command"):
             generate_spectrum.main([*few[0], "--out", str(disk / "s")])
-        count, wrong = spectrum.check(disk / "s")
+        count, wrong = spectrum_folder.check(disk / "s")
         assert count < 24 and not [line for line in wrong if "has no row" not in line]
         assert not list(disk.rglob(".*.tmp"))
         subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
@@ -247,7 +247,7 @@ def test_nan_from_the_model_is_never_saved_and_listed(few, tmp_path, monkeypatch
 
     monkeypatch.setattr(generators.Generator, "draw", spoil)
     out = draw(few, tmp_path / "s", code=1)
-    assert [spectrum.Unit(row["source"], row["level"], row["seed"]) for row in failures(out)] == [spoilt["unit"]]
+    assert [spectrum_folder.Unit(row["source"], row["level"], row["seed"]) for row in failures(out)] == [spoilt["unit"]]
     expected = {name: image for name, image in contents(few[1]).items() if name != spoilt["unit"].file_name}
     assert contents(out) == expected
     assert "1 images stayed blank or not finite after 3 redraws" in capsys.readouterr().out
@@ -273,7 +273,7 @@ def test_a_model_that_gives_nothing_but_nan_is_noticed_early(few, tmp_path, monk
 def test_further_units_are_drawn_once_and_belong_to_the_plan_from_then_on(few, tmp_path):
     out = tmp_path / "s"
     shutil.copytree(few[1], out)
-    first, second = [row.source for row in spectrum.read_hard(Path(few[0][1]))[:2]]
+    first, second = [row.source for row in spectrum_folder.read_hard(Path(few[0][1]))[:2]]
     more = tmp_path / "more.csv"
     more.write_text(HEADER + f"{first},90,7,a nine in red ink\n{second},30,0,\n{second},90,1,\n")
     draw(few, out, "--plan", more)
@@ -301,7 +301,7 @@ def test_further_units_are_drawn_once_and_belong_to_the_plan_from_then_on(few, t
     ],
 )
 def test_bad_further_units_are_named(few, tmp_path, row, message):
-    (tmp_path / "more.csv").write_text(HEADER + row.format(source=spectrum.read_hard(Path(few[0][1]))[0].source))
+    (tmp_path / "more.csv").write_text(HEADER + row.format(source=spectrum_folder.read_hard(Path(few[0][1]))[0].source))
     with pytest.raises(UserError, match=message):
         generate_spectrum.main(
             [*few[0], "--out", str(tmp_path / "s"), "--plan", str(tmp_path / "more.csv"), "--dry-run"]
@@ -408,7 +408,7 @@ def test_sdxl_batches_equal_plain_calls(build, level, tmp_path):
     pipe = models.load_generator(str(tmp_path / "xl"), "cpu")
     assert pipe.watermark is None and models.latent_multiple(str(tmp_path / "xl")) == 8
     rng = np.random.default_rng(0)
-    units = [spectrum.Unit(name, level, 0) for name in "abc"]
+    units = [spectrum_folder.Unit(name, level, 0) for name in "abc"]
     sources = {name: Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)) for name in "abc"}
     texts = ["a nine", "a nine in red ink", "a zero"]
     generator = generators.Generator(pipe, steps=4, text_guidance=5.0)
@@ -424,7 +424,7 @@ def test_sdxl_batches_equal_plain_calls(build, level, tmp_path):
 
 
 def draw_one(generator, level: int, source: Image.Image, pad_to: int = 0) -> torch.Tensor:
-    batch = worklist.Batch(level, (16, 16), None, [spectrum.Unit("a", level, 0)])
+    batch = worklist.Batch(level, (16, 16), None, [spectrum_folder.Unit("a", level, 0)])
     generator.cache.entries.clear()
     return generator.draw(batch, 0, ["a nine"], {"a": source}, pad_to)
 
@@ -443,7 +443,7 @@ def test_pure_noise_leaves_no_trace_of_the_source_and_is_text_to_image(scheduler
     assert not torch.equal(draw_one(paper, 0, black), draw_one(paper, 0, white))
 
     # The same start handed to the text-to-image pipeline.
-    noise = torch.Generator().manual_seed(spectrum.Unit("a", 0, 0).noise_seed())
+    noise = torch.Generator().manual_seed(spectrum_folder.Unit("a", 0, 0).noise_seed())
     first, second = (randn_tensor((1, 4, 8, 8), generator=noise) for _ in range(2))
     pipe.scheduler.set_timesteps(4)
     start = pipe.scheduler.add_noise(first, second, pipe.scheduler.timesteps[:1])
@@ -492,7 +492,7 @@ def test_without_text_guidance_images_equal_plain_calls_too():
     drawn = draw_one(generators.Generator(pipe, steps=4, text_guidance=0.0), 50, source)
     plain = pipe(
         "a nine", image=source, strength=0.5, num_inference_steps=4, guidance_scale=0.0, output_type="pt",
-        generator=torch.Generator().manual_seed(spectrum.Unit("a", 50, 0).noise_seed()),
+        generator=torch.Generator().manual_seed(spectrum_folder.Unit("a", 50, 0).noise_seed()),
     ).images  # fmt: skip
     assert (drawn - plain).abs().max() < 1e-4
 
@@ -522,7 +522,7 @@ def test_latents_of_another_number_of_channels_are_no_images():
     drawn = draw_one(generators.Generator(pipe, steps=4, text_guidance=3.0), 50, source)
     plain = pipe(
         "a nine", image=source, strength=0.5, num_inference_steps=4, guidance_scale=3.0, output_type="pt",
-        generator=torch.Generator().manual_seed(spectrum.Unit("a", 50, 0).noise_seed()),
+        generator=torch.Generator().manual_seed(spectrum_folder.Unit("a", 50, 0).noise_seed()),
     ).images  # fmt: skip
     assert (drawn - plain).abs().max() < 1e-4
     with pytest.raises(UserError, match="--pure-noise: not possible with StableDiffusionImg2ImgPipeline"):
@@ -605,7 +605,7 @@ def test_a_missing_lora_is_named(few, tmp_path):
 
 def test_each_class_is_drawn_with_its_own_lora(road, tmp_path):
     """Two classes, of which one has hardly any adapter at all: its images stay as they were, the other's do not."""
-    hard = [row for row in spectrum.read_hard(road.hard) if row.label in (8, 9)]
+    hard = [row for row in spectrum_folder.read_hard(road.hard) if row.label in (8, 9)]
     assert {row.label for row in hard} == {8, 9}
     write_hard(tmp_path / "hard.csv", [(row.source, row.label, row.class_name) for row in hard])
     command = ["--hard", str(tmp_path / "hard.csv"), "--prompts", str(road.prompts), "--steps", "4", "--seeds", "1"]
@@ -635,13 +635,13 @@ def test_the_benchmark_compares_the_same_images(tmp_path, monkeypatch, capsys):
     assert result["size"] == [64, 40] and 0 < result["unet_share_of_wall_time"] < 1
     assert result["largest_difference"] < 1e-4
     assert result["ratio"] == pytest.approx(result["images_per_second"] / result["plain_images_per_second"])
-    assert models.load_generator.__module__ == "models" and generators.to_host.__module__ == "generators"
+    assert models.load_generator.__module__ == "models" and generators.to_host.__module__ == "generation.generator"
 
 
 def test_the_benchmark_times_the_unet_and_counts_its_operations():
     pipe = bench.build_refiner(TINY_REFINER)
     generator = generators.Generator(pipe, steps=4, text_guidance=5.0)
-    batch = worklist.Batch(50, (64, 64), None, [spectrum.Unit("a", 50, 0)])
+    batch = worklist.Batch(50, (64, 64), None, [spectrum_folder.Unit("a", 50, 0)])
     with bench.UnetTimer(pipe.unet) as timer:
         generator.draw(batch, 0, ["a nine"], {"a": Image.new("RGB", (64, 64))})
     assert timer.calls == 2 and timer.seconds > 0

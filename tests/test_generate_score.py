@@ -20,13 +20,13 @@ from test_generate_jobs import draw, failures, few  # noqa: F401  (few is a fixt
 
 import filter_clipscore
 import generate_spectrum
-import generators
-import images
 import models
-import runs
-import spectrum
-from defaults import ASSETS
-from worklist import Batch
+from generation import generator as generators
+from generation.worklist import Batch
+from generation.writer import Sources
+from loaders.defaults import ASSETS
+from runtime import runs
+from spectrum import folder as spectrum_folder
 
 CLIP = str(ASSETS / "tiny_clip")
 HIGH = ["--score", "--threshold", "0.5", "--max-redraws", "3"]  # higher than about half of the images score
@@ -64,7 +64,7 @@ def test_scores_are_those_of_the_files_and_the_filter_embeds_nothing_again(score
         patched.setattr(models, "load_clip", None)  # not even loaded
         assert filter_clipscore.main(["--spectrum", str(out), "--prompts", str(road.prompts)]) == 0
     assert "0 newly scored, 24 scored when they were drawn" in capsys.readouterr().out
-    found = spectrum.read_scores(out / "scores.csv")
+    found = spectrum_folder.read_scores(out / "scores.csv")
     assert {name: (row["text_score"], row["image_score"]) for name, row in rows.items()} == {
         name: (score["text_score"], score["image_score"]) for name, score in found.items()
     }
@@ -95,7 +95,7 @@ def test_the_best_of_all_drawings_is_kept_and_no_more_are_made_than_needed(score
     generator = generators.Generator(models.load_generator(str(ASSETS / "tiny_sd"), "cpu"), 4, 3.0)
     kept = []
     for name, row in list(rows_of(scored[1]).items())[::3]:
-        unit = spectrum.Unit(row["source"], row["level"], row["seed"])
+        unit = spectrum_folder.Unit(row["source"], row["level"], row["seed"])
         texts, scores, drawings = [], [], []
         for redraw in range(4):
             text = generate_spectrum.choose_prompt(unit, prompts[row["label"]]["prompts"], redraw)
@@ -126,13 +126,13 @@ def test_a_threshold_that_all_reach_changes_no_image(few, tmp_path):  # noqa: F8
 @pytest.mark.parametrize("more", [[], HIGH])
 def test_sources_that_are_kept_in_memory_are_read_once(few, tmp_path, monkeypatch, more):  # noqa: F811
     """Batches of five cut the images of a source in two."""
-    read, real = [], images.Sources.read
+    read, real = [], Sources.read
 
     def counted(self, name):
         read.append(name)
         return real(self, name)
 
-    monkeypatch.setattr(images.Sources, "read", counted)
+    monkeypatch.setattr(Sources, "read", counted)
     draw(few, tmp_path / "s", *more, "--size", "16x16")
     assert sorted(read) == sorted(set(read)) and len(read) == 6
 
@@ -154,8 +154,8 @@ def test_shards_and_signals_change_nothing(few, scored, tmp_path, monkeypatch, c
     for shard in ("0/3", "1/3", "2/3"):
         draw(few, out, *HIGH, "--shard", shard)
     assert contents(out) == contents(scored[1])
-    rows = {row["file_name"].partition("/")[2]: row for row in spectrum.read_rows(out)}
-    for row in spectrum.read_rows(scored[1]):
+    rows = {row["file_name"].partition("/")[2]: row for row in spectrum_folder.read_rows(out)}
+    for row in spectrum_folder.read_rows(scored[1]):
         name = row["file_name"].partition("/")[2]
         assert {**rows[name], "file_name": ""} == {**row, "file_name": ""}
 
@@ -189,7 +189,7 @@ def test_scoring_belongs_to_the_plan(few, scored, tmp_path):  # noqa: F811
 def test_blank_images_are_redrawn_and_listed_if_they_stay_so(few, tmp_path, monkeypatch):  # noqa: F811
     """One source gives nothing but NaN, another one NaN at first."""
     real = generators.Generator.draw
-    sources = [row.source for row in spectrum.read_hard(Path(few[0][1]))][:2]
+    sources = [row.source for row in spectrum_folder.read_hard(Path(few[0][1]))][:2]
 
     def some_nan(self, batch, redraw, *more):
         images = real(self, batch, redraw, *more).clone()
@@ -214,7 +214,7 @@ def test_the_check_asks_for_scores(scored, tmp_path):
     del rows[0]["text_score"]
     rows[1]["image_score"] = 1.5
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    wrong = spectrum.check(out)[1]
+    wrong = spectrum_folder.check(out)[1]
     assert "row 1: text_score is None" in wrong[0] and "row 2: image_score is 1.5, no cosine" in wrong[1]
 
 
@@ -225,7 +225,7 @@ def test_a_dry_run_says_that_redraws_come_on_top(few, tmp_path, capsys):  # noqa
 
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=8, unique=True), st.integers(0, 5))
 def test_redraws_take_every_other_prompt_before_any_comes_again(texts, seed):
-    unit = spectrum.Unit("a", 10, seed)
+    unit = spectrum_folder.Unit("a", 10, seed)
     first = generate_spectrum.choose_prompt(unit, texts)
     others = [generate_spectrum.choose_prompt(unit, texts, number) for number in range(1, len(texts))]
     assert sorted([first, *others]) == sorted(texts)

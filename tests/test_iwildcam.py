@@ -14,18 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import batches
-import cameratraps
 import check_data
-import cliptuning
 import datasets
-import defaults
-import evaluation
-import losses
 import models
-import toycam
 import train_iwildcam
-from cli import UserError
+from loaders import cameratraps, defaults, toycam
+from runtime.cli import UserError
+from training import clip as clip_tuning
+from training import evaluation, losses, stores
 
 SMALL = {"train": (0, 3, 96), "val": (6, 1, 20), "test": (8, 2, 40), "id_val": (0, 3, 30), "id_test": (0, 3, 40)}
 
@@ -212,16 +208,16 @@ def test_merged_classes_share_the_target():
 @pytest.fixture(scope="module")
 def tiny():
     clip, _, tokenizer = models.load_clip(defaults.TOYCAM_CLIP, "cpu")
-    return SimpleNamespace(clip=clip, tokenizer=tokenizer, tuned=cliptuning.TunedClip(clip))
+    return SimpleNamespace(clip=clip, tokenizer=tokenizer, tuned=clip_tuning.TunedClip(clip))
 
 
 def test_the_zero_shot_head_is_the_mean_of_the_captions_and_its_logits_are_scaled_cosines(tiny):
     names, templates = ["deer", "bird"], ["a photo of {}.", "{} in the wild."]
-    tokens = tiny.tokenizer(cliptuning.captions_of(names, templates))
-    head = cliptuning.zero_shot_head(tiny.tuned, tokens, 2)
+    tokens = tiny.tokenizer(clip_tuning.captions_of(names, templates))
+    head = clip_tuning.zero_shot_head(tiny.tuned, tokens, 2)
     images = torch.randn(3, 3, 16, 16)
     with torch.no_grad():
-        logits = cliptuning.Classifier(tiny.tuned, head)(images)
+        logits = clip_tuning.Classifier(tiny.tuned, head)(images)
         for label, name in enumerate(names):
             mean = 0
             for template in templates:
@@ -239,11 +235,11 @@ def test_the_zero_shot_head_is_the_mean_of_the_captions_and_its_logits_are_scale
 
 def test_a_linear_head_starts_as_the_zero_shot_one_and_leaves_the_text_tower_out(tiny):
     clip, _, tokenizer = models.load_clip(defaults.TOYCAM_CLIP, "cpu")
-    tokens = tokenizer(cliptuning.captions_of(toycam.CLASSES, ["a photo of {}."]))
-    head = cliptuning.zero_shot_head(cliptuning.TunedClip(clip), tokens, 5)
-    tuned, images = cliptuning.TunedClip(clip, head), torch.randn(4, 3, 16, 16)
+    tokens = tokenizer(clip_tuning.captions_of(toycam.CLASSES, ["a photo of {}."]))
+    head = clip_tuning.zero_shot_head(clip_tuning.TunedClip(clip), tokens, 5)
+    tuned, images = clip_tuning.TunedClip(clip, head), torch.randn(4, 3, 16, 16)
     with torch.no_grad():
-        assert torch.allclose(tuned(images), cliptuning.Classifier(tuned, head)(images), atol=1e-5)
+        assert torch.allclose(tuned(images), clip_tuning.Classifier(tuned, head)(images), atol=1e-5)
     trained = {name for name, parameter in tuned.named_parameters() if parameter.requires_grad}
     assert "head.weight" in trained and "clip.visual.conv1.weight" in trained
     assert not any("transformer" in name and "visual" not in name for name in trained)
@@ -252,7 +248,7 @@ def test_a_linear_head_starts_as_the_zero_shot_one_and_leaves_the_text_tower_out
 def test_heads_compute_in_float32_whatever_the_towers_do(tiny):
     head, images = 100 * unit(5, 32).float(), torch.randn(4, 3, 16, 16)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = cliptuning.Classifier(tiny.tuned, head)(images)
+        logits = clip_tuning.Classifier(tiny.tuned, head)(images)
         features = tiny.tuned.image_features(images)
     assert logits.dtype == torch.float32
     assert torch.allclose(logits, features @ head.T, atol=1e-4)  # in bfloat16 they are up to 0.2 off
@@ -261,11 +257,11 @@ def test_heads_compute_in_float32_whatever_the_towers_do(tiny):
 def test_the_linear_probe_finds_the_optimum_of_its_loss():
     torch.manual_seed(0)
     features, labels = torch.nn.functional.normalize(torch.randn(200, 6), dim=1), torch.randint(3, (200,))
-    weight, bias = cliptuning.linear_probe(features, labels, torch.zeros(3, 6))
+    weight, bias = clip_tuning.linear_probe(features, labels, torch.zeros(3, 6))
     from sklearn.linear_model import LogisticRegression
 
     # scikit-learn minimises the sum of losses + w^2 / (2 C): C = 1 / (N * decay).
-    theirs = LogisticRegression(C=1 / (200 * cliptuning.PROBE_DECAY), max_iter=2000, tol=1e-8).fit(features, labels)
+    theirs = LogisticRegression(C=1 / (200 * clip_tuning.PROBE_DECAY), max_iter=2000, tol=1e-8).fit(features, labels)
     ours = (features @ weight.T + bias).softmax(1).numpy()
     assert np.abs(ours - theirs.predict_proba(features)).max() < 0.01
 
@@ -273,10 +269,10 @@ def test_the_linear_probe_finds_the_optimum_of_its_loss():
 def test_weights_between_two_models_by_hand():
     zero = {"w": torch.tensor([0.0, 2.0]), "count": torch.tensor(3)}
     tuned = {"w": torch.tensor([1.0, 6.0]), "count": torch.tensor(9)}
-    found = cliptuning.interpolated(zero, tuned, 0.25)
+    found = clip_tuning.interpolated(zero, tuned, 0.25)
     assert found["w"].tolist() == [0.25, 3.0] and found["count"] == 9
-    assert torch.equal(cliptuning.interpolated(zero, tuned, 0.0)["w"], zero["w"])
-    assert torch.equal(cliptuning.interpolated(zero, tuned, 1.0)["w"], tuned["w"])
+    assert torch.equal(clip_tuning.interpolated(zero, tuned, 0.0)["w"], zero["w"])
+    assert torch.equal(clip_tuning.interpolated(zero, tuned, 1.0)["w"], tuned["w"])
 
 
 def test_macro_f1_is_over_the_classes_that_are_there():
@@ -348,7 +344,7 @@ def test_the_crop_of_a_clip_is_that_of_open_clip(tmp_path):
     y, x = np.mgrid[:90, :160]
     Image.fromarray(np.stack([y * 2, x, 100 + y - x / 2], -1).astype(np.uint8)).save(tmp_path / "a.png")
     theirs = image_transform(56, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(Image.open(tmp_path / "a.png"))
-    ours = batches.decode(tmp_path / "a.png", 56, None, batches.CLIP_CROP)
+    ours = stores.decode(tmp_path / "a.png", 56, None, stores.CLIP_CROP)
     assert np.abs(ours / 255 - theirs.permute(1, 2, 0).numpy()).max() < 2.5 / 255
 
 
@@ -357,9 +353,9 @@ def test_an_unreadable_image_is_noted_where_asked_and_an_error_elsewhere(traps, 
     paths = sorted((tmp_path / "t/train").glob("*.jpg"))[:4]
     paths[2].write_bytes(b"no image")
     for workers in (0, 2):
-        store = batches.Decoded(paths, "cpu", 16, workers, skip_unreadable=True)
+        store = stores.Decoded(paths, "cpu", 16, workers, skip_unreadable=True)
         (images,) = store.evaluation(np.arange(4), 4)
         assert images.shape == (4, 3, 16, 16) and images[2].max() == 0 and images[3].max() > 0
         assert list(store.unreadable) == [2] and "not a readable image" in store.unreadable[2]
     with pytest.raises(UserError, match="not a readable image"):
-        list(batches.Decoded(paths, "cpu", 16, 0).evaluation(np.arange(4), 4))
+        list(stores.Decoded(paths, "cpu", 16, 0).evaluation(np.arange(4), 4))

@@ -17,19 +17,16 @@ from conftest import ROOT
 from test_iwildcam import SMALL
 
 import datasets
-import defaults
-import evaluation
 import filter_clipscore
 import find_hard
 import generate_spectrum
-import losses
 import models
-import runs
-import toycam
 import train_iwildcam
-import training
 import write_prompts
-from cli import UserError
+from loaders import defaults, toycam
+from runtime import runs
+from runtime.cli import UserError
+from training import evaluation, loop, losses
 
 SHORT = ["--epochs", "3", "--curriculum-epochs", "2", "--progress-images", "4", "--real-pass-images", "32"]
 SHORT += ["--batch-size", "16", "--device", "cpu"]
@@ -227,7 +224,7 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(small, tmp_pa
 @pytest.mark.slow
 def test_a_kill_between_epochs_goes_on_to_the_same_end(small, tmp_path, monkeypatch):
     train(small, tmp_path / "whole", "--loss", "lpft")
-    log, calls = training.log, []
+    log, calls = loop.log, []
 
     def die_in_the_second(*args):
         calls.append(args)
@@ -235,10 +232,10 @@ def test_a_kill_between_epochs_goes_on_to_the_same_end(small, tmp_path, monkeypa
             raise KeyboardInterrupt
         log(*args)
 
-    monkeypatch.setattr(training, "log", die_in_the_second)
+    monkeypatch.setattr(loop, "log", die_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         train(small, tmp_path / "r", "--loss", "lpft")
-    monkeypatch.setattr(training, "log", log)
+    monkeypatch.setattr(loop, "log", log)
     train(small, tmp_path / "r", "--loss", "lpft")
     assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
 

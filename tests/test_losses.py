@@ -11,8 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import losses
-from losses import LOSSES, balanced_softmax, batch_mean, class_balanced_weights, focal, image_weights, ldam, per_image
+from training import losses
+from training.losses import (
+    LOSSES,
+    balanced_softmax,
+    batch_mean,
+    class_balanced_weights,
+    focal,
+    image_weights,
+    ldam,
+    per_image,
+)
 
 ARGS = {"focal_gamma": 2.0, "la_tau": 1.0, "ldam_margin": 0.5}
 

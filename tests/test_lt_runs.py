@@ -15,12 +15,11 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import batches
 import datasets
-import losses
-import runs
 import train_lt
-from cli import UserError
+from runtime import runs
+from runtime.cli import UserError
+from training import losses, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8"]
 
@@ -35,7 +34,7 @@ def logits_of(folder):
 
 def count_steps(monkeypatch, at: int, act) -> list[int]:
     """Call `act` before the `at`-th batch of the process is augmented."""
-    import augmentations
+    from training import augmentations
 
     steps, augment = [], augmentations.augment
 
@@ -423,7 +422,7 @@ def test_decoding_is_the_centre_crop_of_torchvision(tmp_path):
     y, x = np.mgrid[:90, :120]
     Image.fromarray(np.stack([y * 2, x, 100 + y - x / 2], -1).astype(np.uint8)).save(tmp_path / "a.png")
     theirs = v2.Compose([v2.Resize(64), v2.CenterCrop(56)])(Image.open(tmp_path / "a.png"))
-    ours = batches.decode(tmp_path / "a.png", 56, None)
+    ours = stores.decode(tmp_path / "a.png", 56, None)
     assert np.abs(ours.astype(int) - np.asarray(theirs).astype(int)).max() <= 2
 
 
@@ -434,20 +433,20 @@ def test_decoding_a_jpeg_at_a_part_of_its_size_changes_little(tmp_path):
     image.save(tmp_path / "a.png")
     for seed in range(5):
         fast, slow = (
-            batches.decode(tmp_path / name, 32, np.random.default_rng(seed)).astype(int) for name in ("a.jpg", "a.png")
+            stores.decode(tmp_path / name, 32, np.random.default_rng(seed)).astype(int) for name in ("a.jpg", "a.png")
         )
         assert np.abs(fast - slow).max() <= 6
 
 
 def test_random_boxes_are_those_of_inception():
     rng = np.random.default_rng(0)
-    boxes = np.array([batches.random_box(500, 375, rng) for _ in range(600)])
+    boxes = np.array([stores.random_box(500, 375, rng) for _ in range(600)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     assert boxes.min() >= 0 and boxes[:, 2].max() <= 500 and boxes[:, 3].max() <= 375
     share, ratio = width * height / (500 * 375), width / height
     assert 0.075 < share.min() < 0.11 and share.max() > 0.9 and 0.74 < ratio.min() and ratio.max() < 1.35
     # An image far too long for any of the boxes: its middle, as wide as 4/3 of its height.
-    assert batches.random_box(4000, 3, rng) == (1998.0, 0.0, 2002.0, 3.0)
+    assert stores.random_box(4000, 3, rng) == (1998.0, 0.0, 2002.0, 3.0)
 
 
 def test_a_cifar_run_writes_its_subset_beside_its_results(tmp_path):
@@ -486,7 +485,7 @@ def test_channels_last_and_bf16_are_flags_of_the_same_run(road, tmp_path):
 
 
 def test_the_flag_knows_every_augmentation():
-    import augmentations
+    from training import augmentations
 
     choices = next(action.choices for action in train_lt.build_parser()._actions if action.dest == "augment")
     assert tuple(choices) == augmentations.AUGMENTATIONS

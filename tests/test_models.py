@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import models
-from cli import UserError
-from defaults import ASSETS
+from loaders.defaults import ASSETS
+from runtime.cli import UserError
+from training.networks import CifarResNet, CosineHead, FullPrecisionLinear
 
 
 # He et al. (2016), table 6, count these in millions: 0.27, 0.46, 0.66, 0.85.
@@ -86,7 +87,7 @@ def test_depths_that_two_families_share_are_named_apart():
     # 50 and 152 are 6n + 2 as well: by these names they are the networks for large images.
     assert not set(models.SMALL_DEPTHS) & set(models.LARGE_DEPTHS)
     assert type(models.build_classifier("resnet50", 3)).__module__.startswith("torchvision")
-    assert isinstance(models.build_classifier("resnet44", 3), models.CifarResNet)
+    assert isinstance(models.build_classifier("resnet44", 3), CifarResNet)
 
 
 def test_models_of_timm_are_built_for_the_size_of_the_images():
@@ -111,7 +112,7 @@ def test_a_cosine_head_gives_cosines(name):
     images = torch.randn(4, 3, 32, 32)
     logits = model(images)
     assert logits.shape == (4, 5) and logits.abs().max() <= 1 + 1e-5
-    head = next(layer for layer in model.modules() if isinstance(layer, models.CosineHead))
+    head = next(layer for layer in model.modules() if isinstance(layer, CosineHead))
     with torch.no_grad():
         head.weight.mul_(7)
     assert torch.allclose(model(images), logits, atol=1e-5)
@@ -122,7 +123,7 @@ def test_a_cosine_head_gives_cosines(name):
 def test_the_last_layer_computes_in_float32_under_autocast(name, cosine_head):
     torch.manual_seed(0)
     model = models.build_classifier(name, 5, 32, cosine_head=cosine_head).eval()
-    head = [layer for layer in model.modules() if isinstance(layer, models.FullPrecisionLinear | models.CosineHead)][-1]
+    head = [layer for layer in model.modules() if isinstance(layer, FullPrecisionLinear | CosineHead)][-1]
     seen = []
     head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import scenes
-import spectrum
 import write_prompts
-from cli import UserError
+from runtime.cli import UserError
+from spectrum import folder as spectrum_folder
+from spectrum import scenes
 
 FOX = [
     f"A red fox {doing} {where} while thin mist rises slowly from the valley far behind it at dawn"
@@ -29,7 +29,7 @@ FOX = [
 def hard(tmp_path):
     rows = [(0, "fox"), (4, "bow/arrow"), (7, "fox")]
     path = tmp_path / "hard.csv"
-    spectrum.write_hard(
+    spectrum_folder.write_hard(
         path,
         [
             {"source": f"{label}.jpg", "label": label, "class_name": name, "reason": "few", "score": 1}
@@ -166,7 +166,7 @@ def test_a_model_with_random_weights_leaves_a_whole_file(hard, tmp_path):
     llm = save_llm(tmp_path / "llm", [])
     content = run(hard, "--source", "llm", "--llm", llm, "--tries", 2, "--max-new-tokens", 4)
     assert content["0"]["prompts"] == [f"a 8k real photo: {text}" for text in scenes.describe("fox", 10)]
-    assert spectrum.read_prompts(tmp_path / "prompts.json", [0, 4, 7])
+    assert spectrum_folder.read_prompts(tmp_path / "prompts.json", [0, 4, 7])
 
 
 def test_classes_that_are_done_are_not_asked_for_again(hard, tmp_path, monkeypatch):

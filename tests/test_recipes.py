@@ -16,16 +16,15 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-import augmentations
-import cli
 import datasets
 import find_hard
 import models
-import recipes
-import runs
 import train_iwildcam
 import train_lt
-from cli import UserError
+from reporting import recipes
+from runtime import cli, runs
+from runtime.cli import UserError
+from training import augmentations
 
 ALL = sorted((ROOT / "recipes").rglob("*.args"))
 WITH_COMMAND = [path for path in ALL if "\n# expected: " in path.read_text(encoding="utf-8")]

@@ -13,11 +13,10 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import recipes
 import report
-import runs
-import tables
-from cli import UserError
+from reporting import recipes, tables
+from runtime import runs
+from runtime.cli import UserError
 
 COUNTS = [400, 200, 50, 10, 5]  # of five classes
 

@@ -20,10 +20,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL
 
-import cli
-import runs
 import train_lt
-from cli import UserError
+from runtime import cli, runs
+from runtime.cli import UserError
 
 spec = importlib.util.spec_from_file_location("submit", ROOT / "slurm/submit.py")
 submit = importlib.util.module_from_spec(spec)
@@ -139,16 +138,30 @@ def test_a_local_sweep_runs_from_the_snapshot_and_finished_runs_are_skipped(tmp_
     assert status.returncode == 0 and "2 completed" in status.stdout, status.stdout + status.stderr
 
 
+def test_a_snapshot_holds_every_module(tmp_path):
+    """Nothing that a script imports may be missing there: a job would end at its first line."""
+    submit.take_snapshot(tmp_path)
+    modules = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("*/__init__.py"))]
+    modules += [path.relative_to(ROOT) for folder in ROOT.glob("*/__init__.py") for path in folder.parent.glob("*.py")]
+    assert {path for path in modules if not (tmp_path / path).is_file()} == set()
+    lines = ["from pathlib import Path", *(f"import {path.stem}" for path in tmp_path.glob("*.py"))]
+    lines += ["import sys", "assert Path(sys.modules['runtime.runs'].__file__).is_relative_to(Path.cwd())"]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_snapshot_knows_its_commit(tmp_path):
     commit = submit.take_snapshot(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", "import runs; print(runs.environment()['commit'])"],
+        [sys.executable, "-c", "from runtime import runs; print(runs.environment()['commit'])"],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == commit == runs.environment()["commit"]
     (tmp_path / runs.COMMIT).write_text("0123456")
     done = subprocess.run(
-        [sys.executable, "-c", "import runs; print(runs.commit())"],
+        [sys.executable, "-c", "from runtime import runs; print(runs.commit())"],
         cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "0123456"  # and not the checkout's that it may lie in
@@ -251,14 +264,14 @@ def test_a_generation_array_killed_and_requeued_draws_the_images_of_a_run_withou
     subprocess.run(["scancel", "--signal=USR2", first], check=False)  # what a preemption sends
     wait_for_jobs(folder)
     assert any("Caught signal SIGUSR2" in log.read_text() for log in (folder / "logs").glob(f"{first}_*log.*"))
-    import spectrum
+    from spectrum import folder as spectrum_folder
 
-    expected = {row["file_name"].split("/")[1]: row for row in spectrum.read_rows(road.spectrum, decode=True)}
-    found = {row["file_name"].split("/")[1]: row for row in spectrum.read_rows(tmp_path / "s", decode=True)}
+    expected = {row["file_name"].split("/")[1]: row for row in spectrum_folder.read_rows(road.spectrum, decode=True)}
+    found = {row["file_name"].split("/")[1]: row for row in spectrum_folder.read_rows(tmp_path / "s", decode=True)}
     assert found.keys() == expected.keys()
     for name, row in found.items():
         assert {**row, "file_name": ""} == {**expected[name], "file_name": ""}
-    scores = spectrum.read_scores(tmp_path / "s/scores.csv")  # the dependent job ran after the array
+    scores = spectrum_folder.read_scores(tmp_path / "s/scores.csv")  # the dependent job ran after the array
     assert len(scores) == len(expected)
     again = launch(tmp_path, *words, *generate, "--batch-size", "4")
     assert "nothing to submit" in again.stdout, again.stdout + again.stderr
@@ -298,10 +311,10 @@ def test_plain_sbatch_files_requeue_and_draw_the_same_images(road, tmp_path):
     ).stdout.strip():
         assert time.monotonic() < end
         time.sleep(0.5)
-    import spectrum
+    from spectrum import folder as spectrum_folder
 
     def names(folder: Path) -> set[str]:
-        return {row["file_name"].split("/")[1] for row in spectrum.read_rows(folder, decode=True)}
+        return {row["file_name"].split("/")[1] for row in spectrum_folder.read_rows(folder, decode=True)}
 
     logs = [log.read_text() for log in tmp_path.glob("*.log")]
     assert any("interrupted; back to the queue" in log for log in logs), logs

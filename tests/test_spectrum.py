@@ -15,13 +15,12 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-import cli
 import find_hard
 import generate_spectrum
-import runs
-import spectrum
 import write_prompts
-from cli import UserError
+from runtime import cli, runs
+from runtime.cli import UserError
+from spectrum import folder as spectrum_folder
 
 HARD_HEADER = "source,label,class_name,reason,score\n"
 SCORE_HEADER = "file_name,text_score,image_score,kept,reason\n"
@@ -61,9 +60,9 @@ def names(rows: list[dict]) -> list[str]:
 
 def test_hard_images_are_read(tmp_path):
     path = write(tmp_path / "hard.csv", HARD_HEADER + 'index:7,3,three,few,19\n"a,b.png",4,"fo""ur",few,2\n')
-    assert spectrum.read_hard(path) == [
-        spectrum.Hard("index:7", 3, "three"),
-        spectrum.Hard("a,b.png", 4, 'fo"ur'),
+    assert spectrum_folder.read_hard(path) == [
+        spectrum_folder.Hard("index:7", 3, "three"),
+        spectrum_folder.Hard("a,b.png", 4, 'fo"ur'),
     ]
 
 
@@ -88,7 +87,7 @@ def test_bad_hard_csv_is_refused(tmp_path, content, message):
     if content is not None:
         write(path, content)
     with pytest.raises(UserError, match=re.escape(f"{path}") + ".*" + re.escape(message)):
-        spectrum.read_hard(path)
+        spectrum_folder.read_hard(path)
 
 
 def entry(**changes) -> dict:
@@ -97,7 +96,7 @@ def entry(**changes) -> dict:
 
 def test_prompts_are_read_by_class_index(tmp_path):
     path = write(tmp_path / "prompts.json", json.dumps(entry() | {"4": entry()["3"]}))
-    assert spectrum.read_prompts(path, [3]) == {3: entry()["3"], 4: entry()["3"]}
+    assert spectrum_folder.read_prompts(path, [3]) == {3: entry()["3"], 4: entry()["3"]}
 
 
 @pytest.mark.parametrize(
@@ -123,14 +122,14 @@ def test_bad_prompts_are_refused(tmp_path, content, message):
     if content is not None:
         write(path, content)
     with pytest.raises(UserError, match=re.escape(f"{path}") + ".*" + re.escape(message)):
-        spectrum.read_prompts(path, [3, 5, 3])
+        spectrum_folder.read_prompts(path, [3, 5, 3])
 
 
 def test_scores_are_read_by_file_name(tmp_path):
     path = tmp_path / "scores.csv"
     row = {"file_name": "a.png", "text_score": "0.25", "image_score": "-1", "kept": 1, "reason": ""}
-    spectrum.write_scores(path, [row, row | {"file_name": "b.png", "kept": 0, "reason": "low, very"}])
-    assert spectrum.read_scores(path) == {
+    spectrum_folder.write_scores(path, [row, row | {"file_name": "b.png", "kept": 0, "reason": "low, very"}])
+    assert spectrum_folder.read_scores(path) == {
         "a.png": {"text_score": 0.25, "image_score": -1.0, "kept": True, "reason": ""},
         "b.png": {"text_score": 0.25, "image_score": -1.0, "kept": False, "reason": "low, very"},
     }
@@ -153,26 +152,26 @@ def test_bad_scores_are_refused(tmp_path, content, message):
     if content is not None:
         write(path, content)
     with pytest.raises(UserError, match=re.escape(f"{path}") + ".*" + re.escape(message)):
-        spectrum.read_scores(path)
+        spectrum_folder.read_scores(path)
 
 
 def test_a_folder_without_a_plan_is_no_spectrum(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: no plan.json"):
-        spectrum.read_plan(tmp_path)
+        spectrum_folder.read_plan(tmp_path)
     write(tmp_path / "plan.json", '{"levels": [0,')
     with pytest.raises(UserError, match="plan.json: not valid JSON"):
-        spectrum.read_plan(tmp_path)
+        spectrum_folder.read_plan(tmp_path)
     write(tmp_path / "plan.json", '{"levels": [0]}')
     with pytest.raises(UserError, match="plan.json: lacks data_seed, dataset, hard_classes, imb_ratio"):
-        spectrum.read_plan(tmp_path)
+        spectrum_folder.read_plan(tmp_path)
 
 
 def test_tables_are_written_whole_and_leave_nothing_beside_them(tmp_path):
     rows = [{"source": "a", "label": 1, "class_name": "one", "reason": "few", "score": 2}]
-    spectrum.write_hard(tmp_path / "deep/hard.csv", rows)
+    spectrum_folder.write_hard(tmp_path / "deep/hard.csv", rows)
     assert (tmp_path / "deep/hard.csv").read_text() == HARD_HEADER + "a,1,one,few,2\n"
     with pytest.raises(ValueError):
-        spectrum.write_hard(tmp_path / "deep/hard.csv", [rows[0], {"source": "b"}])
+        spectrum_folder.write_hard(tmp_path / "deep/hard.csv", [rows[0], {"source": "b"}])
     assert (tmp_path / "deep/hard.csv").read_text() == HARD_HEADER + "a,1,one,few,2\n"
 
 
@@ -182,41 +181,44 @@ def test_tables_are_written_whole_and_leave_nothing_beside_them(tmp_path):
 
 def test_kept_rows_are_those_of_the_levels_asked_for_that_the_filter_keeps(tmp_path):
     make_spectrum(tmp_path, [0, 10, 50, 90], kept="1011")
-    assert names(spectrum.kept_rows(tmp_path, [0, 50])) == ["level0.png", "level50.png"]
+    assert names(spectrum_folder.kept_rows(tmp_path, [0, 50])) == ["level0.png", "level50.png"]
 
 
 def test_an_image_without_a_score_is_not_kept(tmp_path):
     make_spectrum(tmp_path, [0, 50], kept="11")
     write(tmp_path / "scores.csv", SCORE_HEADER + "shard-00000/level0.png,0.5,0.5,1,\n")
-    assert names(spectrum.kept_rows(tmp_path, [0])) == ["level0.png"]
+    assert names(spectrum_folder.kept_rows(tmp_path, [0])) == ["level0.png"]
     with pytest.raises(UserError, match="--levels 50"):
-        spectrum.kept_rows(tmp_path, [0, 50])
+        spectrum_folder.kept_rows(tmp_path, [0, 50])
 
 
 def test_a_spectrum_that_is_not_filtered_is_refused(tmp_path):
     make_spectrum(tmp_path, [0])
     with pytest.raises(UserError, match=f"{tmp_path}: no scores.csv there; run filter_clipscore.py"):
-        spectrum.kept_rows(tmp_path, [0])
+        spectrum_folder.kept_rows(tmp_path, [0])
 
 
 @pytest.mark.parametrize(("level", "made"), [(10, 1), (70, 0)])
 def test_a_level_with_no_accepted_image_is_an_error(tmp_path, level, made):
     make_spectrum(tmp_path, [0, 10], kept="10")
     with pytest.raises(UserError, match=rf"--levels {level}: .*no accepted image of this level \(of {made} made\)"):
-        spectrum.kept_rows(tmp_path, [0, level])
+        spectrum_folder.kept_rows(tmp_path, [0, level])
 
 
 def test_rows_of_all_shards_are_read_in_order(tmp_path):
     for shard in (1, 0):
         make_image(tmp_path / f"shard-0000{shard}/a.png")
         write(tmp_path / f"shard-0000{shard}/metadata.jsonl", '{"file_name": "a.png"}\n')
-    assert [row["file_name"] for row in spectrum.read_rows(tmp_path)] == ["shard-00000/a.png", "shard-00001/a.png"]
-    assert spectrum.read_rows(tmp_path / "nowhere") == []
+    assert [row["file_name"] for row in spectrum_folder.read_rows(tmp_path)] == [
+        "shard-00000/a.png",
+        "shard-00001/a.png",
+    ]
+    assert spectrum_folder.read_rows(tmp_path / "nowhere") == []
 
 
 def test_an_image_with_two_rows_counts_once(tmp_path):
     make_spectrum(tmp_path, [0, 0, 50])
-    assert names(spectrum.read_rows(tmp_path)) == ["level0.png", "level50.png"]
+    assert names(spectrum_folder.read_rows(tmp_path)) == ["level0.png", "level50.png"]
 
 
 def test_rows_whose_image_is_missing_or_damaged_are_dropped(tmp_path):
@@ -227,16 +229,16 @@ def test_rows_whose_image_is_missing_or_damaged_are_dropped(tmp_path):
     (shard / "level30.png").write_bytes(whole[: len(whole) // 2])
     (shard / "level50.png").write_bytes(b"")
     (shard / "level70.png").write_text("not an image")
-    assert names(spectrum.read_rows(tmp_path, decode=True)) == ["level0.png"]
-    assert names(spectrum.read_rows(tmp_path)) == ["level0.png", "level30.png", "level50.png", "level70.png"]
+    assert names(spectrum_folder.read_rows(tmp_path, decode=True)) == ["level0.png"]
+    assert names(spectrum_folder.read_rows(tmp_path)) == ["level0.png", "level30.png", "level50.png", "level70.png"]
 
 
 def test_an_image_cut_anywhere_in_its_pixels_does_not_decode(tmp_path):
     make_image(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
-    assert spectrum.decodes(tmp_path / "whole.png")
+    assert spectrum_folder.decodes(tmp_path / "whole.png")
     for length in range(len(content) - 24):  # its last 24 bytes hold two checksums and the end mark, but no pixel
-        assert not spectrum.decodes(write(tmp_path / "cut.png", content[:length])), length
+        assert not spectrum_folder.decodes(write(tmp_path / "cut.png", content[:length])), length
 
 
 @pytest.mark.parametrize("cut", [1, 20, 30, -2])
@@ -245,11 +247,11 @@ def test_a_torn_row_is_no_row_and_does_not_harm_the_next(tmp_path, cut):
     path = tmp_path / "shard-00000/metadata.jsonl"
     first, second, third = path.read_text().splitlines(keepends=True)
     path.write_text(first + second[:cut])
-    assert names(spectrum.read_rows(tmp_path)) == ["level0.png"]
-    writer = spectrum.RowWriter(tmp_path / "shard-00000")
+    assert names(spectrum_folder.read_rows(tmp_path)) == ["level0.png"]
+    writer = spectrum_folder.RowWriter(tmp_path / "shard-00000")
     writer.append([json.loads(third)])
     writer.close()
-    assert names(spectrum.read_rows(tmp_path)) == ["level0.png", "level50.png"]
+    assert names(spectrum_folder.read_rows(tmp_path)) == ["level0.png", "level50.png"]
 
 
 def test_a_row_torn_within_a_letter_is_no_row_either(tmp_path):
@@ -257,16 +259,16 @@ def test_a_row_torn_within_a_letter_is_no_row_either(tmp_path):
     path = tmp_path / "shard-00000/metadata.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + '{"file_name": "level0.png", "class_name": "ż'.encode()[:-1])
-    assert names(spectrum.read_rows(tmp_path)) == ["level0.png", "level50.png"]
-    writer = spectrum.RowWriter(tmp_path / "shard-00000")
+    assert names(spectrum_folder.read_rows(tmp_path)) == ["level0.png", "level50.png"]
+    writer = spectrum_folder.RowWriter(tmp_path / "shard-00000")
     make_image(tmp_path / "shard-00000/level90.png")
     writer.append([{"file_name": "level90.png"}])
     writer.close()
-    assert names(spectrum.read_rows(tmp_path)) == ["level0.png", "level50.png", "level90.png"]
+    assert names(spectrum_folder.read_rows(tmp_path)) == ["level0.png", "level50.png", "level90.png"]
 
 
 def test_rows_are_on_the_disk_after_each_batch(tmp_path):
-    writer = spectrum.RowWriter(tmp_path / "shard-00000")
+    writer = spectrum_folder.RowWriter(tmp_path / "shard-00000")
     writer.append([{"file_name": "a.png"}, {"file_name": "b.png"}])
     assert len((tmp_path / "shard-00000/metadata.jsonl").read_text().splitlines()) == 2
     writer.close()
@@ -279,9 +281,9 @@ def test_file_names_that_lead_out_of_the_folder_are_confined_to_it(tmp_path, nam
         make_image(place / "secret.png")
     row = json.dumps({"file_name": name.replace("{root}", str(tmp_path))})
     write(folder / "shard-00000/metadata.jsonl", row + "\n")
-    assert spectrum.read_rows(folder) == []
+    assert spectrum_folder.read_rows(folder) == []
     make_image(folder / "shard-00000/secret.png")
-    for found in spectrum.read_rows(folder):
+    for found in spectrum_folder.read_rows(folder):
         assert found["file_name"] == "shard-00000/secret.png"
 
 
@@ -291,12 +293,12 @@ def test_file_names_that_lead_out_of_the_folder_are_confined_to_it(tmp_path, nam
 
 def test_the_noise_seed_is_the_same_everywhere_and_for_ever():
     # int.from_bytes(blake2b(b"noise\0index:5\x0050\x000\x000", digest_size=8).digest(), "big") // 2, worked out apart
-    assert spectrum.Unit("index:5", 50, 0).noise_seed() == 8506118488801398691
+    assert spectrum_folder.Unit("index:5", 50, 0).noise_seed() == 8506118488801398691
 
 
 def test_the_noise_seed_differs_by_source_level_seed_and_redraw():
     seeds = [
-        spectrum.Unit(source, level, seed).noise_seed(redraw)
+        spectrum_folder.Unit(source, level, seed).noise_seed(redraw)
         for source in ("index:5", "index:50", "b/5.png")
         for level in (0, 5, 50)
         for seed in (0, 5, 50)
@@ -308,7 +310,7 @@ def test_the_noise_seed_differs_by_source_level_seed_and_redraw():
 
 def test_the_file_name_is_pinned():
     # blake2b(b"index:5", digest_size=6): a finished spectrum must be found again by later versions.
-    assert spectrum.Unit("index:5", 50, 0).file_name == "d91d9e0ca407_level050_seed00.png"
+    assert spectrum_folder.Unit("index:5", 50, 0).file_name == "d91d9e0ca407_level050_seed00.png"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +319,7 @@ def test_the_file_name_is_pinned():
 
 def test_hard_images_of_digits_are_those_of_the_seven_few_shot_classes(tmp_path):
     assert find_hard.main(["--dataset", "digits", "--out", str(tmp_path / "hard.csv")]) == 0
-    rows = spectrum.read_hard(tmp_path / "hard.csv")
+    rows = spectrum_folder.read_hard(tmp_path / "hard.csv")
     # int(60 * 30^(-k/9)): 60 41 28 19 13 9 6 4 2 2; fewer than 20 have classes 3 to 9.
     assert Counter(row.label for row in rows) == {3: 19, 4: 13, 5: 9, 6: 6, 7: 4, 8: 2, 9: 2}
     assert len(rows) == 55
@@ -329,7 +331,7 @@ def test_hard_images_of_digits_are_those_of_the_seven_few_shot_classes(tmp_path)
 @pytest.mark.parametrize(("few_max", "images"), [("3", 4), ("19", 36), ("20", 55), ("61", 184)])
 def test_few_max_is_the_first_count_that_is_not_few(tmp_path, few_max, images):
     find_hard.main(["--few-max", few_max, "--out", str(tmp_path / "hard.csv")])
-    assert len(spectrum.read_hard(tmp_path / "hard.csv")) == images
+    assert len(spectrum_folder.read_hard(tmp_path / "hard.csv")) == images
 
 
 def test_no_hard_image_is_one_line_and_exit_code_2(tmp_path):

@@ -12,17 +12,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-import augmentations
-import batches
 import datasets
-import evaluation
 import models
-import optimization
-import runs
-import spectrum
 import train_lt
-import training
-from cli import UserError
+from runtime import runs
+from runtime.cli import UserError
+from spectrum import folder as spectrum_folder
+from training import augmentations, evaluation, loop, optimization, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8"]
 
@@ -47,7 +43,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("curriculum", [pytest.param("none", marks=pytest.mark.slow), "d2s", "random"])
 def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatch, curriculum):
     train(road, tmp_path / "whole", "--curriculum", curriculum)
-    log, calls = training.log, []
+    log, calls = loop.log, []
 
     def stop_in_the_third_epoch(*args):
         calls.append(args)
@@ -55,11 +51,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatc
             raise Interrupted
         log(*args)
 
-    monkeypatch.setattr(training, "log", stop_in_the_third_epoch)
+    monkeypatch.setattr(loop, "log", stop_in_the_third_epoch)
     with pytest.raises(Interrupted):
         train(road, tmp_path / "resumed", "--curriculum", curriculum)
     assert not (tmp_path / "resumed/results.json").exists()
-    monkeypatch.setattr(training, "log", log)
+    monkeypatch.setattr(loop, "log", log)
     train(road, tmp_path / "resumed", "--curriculum", curriculum)
     for name in ("model", "best"):
         states = [runs.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu") for run in ("whole", "resumed")]
@@ -84,7 +80,7 @@ def test_evaluation_changes_nothing():
     model = models.build_classifier("resnet8", 10).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     data = datasets.load("digits", 30)
-    store = batches.build([data.val], "cpu", 16, 0, "contiguous")
+    store = stores.build([data.val], "cpu", 16, 0, "contiguous")
     evaluation.predict(model, store, np.arange(9), data, "cpu")
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -210,8 +206,8 @@ def test_a_spectrum_made_for_other_data_is_refused(road, tmp_path):
 
 def test_a_level_without_an_accepted_image_is_named(road, tmp_path):
     shutil.copytree(road.spectrum, tmp_path / "s")
-    scores = spectrum.read_scores(tmp_path / "s/scores.csv")
-    spectrum.write_scores(
+    scores = spectrum_folder.read_scores(tmp_path / "s/scores.csv")
+    spectrum_folder.write_scores(
         tmp_path / "s/scores.csv",
         ({"file_name": name, **score, "kept": int("level050" not in name)} for name, score in scores.items()),
     )
@@ -221,9 +217,9 @@ def test_a_level_without_an_accepted_image_is_named(road, tmp_path):
 
 def test_a_class_without_an_accepted_image_at_a_level_is_named(road, tmp_path, capsys):
     shutil.copytree(road.spectrum, tmp_path / "s")
-    rows = {row["file_name"]: row for row in spectrum.read_rows(tmp_path / "s")}
-    scores = spectrum.read_scores(tmp_path / "s/scores.csv")
-    spectrum.write_scores(
+    rows = {row["file_name"]: row for row in spectrum_folder.read_rows(tmp_path / "s")}
+    scores = spectrum_folder.read_scores(tmp_path / "s/scores.csv")
+    spectrum_folder.write_scores(
         tmp_path / "s/scores.csv",
         (
             {"file_name": name, **score, "kept": int((rows[name]["label"], rows[name]["level"]) != (9, 50))}

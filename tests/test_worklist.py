@@ -10,8 +10,8 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-import worklist
-from images import draw_size, round_size
+from generation import worklist
+from generation.writer import draw_size, round_size
 
 
 def size_of(source: str) -> tuple[int, int]:

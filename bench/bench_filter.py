@@ -1,0 +1,190 @@
+"""CLIPScore filtering against the plain loop, on a ViT-B/32 with random weights.
+
+The plain loop scores one image at a time and embeds its source and its text again each time. Ours is
+filter_clipscore.score: each text and each source once, images in batches, decoded by worker processes. Both get the
+same images; neither time holds the loading of the model. The decode rate alone is measured too: it is the limit where
+the model is faster.
+
+Writes: OUT, a JSON with both rates, the largest difference between the scores, and the machine
+
+    python bench/bench_filter.py --images 16 --size 256 --out bench/results/filter_cpu.json
+    python bench/bench_filter.py --images 20000 --plain-images 500 --batch-size 512 --out bench/results/filter_cuda.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import datasets
+import filter_clipscore
+from runtime import cli, runs
+
+PER_SOURCE = 16  # 4 levels x 4 seeds
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, "bench_filter")
+    parser.add_argument("--images", type=cli.whole(1), default=48, metavar="N", help="synthetic images")
+    parser.add_argument(
+        "--plain-images", type=cli.whole(1), metavar="N", help="how many of them the plain loop scores (default: all)"
+    )
+    parser.add_argument("--size", type=cli.whole(32), default=512, metavar="PIXELS", help="side of an image")
+    parser.add_argument("--batch-size", type=cli.whole(1), default=16, metavar="N", help="images embedded at once")
+    parser.add_argument(
+        "--workers", type=cli.whole(0), metavar="N", help="processes that decode (default: the script's)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results/filter_cpu.json"), metavar="FILE", help="the file to write"
+    )
+    return parser
+
+
+def save_model(folder: Path) -> str:
+    """A CLIP of ViT-B/32's size with random weights, as a local folder."""
+    import open_clip
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder.mkdir()
+    runs.write_json(
+        folder / "open_clip_config.json", {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {}}
+    )
+    save_file(open_clip.create_model("ViT-B-32").state_dict(), folder / "open_clip_model.safetensors")
+    return str(folder)
+
+
+def make_images(folder: Path, count: int, size: int) -> list[dict]:
+    """Synthetic PNGs and source JPEGs with some structure in them, and their rows."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (folder / "shard-00000").mkdir(parents=True)
+    rows = []
+    for number in range(count):
+        source = f"{number // PER_SOURCE:06d}.jpg"
+        for path, is_new in (
+            (folder / f"shard-00000/{number:06d}.png", True),
+            (folder / source, not number % PER_SOURCE),
+        ):
+            if is_new:
+                coarse = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8)).resize((size, size), 3)
+                fine = rng.integers(-8, 9, (size, size, 3))
+                Image.fromarray(np.clip(np.asarray(coarse) + fine, 0, 255).astype(np.uint8)).save(path)
+        rows.append(
+            {"file_name": f"shard-00000/{number:06d}.png", "source": source, "label": number // PER_SOURCE % 10}
+        )
+    return rows
+
+
+def plain_loop(rows: list[dict], folder: Path, prompts: dict, clip) -> dict[str, tuple[float, float]]:
+    """Text and image score of each row, one image, one source and one text at a time."""
+    import torch
+    from PIL import Image
+
+    from spectrum.embeddings import autocast
+
+    scores = {}
+    for row in rows:
+        with torch.inference_mode(), autocast(clip.device):
+            made, source = (
+                clip.model.encode_image(
+                    clip.preprocess(Image.open(folder / name).convert("RGB"))[None].to(clip.device)
+                ).float()
+                for name in (row["file_name"], row["source"])
+            )
+            text = clip.model.encode_text(
+                clip.tokenizer([prompts[row["label"]]["score_prompt"]]).to(clip.device)
+            ).float()
+        scores[row["file_name"]] = tuple(torch.cosine_similarity(made, torch.cat([text, source])).tolist())
+    return scores
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    import torch
+
+    import models
+    from runtime.device import pick_device
+    from spectrum import embeddings
+
+    device = pick_device(args.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "spectrum"
+        loaded = models.load_clip(save_model(Path(scratch) / "clip"), device)
+        clip = embeddings.Clip(loaded, device, args.batch_size, args.workers)
+        rows = make_images(folder, args.images, args.size)
+        prompts = {label: {"score_prompt": f"a photo of a {name}"} for label, name in enumerate(datasets.DIGIT_NAMES)}
+        train = datasets.load("digits", 30).train
+
+        def ours(some: list[dict]) -> dict:
+            scores: dict[str, dict] = {}
+            arguments = Namespace(clip="random", spectrum=folder, data_root=folder)
+            filter_clipscore.score(some, prompts, train, clip, arguments, scores, save=lambda: None)
+            return scores
+
+        def seconds(what) -> tuple[float, float]:
+            """Of the clock, and of this process on all cores, which other work on the machine changes less."""
+            began = time.perf_counter(), time.process_time()
+            what()
+            return time.perf_counter() - began[0], time.process_time() - began[1]
+
+        some = rows[: args.plain_images]
+        plain_loop(rows[:2], folder, prompts, clip)  # warm up: threads, CUDA kernels
+        ours(rows[:2])
+        found: list = []
+        plain, plain_cpu = (
+            taken / len(some) for taken in seconds(lambda: found.append(plain_loop(some, folder, prompts, clip)))
+        )
+        fast, fast_cpu = (taken / len(rows) for taken in seconds(lambda: found.append(ours(rows))))
+        names = [row["file_name"] for row in rows]
+        decoded = embeddings.batches(
+            names, embeddings.read_files(folder), clip.preprocess, args.batch_size, clip.workers, "cpu"
+        )
+        decode = seconds(lambda: sum(1 for _ in decoded))[0] / len(rows)
+        difference = max(
+            abs(one - found[1][name][key])
+            for name, pair in found[0].items()
+            for one, key in zip(pair, ("text_score", "image_score"), strict=True)
+        )
+    result = {
+        "images": len(rows),
+        "plain_images": len(some),
+        "size": args.size,
+        "batch_size": args.batch_size,
+        "workers": clip.workers,
+        "device": torch.cuda.get_device_name() if clip.device.startswith("cuda") else f"{platform.machine()} CPU",
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "plain_images_per_second": round(1 / plain, 2),
+        "ours_images_per_second": round(1 / fast, 2),
+        "decode_only_images_per_second": round(1 / decode, 2),
+        "times_faster": round(plain / fast, 2),
+        "plain_cpu_seconds_per_image": round(plain_cpu, 3),
+        "ours_cpu_seconds_per_image": round(fast_cpu, 3),
+        "load_average": round(os.getloadavg()[0], 1),
+        "largest_difference": difference,
+        "environment": runs.environment(),
+    }
+    runs.write_json(args.out, result)
+    print(json.dumps({name: value for name, value in result.items() if name != "environment"}, indent=2))
+    # bf16 rounds otherwise in another batch size.
+    most = 1e-4 if clip.device == "cpu" else 1e-2
+    if difference > most:
+        raise cli.UserError(f"the scores differ by {difference:.1e}; expected {most:g} at most")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,123 @@
+"""Another --threshold on a spectrum whose images are all scored: seconds and memory of the whole command.
+
+Writes: OUT, a JSON with the seconds, the peak memory and the machine
+
+    python bench/bench_rethreshold.py --rows 200000 --out bench/results/filter_rethreshold.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from runtime import cli, runs
+from spectrum import folder as spectrum_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+LEVELS, SEEDS, CLASSES = [0, 10, 30, 50], 8, 136
+
+
+def build_parser() -> cli.Parser:
+    parser = cli.Parser(__doc__, "bench_rethreshold")
+    parser.add_argument("--rows", type=cli.whole(32), default=200_000, metavar="N", help="synthetic images")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench/results/filter_rethreshold.json"),
+        metavar="FILE",
+        help="the file to write",
+    )
+    return parser
+
+
+def make_spectrum(folder: Path, rows: int) -> None:
+    """A spectrum of empty image files that looks scored, as of ImageNet-LT's size and names."""
+    rng, clip, shard = random.Random(0), ROOT / "assets/tiny_clip", folder / "shard-00000"
+    shard.mkdir(parents=True)
+    labels = [str(label) for label in range(CLASSES)]
+    plan = {"dataset": "digits", "imb_ratio": 30.0, "hard_classes": list(range(CLASSES)), "levels": LEVELS}
+    runs.write_json(folder / "plan.json", plan)
+    texts = {label: f"a photo of a class {label}" for label in labels}
+    prompts = {
+        label: {"class_name": f"class {label}", "score_prompt": texts[label], "prompts": ["p"]} for label in labels
+    }
+    runs.write_json(folder / "prompts.json", prompts)
+    made_by = {"clip": clip.name, "clip_digest": runs.digest_files(sorted(clip.glob("*"))), "score_prompts": texts}
+    runs.write_json(folder / "scores.json", made_by | {"groups": dict.fromkeys(labels, "few"), "rounds": 0})
+    scores = []
+    with (shard / "metadata.jsonl").open("w") as table:
+        for number in range(rows):
+            source, place = divmod(number, len(LEVELS) * SEEDS)
+            label = source % CLASSES
+            unit = spectrum_folder.Unit(
+                f"train/n{label:08d}/n{label:08d}_{source}.JPEG", LEVELS[place // SEEDS], place % SEEDS
+            )
+            row = {
+                "file_name": unit.file_name,
+                "source": unit.source,
+                "source_sha256": "0" * 64,
+                "label": label,
+                "class_name": f"class {label}",
+                "level": unit.level,
+                "seed": unit.seed,
+                "redraws": 0,
+                "prompt": f"a 8k real photo: a class {label} rests on a rocky shore in the morning light, {place}",
+                "text_guidance": 10.0,
+                "steps": 50,
+                "start_timestep": 981,
+                "width": 512,
+                "height": 512,
+                "generator": "stabilityai/stable-diffusion-xl-refiner-1.0",
+                "revision": "main",
+                "scheduler": "EulerDiscreteScheduler",
+            }
+            table.write(json.dumps(row) + "\n")
+            (shard / unit.file_name).touch()
+            scores.append(
+                {
+                    "file_name": f"{shard.name}/{unit.file_name}",
+                    "text_score": f"{rng.gauss(0.29, 0.03):.6f}",
+                    "image_score": f"{rng.gauss(0.8, 0.05):.6f}",
+                    "kept": 0,
+                    "reason": "low text score",
+                }
+            )
+    spectrum_folder.write_scores(folder / "scores.csv", scores)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make_spectrum(folder, args.rows)
+        command = [sys.executable, ROOT / "filter_clipscore.py", "--spectrum", folder, "--threshold", "0.3"]
+        began = time.perf_counter()
+        subprocess.run([*command, "--prompts", folder / "prompts.json"], check=True)
+        seconds = time.perf_counter() - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = {
+        "rows": args.rows,
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
+        "peak_memory_mb": used.ru_maxrss // 1024,
+        "device": f"{platform.machine()} CPU",
+        "load_average": round(os.getloadavg()[0], 1),
+        "environment": runs.environment(),
+    }
+    runs.write_json(args.out, result)
+    print(json.dumps({name: value for name, value in result.items() if name != "environment"}, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

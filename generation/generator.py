@@ -1,0 +1,263 @@
+"""Drawing whole batches of work units with a loaded pipeline: each text and each source is encoded once.
+
+The images are those of a plain call of the pipeline for one image with `Unit.noise_seed` as the generator's seed. The
+denoising loop is the pipeline's own (and with it SDXL's size and aesthetic-score conditioning, which it repeats for
+each image); what is done here, once instead of at each call, is what stands before and after it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from generation.worklist import Batch, steps_at
+from runtime.cli import UserError
+
+# Pipelines that take latents for the image, and whose encode_prompt gives what their call takes. All others are called
+# with images and texts.
+LATENT_PIPELINES = {"StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"}
+EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+ENCODE_PIXELS = 2**22  # pixels that go through the autoencoder at once: 16 images of 512x512
+ENCODE_TEXTS = 64  # texts that go through the text encoders at once
+
+
+class Cache:
+    """What was encoded, on the CPU, within a bound: the entries that were not used for longest leave first."""
+
+    def __init__(self, megabytes: int):
+        self.limit, self.bytes = megabytes * 2**20, 0
+        self.entries: OrderedDict = OrderedDict()
+
+    def missing(self, keys: list) -> list:
+        """Those of the keys that are not there, each once; those that are count as used."""
+        for key in keys:
+            if key in self.entries:
+                self.entries.move_to_end(key)
+        return [key for key in dict.fromkeys(keys) if key not in self.entries]
+
+    def put(self, key, tensors: tuple[torch.Tensor, ...]) -> None:
+        """Add an entry of tensors that hold no more than they show."""
+        self.bytes += _bytes(tensors) - _bytes(self.entries.get(key, ()))
+        self.entries[key] = tensors
+
+    def get(self, key) -> tuple[torch.Tensor, ...]:
+        """An entry that `missing` did not name."""
+        return self.entries[key]
+
+    def shrink(self) -> None:
+        """Drop entries until the bound holds again."""
+        while self.bytes > self.limit and self.entries:
+            self.bytes -= _bytes(self.entries.popitem(last=False)[1])
+
+
+def _bytes(tensors: tuple[torch.Tensor, ...]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+class Generator:
+    """A pipeline, and what it has encoded.
+
+    Args:
+        pipe: of `models.load_generator`.
+        steps: denoising steps at level 0.
+        text_guidance: classifier-free guidance scale.
+        pure_noise: at level 0, start from noise alone. Otherwise from the noised source, of which strength 1 leaves a
+            trace (its brightness, mostly).
+        cache_mb: bound in MiB on what is kept of encoded sources and texts.
+    """
+
+    def __init__(self, pipe, steps: int, text_guidance: float, pure_noise: bool = False, cache_mb: int = 4096):
+        self.pipe, self.steps, self.text_guidance, self.pure_noise = pipe, steps, text_guidance, pure_noise
+        self.cache = Cache(cache_mb)
+        self.adapter: str | None = None
+        # These pipelines know latents by their four channels: any other number would be encoded as an image.
+        self.by_latents = type(pipe).__name__ in LATENT_PIPELINES and pipe.vae.config.latent_channels == 4
+        if pure_noise and not self.by_latents:
+            raise UserError(
+                f"--pure-noise: not possible with {type(pipe).__name__} as this generator has it; expected a Stable "
+                "Diffusion pipeline for image-to-image, with latents of four channels"
+            )
+        if self.by_latents:
+            self.dtype = pipe.unet.dtype
+            config = pipe.vae.config
+            # As the pipelines themselves do, but once: a float16 encoder or decoder of SDXL gives black images.
+            if config.force_upcast and self.dtype != torch.float32:
+                pipe.vae.encoder.to(torch.float32)
+                if pipe.vae.quant_conv is not None:
+                    pipe.vae.quant_conv.to(torch.float32)
+            if config.force_upcast and self.dtype == torch.float16:
+                pipe.vae.to(torch.float32)
+            self.encoder_dtype = next(pipe.vae.encoder.parameters()).dtype
+            self.decoder_dtype = next(pipe.vae.decoder.parameters()).dtype
+            pipe.scheduler.set_timesteps(steps)
+            self.timesteps = pipe.scheduler.timesteps[:: pipe.scheduler.order].tolist()
+
+    def start_timestep(self, level: int) -> int:
+        """The timestep that a level's denoising starts at, -1 where only the pipeline itself knows."""
+        return int(self.timesteps[self.steps - steps_at(level, self.steps)]) if self.by_latents else -1
+
+    def missing_sources(self, batch: Batch) -> list[str]:
+        """The sources of a batch whose images `draw` has to be given."""
+        return [name for _, name, _ in self.cache.missing(self._source_keys(batch))]
+
+    def _source_keys(self, batch: Batch) -> list[tuple]:
+        return [("source", unit.source, batch.size) for unit in batch.units]
+
+    @torch.inference_mode()
+    def draw(
+        self, batch: Batch, redraw: int, texts: list[str], images: dict[str, Image.Image], pad_to: int = 0
+    ) -> torch.Tensor:
+        """Draw a batch: float (N, 3, H, W) in [0, 1], on the device.
+
+        Args:
+            redraw: how often the batch's units were drawn before.
+            texts: a prompt for each unit.
+            images: RGB images of the sources that `missing_sources` names, in the batch's size.
+            pad_to: draw at least so many images, of which the surplus is thrown away, so that all batches have one
+                shape.
+        """
+        surplus = max(0, pad_to - len(batch.units))
+        units, texts = batch.units + batch.units[-1:] * surplus, texts + texts[-1:] * surplus
+        batch = batch._replace(units=units)
+        if batch.adapter != self.adapter:
+            self.pipe.set_adapters([batch.adapter])
+            self.adapter = batch.adapter
+        generators = [torch.Generator().manual_seed(unit.noise_seed(redraw)) for unit in units]
+        run = steps_at(batch.level, self.steps)
+        call = {
+            # The half step keeps int(steps * strength), which the pipeline computes, from falling one short.
+            "strength": min(1.0, (run + 0.5) / self.steps),
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.text_guidance,
+            "generator": generators,
+        }
+        if self.by_latents:
+            self._encode_sources(batch, images)
+            self._encode_texts(texts, batch.adapter)
+            latents = self.pipe(
+                image=self._noised_from(batch, generators),
+                output_type="latent",
+                **call,
+                **self._embeddings(texts, batch.adapter),
+            ).images
+            drawn = self._decode(latents)
+        else:
+            for key in self.cache.missing(self._source_keys(batch)):
+                self.cache.put(key, (torch.frombuffer(bytearray(images[key[1]].tobytes()), dtype=torch.uint8),))
+            pictures = [
+                Image.frombytes("RGB", batch.size, self.cache.get(key)[0].numpy().tobytes())
+                for key in self._source_keys(batch)
+            ]
+            drawn = self.pipe(prompt=texts, image=pictures, output_type="pt", **call).images
+        self.cache.shrink()
+        return drawn[: len(units) - surplus].float()
+
+    def _encode_sources(self, batch: Batch, images: dict[str, Image.Image]) -> None:
+        """Keep mean and standard deviation of each source's latent, (C, h, w) each, in the encoder's type."""
+        missing = self.cache.missing(self._source_keys(batch))
+        at_once = max(1, ENCODE_PIXELS // (batch.size[0] * batch.size[1]))
+        for start in range(0, len(missing), at_once):
+            keys = missing[start : start + at_once]
+            pixels = self.pipe.image_processor.preprocess([images[key[1]] for key in keys])
+            posterior = self.pipe.vae.encode(pixels.to(self.pipe.device, self.encoder_dtype)).latent_dist
+            for key, mean, std in zip(keys, posterior.mean.cpu(), posterior.std.cpu(), strict=True):
+                self.cache.put(key, (mean.clone(), std.clone()))
+
+    def _encode_texts(self, texts: list[str], adapter: str | None) -> None:
+        """Keep the embeddings of each text, and of the empty text that guidance leads away from."""
+        missing = [key[2] for key in self.cache.missing([("text", adapter, text) for text in texts])]
+        for start in range(0, len(missing), ENCODE_TEXTS):
+            some = missing[start : start + ENCODE_TEXTS]
+            encoded = self.pipe.encode_prompt(
+                prompt=some, device=self.pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+            )
+            tensors = [encoded[0].cpu(), *([encoded[2].cpu()] if len(encoded) > 2 else [])]
+            for place, text in enumerate(some):
+                self.cache.put(("text", adapter, text), tuple(tensor[place].clone() for tensor in tensors))
+            self.cache.put(("negative", adapter), tuple(tensor[0].cpu().clone() for tensor in encoded[1::2]))
+
+    def _embeddings(self, texts: list[str], adapter: str | None) -> dict[str, torch.Tensor]:
+        """The texts as keyword arguments of the pipeline's call."""
+        positive = [
+            torch.stack(parts) for parts in zip(*(self.cache.get(("text", adapter, t)) for t in texts), strict=True)
+        ]
+        if self.cache.missing([("negative", adapter)]):
+            self._encode_texts([""], adapter)
+        negative = [part.expand(len(texts), *part.shape).contiguous() for part in self.cache.get(("negative", adapter))]
+        pairs = [tensor for pair in zip(positive, negative, strict=True) for tensor in pair]
+        return {name: tensor.to(self.pipe.device) for name, tensor in zip(EMBEDDINGS, pairs, strict=False)}
+
+    def _noised_from(self, batch: Batch, generators: list[torch.Generator]) -> torch.Tensor:
+        """The latents that the pipeline adds noise to, (N, C, h, w).
+
+        The generators are used in the order in which the pipeline uses one of them for a single image: first the sample
+        of the source's latent, then (in the pipeline) the noise that is added to it.
+        """
+        sampled = []
+        for key, generator in zip(self._source_keys(batch), generators, strict=True):
+            mean, std = self.cache.get(key)
+            noise = randn_tensor(mean[None].shape, generator=generator, dtype=mean.dtype)
+            # Unit variance before the noise is added makes the start of every scheduler what it is for text to image.
+            sampled.append(noise if self._is_pure(batch) else mean + std * noise)
+        start = torch.cat(sampled).to(self.pipe.device)
+        if self._is_pure(batch):
+            return start.to(self.dtype)
+        config = self.pipe.vae.config
+        start = start.to(self.dtype)
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean, std = self._statistics(start)
+            return (start - mean) * config.scaling_factor / std
+        return start * config.scaling_factor
+
+    def _is_pure(self, batch: Batch) -> bool:
+        return self.pure_noise and batch.level == 0
+
+    def _statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        config = self.pipe.vae.config
+        return tuple(
+            torch.tensor(part).view(1, -1, 1, 1).to(like) for part in (config.latents_mean, config.latents_std)
+        )
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (N, C, h, w) as images (N, 3, H, W) in [0, 1]."""
+        config = self.pipe.vae.config
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean, std = self._statistics(latents)
+            latents = latents * std / config.scaling_factor + mean
+        else:
+            latents = latents / config.scaling_factor
+        multiple = 2 ** (len(config.block_out_channels) - 1)
+        at_once = max(1, ENCODE_PIXELS // (latents.shape[-1] * latents.shape[-2] * multiple**2))
+        decoded = [
+            self.pipe.vae.decode(some.to(self.decoder_dtype), return_dict=False)[0].float()
+            for some in latents.split(at_once)
+        ]
+        return torch.cat(decoded).div(2).add(0.5).clamp(0, 1)
+
+
+@torch.inference_mode()
+def to_host(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Callable[[], None]]:
+    """Images (N, 3, H, W) in [0, 1] on their way to the CPU, while the device goes on.
+
+    Returns:
+        uint8 (N, H, W, 3), bool (N,): whether each image is good, and a function that waits until both have arrived.
+    """
+    good = is_good(drawn)
+    pixels = drawn.nan_to_num().mul(255).round().byte().permute(0, 2, 3, 1).contiguous()
+    if not drawn.is_cuda:
+        return pixels, good, lambda: None
+    pixels, good = (tensor.to("cpu", non_blocking=True) for tensor in (pixels, good))
+    arrived = torch.cuda.Event()
+    arrived.record(torch.cuda.current_stream(drawn.device))  # not that of the first device, which may be another
+    return pixels, good, arrived.synchronize
+
+
+def is_good(images: torch.Tensor) -> torch.Tensor:
+    """Whether each image (N, 3, H, W) in [0, 1] is finite and not of one colour: bool (N,)."""
+    flat = images.flatten(2)
+    finite = flat.isfinite().all(-1).all(-1)
+    return finite & ((flat.amax(-1) - flat.amin(-1)).amax(-1) > 1 / 255)

@@ -1,0 +1,88 @@
+"""The work list of a spectrum: every image to draw, in batches of one shape, shared out among processes.
+
+Pure Python, so that a million images are planned in seconds before any model is loaded. The batches follow from the
+plan and the batch size alone: neither shards nor what is drawn already change them, so that an image is always drawn
+beside the same others and comes out the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from spectrum.folder import Unit
+
+# Sources that pass through all levels and seeds before the next ones are begun: what is encoded once and kept
+# (1 GB for this many sources at 1024x1024) stays bounded however many there are.
+GROUP = 2048
+
+
+class Batch(NamedTuple):
+    """Work units that are drawn together: of one level, one size in pixels (width, height) and one LoRA adapter.
+
+    The adapter is None where all units are drawn with the same.
+    """
+
+    level: int
+    size: tuple[int, int]
+    adapter: str | None
+    units: list[Unit]
+
+
+def steps_at(level: int, steps: int) -> int:
+    """Denoising steps that a level runs: round(steps * (100 - level) / 100), at least 1."""
+    return max(1, (2 * steps * (100 - level) + 100) // 200)  # whole numbers: int(50 * (1 - 0.9)) would be 4
+
+
+def order_units(sources: list[str], levels: list[int], seeds: int) -> Iterator[Unit]:
+    """Every unit of a plan: by group of sources, then level, source and seed."""
+    for start in range(0, len(sources), GROUP):
+        for level in levels:
+            for source in sources[start : start + GROUP]:
+                for seed in range(seeds):
+                    yield Unit(source, level, seed)
+
+
+def make_batches(
+    units: Iterable[Unit],
+    size_of: Callable[[str], tuple[int, int]],
+    batch_size: int,
+    adapter_of: Callable[[str], str | None] = lambda source: None,
+) -> list[Batch]:
+    """Full batches, in the order in which they fill up; those that stay short come last.
+
+    Args:
+        size_of: width and height in pixels at which a source is drawn.
+        adapter_of: name of the adapter that a source is drawn with, or None.
+    """
+    batches, filling = [], {}
+    for unit in units:
+        kind = (unit.level, size_of(unit.source), adapter_of(unit.source))
+        group = filling.setdefault(kind, [])
+        group.append(unit)
+        if len(group) == batch_size:
+            batches.append(Batch(*kind, filling.pop(kind)))
+    return batches + [Batch(*kind, group) for kind, group in filling.items()]
+
+
+def cost(batch: Batch, steps: int) -> int:
+    """UNet work of a batch: steps times images times pixels."""
+    return steps_at(batch.level, steps) * len(batch.units) * batch.size[0] * batch.size[1]
+
+
+def share_out(batches: list[Batch], steps: int, shards: int) -> list[list[Batch]]:
+    """The batches of each shard, in their own order: the costliest first, each to the shard with the least work.
+
+    The shares differ by no more than the costliest batch, and whatever the number of shards, together they hold every
+    batch once.
+    """
+    work = [(0, shard) for shard in range(shards)]
+    owner = [0] * len(batches)
+    for place in sorted(range(len(batches)), key=lambda place: (-cost(batches[place], steps), place)):
+        done, owner[place] = work[0]
+        heapq.heapreplace(work, (done + cost(batches[place], steps), owner[place]))
+    shares: list[list[Batch]] = [[] for _ in range(shards)]
+    for batch, shard in zip(batches, owner, strict=True):
+        shares[shard].append(batch)
+    return shares

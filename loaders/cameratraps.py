@@ -1,0 +1,150 @@
+"""Camera-trap data in WILDS's layout: iWildCam v2.0, one's own, and the tiny stand-in toycam (toycam.py).
+
+`metadata.csv` lists every image: its split, class (`y`), file below `train/` and camera (`location_remapped`). Splits
+`train`, `id_val` and `id_test` share their cameras; those of `val` and `test` are out of domain. One's own data has
+`class_names.txt` beside it, with the name of class 0 in its first line, and so on.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from loaders import toycam
+from loaders.base import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailed, file_set, missing_files
+from loaders.defaults import ASSETS
+from runtime.cli import UserError
+
+SPLITS = ("train", "val", "test", "id_val", "id_test")
+LAYOUTS = {
+    "iwildcam": "expected WILDS's folder iwildcam_v2.0: metadata.csv and train/*.jpg",
+    "cameratraps": "expected a folder with metadata.csv (columns split, y, filename, location_remapped), "
+    "class_names.txt (a name a line, in the order of y) and the images below train/",
+}
+CLASS_NAMES = "class_names.txt"
+NO_CLASS = 99999  # what some copies of metadata.csv give images of species that no training image shows: left out
+TOYCAM = Path("runs/toycam")
+SHOWN = 3  # missing files that are named
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraTraps(LongTailed):
+    """A data set of camera traps; `val` and `test` are out of domain (OOD), `id_val` and `id_test` in domain (ID).
+
+    Attributes:
+        locations: for each split the camera of each image, int64 (N,).
+    """
+
+    id_val: ImageSet
+    id_test: ImageSet
+    locations: dict[str, np.ndarray]
+
+    @property
+    def splits(self) -> dict[str, ImageSet]:
+        """Every split by its name in WILDS."""
+        return {name: getattr(self, name) for name in SPLITS}
+
+
+def load(name: str, data_root: Path | None) -> CameraTraps:
+    """The data set below `data_root`; toycam (default: runs/toycam) is drawn first if it is missing.
+
+    Raises:
+        UserError: no such data, or another version of it.
+    """
+    if name == "toycam":
+        root = data_root or TOYCAM
+        if not (root / "metadata.csv").is_file():
+            root.parent.mkdir(parents=True, exist_ok=True)
+            toycam.draw(root)
+        return read(name, root, toycam.CLASSES)
+    if data_root is None:
+        raise UserError(f"--dataset {name}: expected --data-root, the folder of its images; {LAYOUTS[name]}")
+    if not data_root.is_dir():
+        raise UserError(f"--data-root {data_root}: no such folder; {LAYOUTS[name]}")
+    return read(name, data_root, class_names() if name == "iwildcam" else own_class_names(data_root))
+
+
+def own_class_names(root: Path) -> list[str]:
+    """The lines of class_names.txt.
+
+    Raises:
+        UserError: no such file, or an empty line.
+    """
+    path = root / CLASS_NAMES
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; {LAYOUTS['cameratraps']}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: {error}; expected UTF-8") from None
+    if not names or not all(names):
+        raise UserError(f"{path}: expected the name of a class in each line")
+    return names
+
+
+def class_names() -> list[str]:
+    """The English names of iWildCam's 182 classes, by index, as FLYP and WiSE-FT have them; some occur twice."""
+    with (ASSETS / "iwildcam_classes.csv").open(encoding="utf-8", newline="") as file:
+        return [row["english_name"] or row["scientific_name"] for row in csv.DictReader(file)]
+
+
+def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
+    """The data set at `root`.
+
+    Raises:
+        UserError: no metadata.csv or another version's, a class that there is not, a split without an image, or images
+            that are not there.
+    """
+    path = root / "metadata.csv"
+    try:
+        file = path.open(encoding="utf-8-sig", newline="")
+    except FileNotFoundError:
+        older = "; this is version 1.0 of WILDS, whose splits differ" if (root / "val_trans.csv").exists() else ""
+        raise UserError(f"{path}: no such file{older}; {LAYOUTS.get(name, LAYOUTS['cameratraps'])}") from None
+    found: dict[str, list[tuple[str, int, int]]] = {split: [] for split in SPLITS}
+    with file:
+        table = csv.DictReader(file)
+        lacking = {"split", "y", "filename", "location_remapped"} - set(table.fieldnames or ())
+        if lacking:
+            raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; expected those of WILDS v2.0")
+        for row in table:
+            where = f"{path} line {table.line_num}"
+            try:
+                label, camera = int(row["y"]), int(row["location_remapped"])
+            except (TypeError, ValueError):
+                raise UserError(f"{where}: y {row['y']}, location_remapped {row['location_remapped']}: expected whole "
+                                "numbers") from None  # fmt: skip
+            if label == NO_CLASS:
+                continue
+            if not 0 <= label < len(classes):
+                older = ", as WILDS v2.0 has them (v1.0 has 186 classes)" if name == "iwildcam" else ""
+                raise UserError(f"{where}: class {label}; expected one below {len(classes)}{older}")
+            if row["split"] not in found:
+                raise UserError(f"{where}: split {row['split']!r}; expected one of {', '.join(SPLITS)}")
+            if Path(row["filename"]).is_absolute() or ".." in Path(row["filename"]).parts:
+                raise UserError(f"{where}: {row['filename']}: expected a file below train")
+            found[row["split"]].append((f"train/{row['filename']}", label, camera))
+    empty = [split for split, rows in found.items() if not rows]
+    if empty:
+        raise UserError(f"{path}: no image in split {', '.join(empty)}; expected some in each of {', '.join(SPLITS)}")
+    for split, rows in found.items():
+        missing = missing_files(root, [file_name for file_name, _, _ in rows])
+        if missing:
+            raise UserError(
+                f"{path}: {len(missing)} of the {len(rows)} images of {split} are not there: "
+                f"{', '.join(missing[:SHOWN])}{' and so on' if len(missing) > SHOWN else ''}; expected a whole download"
+            )
+    sets = {split: file_set(root, [row[0] for row in rows], [row[1] for row in rows]) for split, rows in found.items()}
+    return CameraTraps(
+        name=name,
+        class_names=classes,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        note="validation: id_val (in domain) to choose by, val (out of domain) beside it",
+        files=[path, root / CLASS_NAMES] if name == "cameratraps" else [path],
+        locations={split: np.array([row[2] for row in rows], dtype=np.int64) for split, rows in found.items()},
+        **sets,
+    )

@@ -1,0 +1,151 @@
+"""What the scripts' flags are when the user gives none, for each data set. `--help` shows the chosen data set's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
+
+CIFAR = {
+    "model": "resnet32",
+    "epochs": 200,
+    "curriculum_epochs": 160,
+    "undersample": 0.3,
+    "batch_size": 128,
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "weight_decay": 2e-4,
+    "schedule": "steps",
+    "warmup_epochs": 5,
+    "augment": "crop_flip",
+    "memory_format": "channels_last",
+}
+LARGE = {
+    "model": "resnet10",
+    "epochs": 65,
+    "curriculum_epochs": 60,
+    "undersample": 0.3,
+    "batch_size": 128,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "weight_decay": 1e-5,
+    "augment": "resized_crop",
+    "color_jitter": 0.4,
+    "memory_format": "channels_last",
+}
+
+# The paper's filter; generate_spectrum.py --score takes it too.
+CLIP_FILTER = {"clip": "ViT-B-32:openai", "threshold": 0.3}
+TINY_FILTER = {"clip": str(ASSETS / "tiny_clip"), "threshold": 0.3}
+# The paper's generator and guidance. Small images are drawn at the size that the generator was made for.
+REFINER = {
+    "generator": "stabilityai/stable-diffusion-xl-refiner-1.0",
+    "levels": [0, 10, 30, 50],
+    "seeds": 8,
+    "steps": 50,
+    "text_guidance": 10.0,
+    **CLIP_FILTER,
+}
+CIFAR_REFINER = REFINER | {"levels": [50, 70, 90], "size": (512, 512), "save_size": "source"}
+
+# FLYP's captions of camera-trap images, which the zero-shot head is built from too.
+CAPTIONS = ["a photo of {}.", "{} in the wild."]
+TOYCAM_CLIP = str(ASSETS / "toycam_clip")
+
+# FLYP's recipe (Goyal et al., 2023), and the paper's curriculum, prompts and filter.
+CAMERA_TRAPS: dict[str, dict] = {
+    "find_hard": {"rule": "confidence", "templates": CAPTIONS},
+    "generate_spectrum": REFINER | {"levels": [50, 70, 90], "threshold": 0.25},
+    "filter_clipscore": CLIP_FILTER | {"threshold": 0.25},
+    "train_lt": LARGE,
+    "train_iwildcam": {
+        "clip": "ViT-B-16:openai",
+        "templates": CAPTIONS,
+        "epochs": 20,
+        "curriculum_epochs": 15,
+        "batch_size": 256,
+        "lr": 1e-5,
+        "weight_decay": 0.2,
+        "warmup_epochs": 1,
+        "precision": "bf16",
+    },
+}
+
+# data set -> "data" (the flags that all scripts share) or the script -> flag -> value
+DEFAULTS: dict[str, dict[str, dict]] = {
+    "digits": {
+        "data": {"imb_ratio": 30.0},
+        "generate_spectrum": {
+            "generator": str(ASSETS / "tiny_sd"),
+            "levels": [0, 10, 30, 50, 70, 90],
+            "seeds": 4,
+            "steps": 20,
+            "text_guidance": 3.0,
+            **TINY_FILTER,
+        },
+        "filter_clipscore": TINY_FILTER,
+        "train_lt": {
+            "model": "resnet8",
+            "epochs": 60,
+            "curriculum_epochs": 48,
+            "undersample": 0.43,  # makes a curriculum epoch (184 images) as long as a real one
+            "progress_images": 10,
+            "real_pass_images": 64,
+            "batch_size": 16,
+            "lr": 3e-3,
+            "weight_decay": 0.05,
+        },
+    },
+    # The trainer's recipes for CIFAR are those of Bag of Tricks (Zhang et al., 2021); for the large sets the paper's.
+    "cifar10_lt": {
+        "data": {"imb_ratio": 100.0},
+        "generate_spectrum": CIFAR_REFINER,
+        "filter_clipscore": CLIP_FILTER,
+        "train_lt": CIFAR,
+    },
+    "cifar100_lt": {
+        "data": {"imb_ratio": 100.0},
+        "generate_spectrum": CIFAR_REFINER,
+        "filter_clipscore": CLIP_FILTER,
+        "train_lt": CIFAR,
+    },
+    "cameratraps": CAMERA_TRAPS,
+    "iwildcam": CAMERA_TRAPS
+    | {
+        "generate_spectrum": CAMERA_TRAPS["generate_spectrum"] | {"size": (480, 270)},
+        "train_iwildcam": CAMERA_TRAPS["train_iwildcam"]
+        | {"progress_images": 2000, "real_pass_images": 30000, "warmup_epochs": 0.986},  # 500 steps
+    },
+    "toycam": {
+        "find_hard": {"rule": "confidence", "clip": TOYCAM_CLIP, "templates": CAPTIONS, "fraction": 0.4},
+        "generate_spectrum": {
+            "generator": str(ASSETS / "toycam_sd"),
+            "levels": [50, 70, 90],
+            "seeds": 4,
+            "steps": 20,
+            "text_guidance": 3.0,
+            "clip": TOYCAM_CLIP,
+            "threshold": 0.25,
+        },
+        "filter_clipscore": {"clip": TOYCAM_CLIP, "threshold": 0.25},
+        "train_lt": LARGE | {"image_size": 16},
+        "train_iwildcam": {
+            "clip": TOYCAM_CLIP,
+            "templates": CAPTIONS,
+            "spectrum": Path("runs/toycam_road/spectrum"),
+            "epochs": 20,
+            "curriculum_epochs": 15,
+            "progress_images": 20,
+            "real_pass_images": 64,
+            "batch_size": 32,
+            "lr": 3e-4,
+            "weight_decay": 0.2,
+            "warmup_epochs": 1,
+            "workers": 0,
+        },
+    },
+    "imagefolder": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
+    "imagenet_lt": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
+    "inat2018": {"generate_spectrum": REFINER | {"seeds": 4}, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
+    "places_lt": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
+}

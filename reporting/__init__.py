@@ -1,0 +1,1 @@
+"""Recipes, tables, figures and the page that a report shows."""

@@ -1,0 +1,231 @@
+"""Command lines: what every script's parser has in common, and how a script ends on bad input."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """Bad input. Its message is one line that names the flag, file or row, and what was expected."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with defaults in the help, no abbreviated flags, and arguments from a file.
+
+    `@recipe.args` reads arguments from a file as a shell would: several to a line, quotes, and comments after `#`. An
+    @file in a file is looked for beside that file.
+    """
+
+    def __init__(self, doc: str, script: str):
+        super().__init__(
+            prog=f"{script}.py",
+            description=doc,
+            formatter_class=_Formatter,
+            allow_abbrev=False,
+        )
+        self.script = script
+        # data set -> "data" or the script -> flag -> value: who adds --dataset sets it
+        self.shipped: dict[str, dict[str, dict]] = {}
+        self._read: list[tuple[str, Path | None]] = []  # words, and the files that they stand in
+
+    def error(self, message: str) -> None:
+        """Say in one line what is wrong, and in which @file, and leave with exit code 2."""
+        named = set(re.split(r"[\s'\":,]+", message.partition("(choose from")[0]))
+        typed = {word for word, file in self._read if file is None}
+        files = [file for word, file in self._read if file is not None and word in named - typed]
+        place = f", in {files[-1]}" if files else ""
+        self.exit(2, f"{self.prog}: error: {message}{place} (see --help)\n")
+
+    def expand_files(self, args: list[str]) -> list[str]:
+        """Arguments with those of each @file in its place."""
+        try:
+            self._read = expand_files(args)
+        except UserError as error:
+            self.error(str(error))
+        return [word for word, _ in self._read]
+
+    def parse_args(self, args: list[str] | None = None, namespace=None) -> argparse.Namespace:
+        """Parse, after the flags have taken the chosen data set's defaults (so that `--help` shows those)."""
+        args = self.expand_files(sys.argv[1:] if args is None else list(args))
+        if self.get_default("dataset"):
+            chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+            chooser.add_argument("--dataset", default=self.get_default("dataset"))
+            try:
+                dataset = chooser.parse_known_args(args)[0].dataset
+            except argparse.ArgumentError:  # the full parse below meets it again, and says it
+                dataset = None
+            shipped = self.shipped.get(dataset, {})
+            self.set_defaults(**shipped.get("data", {}), **shipped.get(self.script, {}))
+        parsed = super().parse_args(args, namespace)
+        if getattr(parsed, "data_root", "") is None and self.get_default("dataset"):
+            parsed.data_root = default_data_root(parsed.dataset)
+        return parsed
+
+
+def expand_files(
+    words: list[str], folder: Path = Path(), within: tuple[Path, ...] = ()
+) -> list[tuple[str, Path | None]]:
+    """The words of a command line, those of each @file in its place.
+
+    Args:
+        folder: what the names of @files are relative to.
+        within: the files that are being read.
+
+    Returns:
+        Pairs of a word and the file that it stands in, None for the command line itself.
+
+    Raises:
+        UserError: a file that cannot be read, an open quote in it, or one that includes itself.
+    """
+    found: list[tuple[str, Path | None]] = []
+    for word in words:
+        if not word.startswith("@"):
+            found.append((word, within[-1] if within else None))
+            continue
+        path = folder / word[1:]
+        includer = f", which {within[-1]} includes" if within else ""
+        if path.resolve() in [other.resolve() for other in within]:
+            raise UserError(f"{path}: includes itself")
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            inside = [part for line in lines for part in shlex.split(line, comments=True)]
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}{includer}") from None
+        except ValueError as error:  # an open quote, or no text at all
+            raise UserError(f"{path}: {error}") from None
+        found += expand_files(inside, path.parent, (*within, path))
+    return found
+
+
+def default_data_root(dataset: str) -> Path | None:
+    """Where a data set lies if no flag says so: $DISCL_DATA/DATASET (or .zip); None without that variable."""
+    root = os.environ.get("DISCL_DATA")
+    if not root or dataset in ("digits", "toycam"):
+        return None
+    folder = Path(root) / dataset
+    archive = folder.with_suffix(".zip")
+    return archive if archive.is_file() and not folder.exists() else folder
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """The help with the default as one would type it."""
+        default = action.default
+        if default is None or default is False or default == [] or isinstance(action, argparse._HelpAction):
+            return action.help
+        if type(default) in (list, tuple):  # and not a type of a script's own, which prints itself
+            words = [str(value) for value in default]
+            typed = "x".join(words) if isinstance(default, tuple) else shlex.join(words)  # a tuple is a size
+            return f"{action.help} (default: {typed.replace('%', '%%')})"
+        return super()._get_help_string(action)
+
+
+def level(text: str) -> int:
+    """A guidance level: whole percent, 0 (text only) to 100 (the real image)."""
+    return whole(0, 100)(text)
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The argparse type of whole numbers from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+            expected = f"from {low} to {high}" if high is not None else f"of {low} or more"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number {expected}")
+        return int(text)
+
+    return parse
+
+
+def number(low: float, high: float = float("inf")) -> Callable[[str], float]:
+    """The argparse type of numbers from `low` to `high`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+_paths_checked = True
+
+
+@contextmanager
+def paths_unchecked(unchecked: bool) -> Iterator[None]:
+    """Within it, a parser takes files and folders that are not there yet (an earlier job will write them)."""
+    global _paths_checked
+    before, _paths_checked = _paths_checked, not unchecked
+    try:
+        yield
+    finally:
+        _paths_checked = before
+
+
+def existing_file(text: str) -> Path:
+    """The argparse type of a file that must be there."""
+    path = Path(text)
+    if _paths_checked and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text}: no such file")
+    return path
+
+
+def existing_path(text: str) -> Path:
+    """The argparse type of a file or folder that must be there."""
+    path = Path(text)
+    if _paths_checked and not path.exists():
+        raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
+    return path
+
+
+def existing_folder(text: str) -> Path:
+    """The argparse type of a folder that must be there."""
+    path = Path(text)
+    if _paths_checked and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return path
+
+
+def progress(total: int, what: str, unit: str):
+    """A tqdm bar on a terminal; a plain line every half minute where there is none."""
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=what, unit=unit, dynamic_ncols=True)
+    line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left\n"
+    return tqdm(total=total, desc=what, unit=unit, mininterval=30, maxinterval=60, bar_format=line)
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a script's main and leave with its exit code; bad input is one line and exit code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:  # a full disk, a folder where a file should be, no permission
+        if error.filename is None:
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted; run the same command again to go on", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)

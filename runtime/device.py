@@ -1,0 +1,22 @@
+"""The device to compute on."""
+
+from __future__ import annotations
+
+import torch
+
+from runtime.cli import UserError, first_line
+
+
+def pick_device(name: str) -> str:
+    """The device that `auto`, `cpu`, `cuda` or `cuda:N` means on this machine.
+
+    Raises:
+        UserError: no such device here.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: cannot be used here: {first_line(error)}") from error
+    return name

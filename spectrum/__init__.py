@@ -1,0 +1,1 @@
+"""What lies in a spectrum folder, and what is measured on it."""

@@ -1,0 +1,95 @@
+"""Looking at a model without changing it: logits, accuracies by group of classes, and what classes are taken for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from training import distributed
+from training.augmentations import normalise
+
+
+def predict(
+    model,
+    store,
+    places: np.ndarray,
+    data,
+    device: str,
+    precision: str = "fp32",
+    batch_size: int = 512,
+    augmentation: tuple[np.ndarray, int] | None = None,
+    keep: Callable | None = None,
+    width: int | None = None,
+):
+    """Logits, float (N, C), or what is kept of them, (N, width), on the CPU; the model is left in evaluation mode.
+
+    Several processes share the work, and each has the whole result.
+
+    Args:
+        model: not wrapped: each process looks at images of its own.
+        store: the images (training/stores.py), of which those at `places`, int (N,), are looked at.
+        data: the data set, for its channels' mean and standard deviation and the number of classes.
+        augmentation: look at training images, augmented at these strengths, int (N,), by draws from this seed.
+        keep: what is kept of a batch's logits, (n, C) to (n, `width`), where all of them would be too many.
+        width: how much comes of an image, where that is not a logit of each class.
+    """
+    model.eval()
+    mine = np.arange(distributed.rank(), len(places), distributed.world())
+    logits = torch.zeros(len(places), width or len(data.class_names))
+    if augmentation is None:
+        batches = store.evaluation(places[mine], batch_size)
+    else:
+        split = (torch.from_numpy(some).split(batch_size) for some in (places[mine], mine, augmentation[0][mine]))
+        chosen, keys, strengths = split
+        batches = store.training(chosen, keys, augmentation[1], strengths)
+    with torch.inference_mode(), torch.autocast(device.split(":")[0], torch.bfloat16, precision == "bf16"):
+        found = (model(normalise(images, data.mean, data.std)).float() for images in batches)
+        parts = [(keep(some).float() if keep else some).cpu() for some in found]
+    if parts:
+        logits[mine] = torch.cat(parts)
+    return distributed.total(logits, device).cpu()
+
+
+def accuracies(logits, labels: np.ndarray, groups: dict[str, np.ndarray]) -> dict:
+    """Accuracy in percent: overall, of each group of classes, and per class; None where there is no such image."""
+    classes = logits.shape[1]
+    count = np.bincount(labels, minlength=classes)
+    right = np.bincount(labels[logits.argmax(1).numpy() == labels], minlength=classes)
+
+    def share(chosen: np.ndarray) -> float | None:
+        total = int(count[chosen].sum())
+        return 100 * int(right[chosen].sum()) / total if total else None
+
+    return {
+        "overall": share(np.arange(classes)),
+        **{name: share(chosen) for name, chosen in groups.items()},
+        "per_class": [share(np.array([label])) for label in range(classes)],
+    }
+
+
+def true_class_probability(logits, labels: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """The softmax probability of each image's own class, in [0, 1], (N,).
+
+    Args:
+        scale: what logits are multiplied by first: LDAM's, where they are cosines.
+    """
+    return (logits * scale).softmax(1).numpy()[np.arange(len(labels)), labels]
+
+
+def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The mean F1 score over the classes that are present in `labels`, in percent, as WILDS defines iWildCam's metric.
+
+    Args:
+        predicted, labels: class of each image, int (N,).
+    """
+    from sklearn.metrics import f1_score
+
+    return 100 * float(f1_score(labels, predicted, average="macro", labels=np.unique(labels), zero_division=0))
+
+
+def confusion(logits, labels: np.ndarray) -> np.ndarray:
+    """How many images of each class (rows) were taken for each class (columns), int (C, C)."""
+    classes = logits.shape[1]
+    return np.bincount(labels * classes + logits.argmax(1).numpy(), minlength=classes**2).reshape(classes, classes)

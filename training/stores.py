@@ -1,0 +1,261 @@
+"""The images of batches: small ones live on the device, large ones are decoded by workers at the size that is needed.
+
+Both kinds give uint8 batches (n, 3, H, W) on the device, and both depend on the seed and the images' places alone, not
+on how many workers there are.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from loaders.base import ImageSet
+from runtime.cli import UserError
+from runtime.runs import leave_signals
+from training.class_augmentation import augmented
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How image files are cropped and resized.
+
+    Attributes:
+        least_area: of a random crop, as a share of the image's.
+        zoom: of a test image, the shorter side over the side of the centre crop.
+        filter: bilinear or bicubic.
+    """
+
+    least_area: float = 0.08
+    zoom: float = 256 / 224
+    filter: str = "bilinear"
+
+
+IMAGENET_CROP = Crop()
+CLIP_CROP = Crop(least_area=0.9, zoom=1.0, filter="bicubic")  # open_clip's, which FLYP takes
+
+
+def build(
+    sets: list[ImageSet], device: str, image_size: int, workers: int, memory_format: str, randaugment: bool = False
+):
+    """The images of several sets, one after another, as one store of images (InMemory or Decoded)."""
+    if sets[0].in_memory:
+        return InMemory(np.concatenate([one.images for one in sets]), device, memory_format, randaugment)
+    return Decoded([path for one in sets for path in one.images], device, image_size, workers, randaugment)
+
+
+class InMemory:
+    """Images that live on the device as uint8.
+
+    Args:
+        images: uint8 (N, H, W, 3).
+        memory_format: channels_last or contiguous: their order in memory, which should be the network's.
+    """
+
+    def __init__(self, images: np.ndarray, device: str, memory_format: str, randaugment: bool = False):
+        images = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+        self.images = images if memory_format == "channels_last" else images.contiguous()
+        self.randaugment = randaugment
+
+    def training(
+        self,
+        batches: list[torch.Tensor],
+        keys: list[torch.Tensor],
+        seed: int,
+        strengths: list[torch.Tensor] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Batches of the images at the given places, int64 (n,) each.
+
+        Args:
+            keys: number the images of an epoch.
+            strengths: at which each is augmented (training/class_augmentation.py); None: not at all.
+        """
+        for at, (places, numbers) in enumerate(zip(batches, keys, strict=True)):
+            images = self.images[places.to(self.images.device)]
+            if self.randaugment:
+                pairs = zip(images, numbers.tolist(), strict=True)
+                images = torch.stack([randaugmented(image, seed, number) for image, number in pairs])
+            if strengths is not None:
+                rows = zip(images, strengths[at].tolist(), numbers.tolist(), strict=True)
+                images = torch.stack([augmented(image, strength, seed, number) for image, strength, number in rows])
+            yield images
+
+    def evaluation(self, places: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
+        """Batches of the images at `places`, int (n,), in that order."""
+        for part in torch.from_numpy(places).split(batch_size):
+            yield self.images[part.to(self.images.device)]
+
+
+class Decoded:
+    """Image files, decoded, cropped and resized by worker processes, in time for their batch.
+
+    Args:
+        skip_unreadable: yield a black image where one does not decode, and note it, instead of raising UserError.
+
+    Attributes:
+        unreadable: with `skip_unreadable`, place -> what is wrong, of the images that were met so far.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        device: str,
+        image_size: int,
+        workers: int,
+        randaugment: bool = False,
+        crop: Crop = IMAGENET_CROP,
+        skip_unreadable: bool = False,
+    ):
+        self.paths, self.device, self.image_size, self.workers = paths, device, image_size, workers
+        self.randaugment, self.crop, self.skip_unreadable = randaugment, crop, skip_unreadable
+        self.unreadable: dict[int, str] = {}
+
+    def training(
+        self,
+        batches: list[torch.Tensor],
+        keys: list[torch.Tensor],
+        seed: int,
+        strengths: list[torch.Tensor] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """As InMemory's; each image is a random crop, drawn from the seed and the image's number in the epoch."""
+        strengths = strengths or [torch.zeros_like(places) for places in batches]
+        jobs = [
+            [
+                (place, (seed, number), strength)
+                for place, number, strength in zip(*map(torch.Tensor.tolist, row), strict=True)
+            ]
+            for row in zip(batches, keys, strengths, strict=True)
+        ]
+        yield from self._load(jobs)
+
+    def evaluation(self, places: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
+        """As InMemory's; each image is the centre crop."""
+        jobs = [
+            [(place, None, 0) for place in places[start : start + batch_size].tolist()]
+            for start in range(0, len(places), batch_size)
+        ]
+        yield from self._load(jobs)
+
+    def _load(self, jobs: list[list[tuple]]) -> Iterator[torch.Tensor]:
+        pinned = str(self.device).startswith("cuda")
+        loader = torch.utils.data.DataLoader(
+            _Files(self),
+            batch_sampler=jobs,
+            num_workers=self.workers,
+            collate_fn=_stack,
+            generator=torch.Generator(),  # its draws are not the training's
+            worker_init_fn=leave_signals,
+            pin_memory=pinned,
+            prefetch_factor=4 if self.workers else None,
+        )
+        try:
+            for images, wrong in loader:
+                self.unreadable |= wrong
+                yield images.to(self.device, non_blocking=pinned).permute(0, 3, 1, 2)
+        except UserError as error:  # a worker's comes with its traceback
+            last_line = str(error).strip().splitlines()[-1]
+            raise UserError(last_line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
+
+
+class _Files(torch.utils.data.Dataset):
+    def __init__(self, store: Decoded):
+        self.paths, self.image_size, self.randaugment = store.paths, store.image_size, store.randaugment
+        self.crop, self.skip_unreadable = store.crop, store.skip_unreadable
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, job: tuple[int, tuple[int, int] | None, int]) -> tuple[np.ndarray, dict[int, str]]:
+        place, key, strength = job
+        rng = None if key is None else np.random.default_rng(key)
+        try:
+            pixels = decode(self.paths[place], self.image_size, rng, self.crop)
+        except UserError as error:
+            if not self.skip_unreadable:
+                raise
+            return np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8), {place: str(error)}
+        if key is not None and (self.randaugment or strength):
+            image = torch.from_numpy(pixels).permute(2, 0, 1)
+            image = randaugmented(image, *key) if self.randaugment else image
+            pixels = augmented(image, strength, *key).permute(1, 2, 0).numpy()
+        return pixels, {}
+
+
+def _stack(items: list[tuple[np.ndarray, dict[int, str]]]) -> tuple[torch.Tensor, dict[int, str]]:
+    images, wrong = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(images)), {place: error for one in wrong for place, error in one.items()}
+
+
+def randaugmented(image: torch.Tensor, seed: int, number: int) -> torch.Tensor:
+    """torchvision's RandAugment of one image uint8 (3, H, W), by draws of its own."""
+    from torchvision.transforms import v2
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed((seed + number * 0x9E3779B97F4A7C15) % 2**63)
+        return v2.RandAugment()(image)
+
+
+def random_box(
+    width: int, height: int, rng: np.random.Generator, least_area: float = IMAGENET_CROP.least_area
+) -> tuple[float, float, float, float]:
+    """The crop of RandomResizedCrop (Inception): `least_area` to all of it, aspect ratio 3/4 to 4/3; in pixels."""
+    for _ in range(10):
+        area = width * height * rng.uniform(least_area, 1)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    # What torchvision falls back to: as much of the image as the aspect ratios allow, from its centre.
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h
+
+
+def centre_box(width: int, height: int, zoom: float) -> tuple[float, float, float, float]:
+    """The part of an image that is left by resizing its shorter side to `zoom` times that of a central crop."""
+    side = min(width, height) / zoom
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def decode(path: Path, size: int, rng: np.random.Generator | None, crop: Crop = IMAGENET_CROP) -> np.ndarray:
+    """An image file, cropped (at random, or the centre without `rng`) and resized: uint8 (size, size, 3).
+
+    A JPEG is decoded at a half, a quarter or an eighth where that still holds every pixel that is needed.
+
+    Raises:
+        UserError: it does not decode.
+    """
+    try:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+            if rng is None:
+                box = centre_box(width, height, crop.zoom)
+            else:
+                box = random_box(width, height, rng, crop.least_area)
+            needed = size / min(box[2] - box[0], box[3] - box[1])
+            image.draft("RGB", (math.ceil(width * needed), math.ceil(height * needed)))
+            if image.format == "JPEG" and image.mode == "RGB" and image.size == (width, height):
+                # torchvision's decoder is a little faster than Pillow's, but has no draft mode.
+                pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+            else:
+                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from None
+    x, y = pixels.shape[2] / width, pixels.shape[1] / height
+    left, top, right, bottom = round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y)
+    part = pixels[None, :, top : max(top + 1, bottom), left : max(left + 1, right)]
+    # On whole bytes torch's filter takes a third of the time of Pillow's, and gives the same to within one grey value.
+    return F.interpolate(part, (size, size), mode=crop.filter, antialias=True)[0].permute(1, 2, 0).numpy()
