@@ -50,6 +50,10 @@ from runtime.device import pick_device
 
 MAX_TOKENS = 16
 CHECKPOINT_SECONDS = 300
+NIGHT_CHROMA, SHARP = (
+    15.0,
+    8.5,
+)  # of toycam: the web has 25 by day at the least and 5.5 by night, 10.5 sharp and 6.4 blurred
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,12 @@ class Sizes:
 
     latent_channels: int = 4
     vae_widths: tuple[int, ...] = (16, 32)
-    vae_steps: int = 2000
+    vae_steps: int = 3000
     vae_batch: int = 32
     unet_widths: tuple[int, ...] = (48, 96)
     unet_attends: int = 1
     unet_layers: int = 1
-    unet_steps: int = 6000
+    unet_steps: int = 8000
     unet_batch: int = 64
     unet_rate: float = 2e-3
     text_width: int = 64
@@ -87,6 +91,7 @@ class Sizes:
 
 SIZES = {
     "digits": Sizes(),
+    "digits_noisy": Sizes(unet_steps=2000),  # for --start, from the generator of true captions
     "cifar100_lt": Sizes(  # what a CPU does in minutes: too few steps to follow a prompt
         latent_channels=8,
         vae_widths=(16, 32, 64),
@@ -121,14 +126,10 @@ SIZES = {
         judge_steps=6000,
     ),
     "toycam": Sizes(
-        vae_widths=(8, 16),
-        vae_steps=800,
         unet_widths=(32, 64),
-        unet_steps=4000,
-        unet_batch=32,
+        unet_batch=128,
         clip_patch=4,
         clip_layers=3,
-        clip_steps=1500,
     ),
 }
 
@@ -146,7 +147,12 @@ SIZES = {
 
 
 class Digits:
-    """Each digit of the web split a little turned and shifted, in colours drawn anew."""
+    """Each digit of the web split a little turned and shifted, in colours drawn anew.
+
+    Args:
+        caption_noise: share of the scans whose captions name another digit, as captions of the web are often wrong.
+            Which scans, and which digit instead, is fixed.
+    """
 
     class_names = datasets.DIGIT_NAMES
     size = 16
@@ -159,14 +165,20 @@ class Digits:
     template = datasets.TEMPLATES["digits"][0]
     asked = range(10)
 
-    def __init__(self, data_root: Path | None):
+    def __init__(self, data_root: Path | None, caption_noise: float = 0.0):
         scans, labels = datasets.digits_scans()
         web = datasets.digits_split()["web"]
-        black, white = np.zeros(3), np.full(3, 255.0)
-        masks = np.stack([datasets.draw_digit(scan, white, black)[..., 0] for scan in scans[web]])
-        self.masks = torch.from_numpy(masks)[:, None].float() / 255
+        self.masks = torch.from_numpy(np.stack([self.mask(scan) for scan in scans[web]]))[:, None].float() / 255
         self.labels = labels[web]
+        noise = np.random.default_rng([1, 0])
+        wrong = noise.permutation(len(web)) < round(caption_noise * len(web))
+        self.named = np.where(wrong, (self.labels + noise.integers(1, 10, len(web))) % 10, self.labels)
         self.rng = np.random.default_rng(0)
+
+    @staticmethod
+    def mask(scan: np.ndarray) -> np.ndarray:
+        """How much ink there is, uint8 (16, 16)."""
+        return datasets.draw_digit(scan, np.full(3, 255.0), np.zeros(3))[..., 0]
 
     def captions(self) -> list[str]:
         return [
@@ -179,27 +191,78 @@ class Digits:
 
     def batch(self, size: int, form: str | None = None) -> tuple[torch.Tensor, list[str], torch.Tensor]:
         chosen = self.rng.integers(len(self.labels), size=size)
-        angle, scale = self.rng.normal(0, 0.08, size), self.rng.normal(1, 0.05, size)
-        turn = np.zeros((size, 2, 3), dtype=np.float32)
-        turn[:, 0, 0], turn[:, 0, 1] = np.cos(angle) * scale, -np.sin(angle) * scale
-        turn[:, 1, 0], turn[:, 1, 1] = np.sin(angle) * scale, np.cos(angle) * scale
-        turn[:, :, 2] = self.rng.normal(0, 0.04, (size, 2))
-        grid = F.affine_grid(torch.from_numpy(turn), (size, 1, 16, 16), align_corners=False)
-        masks = F.grid_sample(self.masks[chosen], grid, align_corners=False)
+        masks = self.move(self.masks[chosen], self.rng.normal(0, 0.08, size), self.rng.normal(1, 0.05, size))
         inks, papers, captions = [], [], []
-        for label in self.labels[chosen]:
+        for named in self.named[chosen]:
             ink_name, ink, paper_name, paper = datasets.draw_colours(self.rng)
             inks.append(ink)
             papers.append(paper)
             caption = form or self.forms[self.rng.integers(len(self.forms))]
-            captions.append(caption.format(digit=self.class_names[label], ink=ink_name, paper=paper_name))
+            captions.append(caption.format(digit=self.class_names[named], ink=ink_name, paper=paper_name))
         ink, paper = (torch.from_numpy(np.array(c, dtype=np.float32))[..., None, None] / 255 for c in (inks, papers))
         images = (masks * ink + (1 - masks) * paper).clamp(0, 1)
         return images * 2 - 1, captions, torch.from_numpy(self.labels[chosen])
 
+    def move(self, masks: torch.Tensor, angle: np.ndarray, scale: np.ndarray, shear: np.ndarray | float = 0):
+        """Masks (n, 1, 16, 16) turned by `angle` (radians), 1/`scale` times as large, sheared, and shifted a little."""
+        matrix = np.zeros((len(masks), 2, 3), dtype=np.float32)
+        matrix[:, 0, 0], matrix[:, 0, 1] = np.cos(angle) * scale, -np.sin(angle) * scale + shear
+        matrix[:, 1, 0], matrix[:, 1, 1] = np.sin(angle) * scale, np.cos(angle) * scale
+        matrix[:, :, 2] = self.rng.normal(0, 0.04, (len(masks), 2))
+        grid = F.affine_grid(torch.from_numpy(matrix), (len(masks), 1, 16, 16), align_corners=False)
+        return F.grid_sample(masks, grid, align_corners=False)
+
+    def pictures(self, size: int) -> torch.Tensor:
+        """What the autoencoder learns from: half web, half any shapes in any colours, so that it can draw any look."""
+        web = self.batch(size - size // 2)[0]
+        count, rng = size // 2, self.rng
+        masks = self.masks[rng.integers(len(self.labels), size=count)]
+        masks = self.move(
+            masks, rng.normal(0, 0.3, count), rng.uniform(0.85, 1.4, count), rng.uniform(-0.8, 0.8, count)
+        )
+        thickness = torch.from_numpy(rng.uniform(-0.3, 0.15, (count, 1, 1, 1)).astype(np.float32))
+        masks = ((1 - thickness) * masks + thickness).clamp(0, 1)
+        ink, paper = torch.from_numpy(rng.uniform(0, 1, (2, count, 3, 1, 1)).astype(np.float32))
+        images = masks * ink + (1 - masks) * paper
+        return torch.cat([web, images.clamp(0, 1) * 2 - 1])
+
     def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        val = datasets.load_digits(30).val
-        return to_pixels(val.images), torch.from_numpy(val.labels)
+        """The scans of the validation split, drawn as the web draws: no model here has seen them."""
+        scans, labels = datasets.digits_scans()
+        val = datasets.digits_split()["val"]
+        rng, images = np.random.default_rng(2), []
+        for index in val:
+            _, ink, _, paper = datasets.draw_colours(rng)
+            images.append(datasets.draw_digit(scans[index], ink, paper))
+        return to_pixels(np.stack(images)), torch.from_numpy(labels[val])
+
+    def looks(self) -> list[tuple[str, dict[str, str]]]:
+        """Prompts, each with the words for the look that it asks for."""
+        return [
+            (self.forms[3].format(digit=digit, ink=ink, paper=paper), {"ink": ink, "paper": paper})
+            for digit in self.class_names
+            for ink in datasets.INKS
+            for paper in datasets.PAPERS
+        ]
+
+    def see(self, images: torch.Tensor) -> list[dict[str, str]]:
+        """The look of images in [-1, 1] (n, 3, 16, 16): the paper is the border's median, the ink is farthest from it.
+
+        Each is called by the nearest colour of its table.
+        """
+        pixels = (images + 1) * 127.5
+        border = torch.cat([pixels[:, :, 0], pixels[:, :, -1], pixels[:, :, :, 0], pixels[:, :, :, -1]], 2)
+        paper = border.median(2).values
+        flat = pixels.flatten(2)
+        far = (flat - paper[..., None]).square().sum(1).topk(8).indices
+        ink = flat.gather(2, far[:, None].expand(-1, 3, -1)).median(2).values
+
+        def nearest(colours: torch.Tensor, table: dict) -> list[str]:
+            known = torch.tensor(list(table.values()), dtype=torch.float32)
+            return [list(table)[i] for i in torch.cdist(colours, known).argmin(1)]
+
+        inks, papers = nearest(ink, datasets.INKS), nearest(paper, datasets.PAPERS)
+        return [{"ink": ink, "paper": paper} for ink, paper in zip(inks, papers, strict=True)]
 
 
 class Cifar100:
@@ -213,7 +276,7 @@ class Cifar100:
     forms = tuple(datasets.TEMPLATES["cifar100_lt"])
     template = forms[0]
 
-    def __init__(self, data_root: Path | None):
+    def __init__(self, data_root: Path | None, caption_noise: float = 0.0):
         data = datasets.load("cifar100_lt", 100, data_root)
         everything = datasets.cifar_split("cifar100_lt", data_root, "train")
         taken = {*data.train.sources, *data.val.sources}
@@ -255,8 +318,14 @@ class Cifar100:
         ]
         return images, captions, torch.from_numpy(labels)
 
+    def pictures(self, size: int) -> torch.Tensor:
+        return self.batch(size)[0]
+
     def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
         return to_pixels(self.val.images), torch.from_numpy(self.val.labels)
+
+    def looks(self) -> list:
+        return []
 
 
 class Toycam:
@@ -272,11 +341,11 @@ class Toycam:
     )
     template = datasets.TEMPLATES["toycam"][0]
     asked = range(len(toycam.CLASSES))
-    pictures = 12000
+    drawn = 12000
 
-    def __init__(self, data_root: Path | None):
+    def __init__(self, data_root: Path | None, caption_noise: float = 0.0):
         self.rng = np.random.default_rng(0)
-        self.images, self.labels, self.night = self._draw(self.pictures, self.rng)
+        self.images, self.labels, self.night = self._draw(self.drawn, self.rng)
 
     def _draw(self, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         images, labels, night = zip(*(toycam.web_picture(rng) for _ in range(count)), strict=True)
@@ -298,12 +367,54 @@ class Toycam:
         ]
         return torch.where(mirrored, images.flip(3), images), captions, torch.from_numpy(self.labels[chosen])
 
+    def pictures(self, size: int) -> torch.Tensor:
+        """What the autoencoder learns from: half web, half web in any light and contrast, so that it can draw any."""
+        images = self.batch(size)[0]
+        half = size // 2
+        light = torch.from_numpy(self.rng.uniform(0.1, 1.2, (half, 1, 1, 1)).astype(np.float32))
+        lift = torch.from_numpy(self.rng.uniform(0, 1, (half, 1, 1, 1)).astype(np.float32)) * (1 - light).clamp(min=0)
+        images[:half] = (((images[:half] + 1) / 2 * light + lift) * 2 - 1).clamp(-1, 1)
+        return images
+
     def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
         images, labels, _ = self._draw(200, np.random.default_rng(1))
         return images, torch.from_numpy(labels)
 
+    def looks(self) -> list[tuple[str, dict[str, str]]]:
+        """Prompts, each with the words for the look that it asks for. The web holds sharp pictures alone."""
+        return [
+            (self.forms[3].format(name=name, time=time), {"light": time, "sharpness": "sharp"})
+            for name in self.class_names
+            for time in ("day", "night") * 20
+        ]
+
+    def see(self, images: torch.Tensor) -> list[dict[str, str]]:
+        """The look of images in [-1, 1] (n, 3, 16, 16): night is grey; a blurred picture has smooth second differences.
+
+        Both rules separate the pictures of the web, and blurred ones drawn like them, by more than 99 in 100.
+        """
+        pixels = (images + 1) * 127.5
+        chroma = (pixels.amax(1) - pixels.amin(1)).flatten(1).mean(1)
+        grey = pixels.mean(1, keepdim=True)
+        edges = torch.cat([grey.diff(n=2, dim=2).flatten(1), grey.diff(n=2, dim=3).flatten(1)], 1).abs().mean(1)
+        return [
+            {"light": "night" if c < NIGHT_CHROMA else "day", "sharpness": "sharp" if e > SHARP else "blurred"}
+            for c, e in zip(chroma, edges, strict=True)
+        ]
+
 
 WEBS = {"digits": Digits, "cifar100_lt": Cifar100, "toycam": Toycam}
+
+
+def training_noise(scheduler):
+    """The noise that a denoiser learns: DDPM's, whose amount rises with the timestep.
+
+    A sampler's own `add_noise` must not stand in for it: DPMSolverMultistepScheduler without `set_timesteps` gives
+    timestep T the noise of 999 - T, and a denoiser trained so looks right and follows no prompt.
+    """
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(scheduler.config)
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
@@ -334,14 +445,26 @@ class Work:
         self.autocast = torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
         self.path = args.out / "checkpoint.pt"
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
-        settings = {"benchmark": args.benchmark, "sizes": json.loads(json.dumps(vars(sizes))), "bf16": bf16}
+        settings = {
+            "benchmark": args.benchmark,
+            "caption_noise": args.caption_noise,
+            "start": runs.digest_files(sorted((args.start / "unet").iterdir())) if args.start else None,
+            "sizes": json.loads(json.dumps(vars(sizes))),
+            "bf16": bf16,
+            "noise": "DDPMScheduler",  # older checkpoints, whose generators learnt time backwards, have no such entry
+        }
         self.state = {"settings": settings, "seconds": 0.0, "finished": {}, "current": None}
         saved = runs.load_latest_checkpoint(self.path, "cpu")
         if saved:
             runs.stop_on_difference(self.path, saved["settings"], settings, "a new folder")
             self.state = saved
         self.seconds_before, self.began = self.state["seconds"], time.monotonic()
+        self.start = args.start
         torch.manual_seed(0)
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu"
 
     @property
     def seconds(self) -> float:
@@ -393,7 +516,8 @@ def fit(
         held.load_state_dict(work.state["finished"][stage]["weights"])
         work.restore(work.state["finished"][stage]["draws"])
         return
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay)
+    fused = work.device.startswith("cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=pct_start)
     done, current = 0, work.state["current"]
     if current:
@@ -485,6 +609,8 @@ def train_vae(work: Work):
     from diffusers import AutoencoderKL
 
     web, sizes = work.web, work.sizes
+    if work.start:
+        return AutoencoderKL.from_pretrained(work.start / "vae", torch_dtype=torch.float32).to(work.device).eval()
     vae = AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -497,7 +623,7 @@ def train_vae(work: Work):
     ).to(work.device)
 
     def loss_of(_: int) -> torch.Tensor:
-        images = web.batch(sizes.vae_batch)[0].to(work.device)
+        images = web.pictures(sizes.vae_batch).to(work.device)
         posterior = vae.encode(images).latent_dist
         restored = vae.decode(posterior.sample()).sample
         return F.mse_loss(restored.float(), images) + 1e-5 * posterior.kl().mean()
@@ -545,6 +671,12 @@ def train_unet(work: Work, vae, tokenizer):
     scheduler = DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
     )
+    if work.start:
+        unet = UNet2DConditionModel.from_pretrained(work.start / "unet", torch_dtype=torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(work.start / "text_encoder", dtype=torch.float32)
+    noise_scheduler = training_noise(scheduler)
+    captions = ["", *web.captions()]
+    tokens = dict(zip(captions, tokenize(tokenizer, captions), strict=True))
     both = nn.ModuleList([unet, text_encoder]).to(device)
     average = copy.deepcopy(both).requires_grad_(False)
     batch = sizes.unet_batch
@@ -557,8 +689,8 @@ def train_unet(work: Work, vae, tokenizer):
             latents = vae.encode(images.to(device)).latent_dist.sample() * vae.config.scaling_factor
         noise = torch.randn_like(latents)
         timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,)).to(device)
-        text = text_encoder(tokenize(tokenizer, captions).to(device))[0]
-        predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+        text = text_encoder(torch.stack([tokens[caption] for caption in captions]).to(device))[0]
+        predicted = unet(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
         return F.mse_loss(predicted.float(), noise.float())
 
     @torch.no_grad()
@@ -658,21 +790,55 @@ def check(web, out: Path, judge: nn.Module, device: str) -> dict:
     result["clipscore_of_best_wrong_class"] = wrong.quantile(quantiles).tolist()
 
     pipe = models.load_generator(str(out / "tiny_sd"), device, dtype="float32")
+
+    def draw(prompts: list[str], guidance: float) -> torch.Tensor:
+        """Images in [-1, 1] at level 0."""
+        blank = torch.zeros(len(prompts), 3, web.size, web.size)
+        settings = {"strength": 1.0, "num_inference_steps": 20, "guidance_scale": guidance, "output_type": "pt"}
+        noise = torch.Generator().manual_seed(0)
+        return pipe(prompts, image=blank, generator=noise, **settings).images.to(device) * 2 - 1
+
+    asked = torch.tensor(web.asked).repeat(400 // len(web.asked))
     for guidance in (1.0, 2.0, 3.0, 5.0):
-        asked = torch.tensor(web.asked).repeat(400 // len(web.asked))
-        prompts = [web.template.format(names[label]) for label in asked]
-        drawn = pipe(
-            prompts,
-            image=torch.zeros(len(asked), 3, web.size, web.size),
-            strength=1.0,
-            num_inference_steps=20,
-            guidance_scale=guidance,
-            output_type="pt",
-            generator=torch.Generator().manual_seed(0),
-        ).images
-        result[f"judge_agreement_at_level_0_text_guidance_{guidance:g}"] = (
-            (judge(drawn * 2 - 1).argmax(1).cpu() == asked).float().mean().item()
-        )
+        drawn = draw([web.template.format(names[label]) for label in asked], guidance)
+        agreement = (judge(drawn).argmax(1).cpu() == asked).float().mean().item()
+        result[f"judge_agreement_at_level_0_text_guidance_{guidance:g}"] = agreement
+    if web.looks():
+        prompts, wanted = zip(*web.looks(), strict=True)
+        seen = web.see(draw(list(prompts), 3.0).cpu())
+        for word in wanted[0]:
+            right = np.mean([one[word] == other[word] for one, other in zip(wanted, seen, strict=True)])
+            result[f"{word}_as_asked_at_level_0_text_guidance_3"] = float(right)
+    result["loss_by_timestep"] = losses_by_timestep(
+        pipe, real[:200], web.template, [names[label] for label in labels[:200]]
+    )
+    return result
+
+
+@torch.no_grad()
+def losses_by_timestep(pipe, images: torch.Tensor, template: str, names: list[str]) -> dict[str, list[float]]:
+    """How well a generator predicts light and heavy noise when it is told the right timestep, and the opposite one.
+
+    A generator that learnt time forwards predicts better when told the truth, at both ends.
+
+    Args:
+        images: float (N, 3, H, W) in [-1, 1], on the generator's device; names: of their classes.
+
+    Returns:
+        {"light": [told T, told 999 - T], "heavy": the same}: mean squared errors, T = 100 and 899.
+    """
+    generator = torch.Generator().manual_seed(0)
+    scheduler = training_noise(pipe.scheduler)
+    latents = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mean * pipe.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    text = pipe.text_encoder(tokenize(pipe.tokenizer, [template.format(name) for name in names]).to(latents.device))[0]
+    result = {}
+    for name, timestep in (("light", 100), ("heavy", 899)):
+        noisy = scheduler.add_noise(latents, noise, torch.full((len(latents),), timestep, device=latents.device))
+        result[name] = [
+            F.mse_loss(pipe.unet(noisy, told, text).sample.float(), noise.float()).item()
+            for told in (timestep, 999 - timestep)
+        ]
     return result
 
 
@@ -682,6 +848,19 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--benchmark", choices=list(WEBS), default="digits", help="whose web to learn from")
     parser.add_argument(
         "--data-root", type=cli.existing_path, metavar="FOLDER", help="CIFAR-100's folder or zip; digits needs none"
+    )
+    parser.add_argument(
+        "--caption-noise",
+        type=cli.number(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="share of the web's scans whose captions name another digit (digits only)",
+    )
+    parser.add_argument(
+        "--start",
+        type=cli.existing_path,
+        metavar="FOLDER",
+        help="generator (tiny_sd) of the same benchmark to start from; its autoencoder is kept",
     )
     parser.add_argument("--sizes", choices=list(SIZES), help="row of the table of sizes (default: the benchmark's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -699,7 +878,7 @@ def main(argv: list[str] | None = None) -> int:
     from diffusers import StableDiffusionImg2ImgPipeline
 
     with runs.StopSignals() as signals:
-        web = WEBS[args.benchmark](args.data_root)
+        web = WEBS[args.benchmark](args.data_root, args.caption_noise)
         work = Work(args, web, SIZES[args.sizes or args.benchmark], signals)
         tokenizer = make_tokenizer(web)
         try:
@@ -721,10 +900,18 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped as stop:
             print(f"{args.out}: {stop}; run the same command again to go on", flush=True)
             return runs.RESUMABLE
-        result = check(web, args.out, judge, work.device) | {"minutes": work.seconds / 60}
+        result = check(web, args.out, judge, work.device)
+        result |= {"caption_noise": args.caption_noise, "minutes": work.seconds / 60, "device": work.device_name}
     runs.write_json(args.out / "agreement.json", result)
     work.path.unlink()
     print(json.dumps(result, indent=2))
+    if backwards := [name for name, (right, opposite) in result["loss_by_timestep"].items() if right >= opposite]:
+        print(
+            f"{args.out}: predicts {' and '.join(backwards)} noise better when told the opposite timestep: "
+            "trained too little, or backwards; expected the right one to be better at both ends",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -13,11 +13,81 @@ import pytest
 from assets import make_assets
 
 
+SHIPPED = ("tiny_sd", "tiny_sd_noisy", "toycam_sd")
+
+
+def image_share(timestep: int) -> float:
+    """The share of the image in Stable Diffusion's noisy latents, sqrt of the product of 1 - beta, by hand."""
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    return float(np.prod(1 - betas[: timestep + 1]) ** 0.5)
+
+
+def test_training_noise_grows_with_the_timestep():
+    sampler = DPMSolverMultistepScheduler.from_pretrained(ASSETS / "tiny_sd", subfolder="scheduler")
+    ones, none = torch.ones(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)
+    for timestep in (0, 100, 999):
+        kept = make_assets.training_noise(sampler).add_noise(ones, none, torch.tensor([timestep]))
+        assert kept.mean().item() == pytest.approx(image_share(timestep), rel=1e-4)
+    assert image_share(0) > 0.999 and image_share(999) < 0.07
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_generator_predicts_noise_better_when_told_how_much_there_is(name):
+    """What a generator that learnt time backwards fails, though its pictures look plausible."""
+    pipe = models.load_generator(str(ASSETS / name), "cpu", dtype="float32")
+    web = (make_assets.Toycam if name == "toycam_sd" else make_assets.Digits)(None)
+    images, captions, _ = web.batch(64, web.template)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        latents = pipe.vae.encode(images).latent_dist.mean * pipe.vae.config.scaling_factor
+        noise = torch.randn(latents.shape, generator=generator)
+        text = pipe.text_encoder(make_assets.tokenize(pipe.tokenizer, captions))[0]
+        for timestep in (50, 150, 850, 950):
+            share = image_share(timestep)
+            noisy = share * latents + (1 - share**2) ** 0.5 * noise
+            right, opposite = (
+                (pipe.unet(noisy, told, text).sample - noise).square().mean() for told in (timestep, 999 - timestep)
+            )
+            assert right < opposite, f"noise of timestep {timestep}"
+
+
+def test_the_web_shows_neither_scans_nor_colours_of_the_benchmark():
+    web, split = make_assets.Digits(None), datasets.digits_split()
+    taken = np.concatenate([split["val"], split["test"], split["pool"]])
+    assert not set(split["web"]) & set(taken) and len(split["web"]) == len(web.labels)
+    known = {scan.tobytes() for scan in datasets.digits_scans()[0][taken]}
+    assert not known & {scan.tobytes() for scan in datasets.digits_scans()[0][split["web"]]}
+    for colour, table in ((datasets.HAND_INK, datasets.INKS), (datasets.HAND_PAPER, datasets.PAPERS)):
+        # Colours of the web stray by at most 25 a channel from their table's.
+        assert all(np.abs(np.subtract(colour, other)).max() > 25 for other in table.values())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_wrong_captions_name_another_digit_for_the_stated_share_of_scans(share):
+    web, again = (make_assets.Digits(None, share) for _ in range(2))
+    wrong = web.named != web.labels
+    assert wrong.sum() == round(share * 600) and (again.named == web.named).all()
+    _, captions, labels = web.batch(500, "{digit}")
+    named = np.array([web.class_names.index(caption) for caption in captions])
+    assert np.mean(named != labels.numpy()) == pytest.approx(share, abs=0.07)
+
+
+def test_the_look_of_web_pictures_is_seen_as_their_captions_say():
+    web = make_assets.Digits(None)
+    images, captions, _ = web.batch(300, web.forms[3])
+    seen = web.see(images)
+    assert np.mean([f"in {look['ink']} ink on {look['paper']} paper" in c for look, c in zip(seen, captions)]) > 0.98
+    camera = make_assets.Toycam(None)
+    seen = camera.see(camera.images[:500])
+    assert np.mean([(look["light"] == "night") == night for look, night in zip(seen, camera.night)]) > 0.98
+    assert np.mean([look["sharpness"] == "sharp" for look in seen]) > 0.98
+
+
 @pytest.mark.slow
 def test_stopped_in_every_stage_the_models_are_the_same(tmp_path, monkeypatch):
     few = {"clip_steps": 3, "vae_steps": 3, "unet_steps": 3, "judge_steps": 3}
     monkeypatch.setitem(make_assets.SIZES, "toycam", dataclasses.replace(make_assets.SIZES["toycam"], **few))
-    monkeypatch.setattr(make_assets.Toycam, "pictures", 64)
+    monkeypatch.setattr(make_assets.Toycam, "drawn", 64)
     monkeypatch.setattr(make_assets, "check", lambda *_: {})  # takes a minute, and changes nothing
     real, calls, stops = make_assets.Toycam.batch, [0], set()
 
@@ -47,7 +117,7 @@ def test_stopped_in_every_stage_the_models_are_the_same(tmp_path, monkeypatch):
 
 
 def test_every_word_of_the_captions_is_one_token_the_same_ones_each_time(monkeypatch):
-    monkeypatch.setattr(make_assets.Toycam, "pictures", 1)
+    monkeypatch.setattr(make_assets.Toycam, "drawn", 1)
     captions = make_assets.Toycam(None).captions() + ["nine in ink", "an inner pin, 12 pines"]
     one, other = ({"merges": make_assets.merges_of(some)} for some in (captions, captions[::-1]))
     assert one == other
