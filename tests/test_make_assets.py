@@ -6,11 +6,19 @@ import dataclasses
 import os
 import re
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
 
+import datasets
+import models
 from assets import make_assets
+
+ASSETS = Path(make_assets.__file__).parent
 
 
 SHIPPED = ("tiny_sd", "tiny_sd_noisy", "toycam_sd")
@@ -36,7 +44,7 @@ def test_a_shipped_generator_predicts_noise_better_when_told_how_much_there_is(n
     """What a generator that learnt time backwards fails, though its pictures look plausible."""
     pipe = models.load_generator(str(ASSETS / name), "cpu", dtype="float32")
     web = (make_assets.Toycam if name == "toycam_sd" else make_assets.Digits)(None)
-    images, captions, _ = web.batch(64, web.template)
+    images, captions, _ = web.batch(64)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         latents = pipe.vae.encode(images).latent_dist.mean * pipe.vae.config.scaling_factor
@@ -57,9 +65,14 @@ def test_the_web_shows_neither_scans_nor_colours_of_the_benchmark():
     assert not set(split["web"]) & set(taken) and len(split["web"]) == len(web.labels)
     known = {scan.tobytes() for scan in datasets.digits_scans()[0][taken]}
     assert not known & {scan.tobytes() for scan in datasets.digits_scans()[0][split["web"]]}
-    for colour, table in ((datasets.HAND_INK, datasets.INKS), (datasets.HAND_PAPER, datasets.PAPERS)):
-        # Colours of the web stray by at most 25 a channel from their table's.
-        assert all(np.abs(np.subtract(colour, other)).max() > 25 for other in table.values())
+    # As far as a colour strays: inks of the web by 25 a channel, papers from -15 to 5, the hand's by 15 and 10.
+    for colour, own, table, low, high in (
+        (datasets.HAND_INK, 15, datasets.INKS, -25, 25),
+        (datasets.HAND_PAPER, 10, datasets.PAPERS, -15, 5),
+    ):
+        for name, other in table.items():
+            apart = [c - own > o + high or c + own < o + low for c, o in zip(colour, other, strict=True)]
+            assert any(apart), name
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
@@ -76,10 +89,16 @@ def test_the_look_of_web_pictures_is_seen_as_their_captions_say():
     web = make_assets.Digits(None)
     images, captions, _ = web.batch(300, web.forms[3])
     seen = web.see(images)
-    assert np.mean([f"in {look['ink']} ink on {look['paper']} paper" in c for look, c in zip(seen, captions)]) > 0.98
+    assert (
+        np.mean([f"in {look['ink']} ink on {look['paper']} paper" in c for look, c in zip(seen, captions, strict=True)])
+        > 0.98
+    )
     camera = make_assets.Toycam(None)
     seen = camera.see(camera.images[:500])
-    assert np.mean([(look["light"] == "night") == night for look, night in zip(seen, camera.night)]) > 0.98
+    assert (
+        np.mean([(look["light"] == "night") == night for look, night in zip(seen, camera.night[:500], strict=True)])
+        > 0.98
+    )
     assert np.mean([look["sharpness"] == "sharp" for look in seen]) > 0.98
 
 
