@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import datasets
+from loaders import digits
 from loaders.base import LongTailed
 from runtime import cli
 
@@ -76,7 +77,7 @@ def problems_of(data: LongTailed, imb_ratio: float | None, decode: int) -> list[
             problems.append(f"{name}: {len(part) - len(set(part.sources))} images are listed twice")
     for one, other in itertools.combinations(parts, 2):
         # CIFAR in arrays numbers train and test images each from 0.
-        if "test" in (one, other) and parts[one].sources[0].startswith("index:") and data.name != "digits":
+        if "test" in (one, other) and parts[one].sources[0].startswith("index:") and data.name not in digits.LOOKS:
             continue
         shared = set(parts[one].sources) & set(parts[other].sources)
         if shared:

@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from loaders.base import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailed, file_set, missing_files
+from loaders import digits
+from loaders.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageSet,
+    LongTailed,
+    file_set,
+    long_tail_counts,
+    missing_files,
+)
 from loaders.defaults import DEFAULTS
 from loaders.pictures import read_image
 from runtime import cli
@@ -41,18 +50,7 @@ CAMERA_TRAPS = ("iwildcam", "cameratraps", "toycam")
 TEMPLATES: dict[str, list[str]] = {
     **dict.fromkeys(DEFAULTS, PHOTOS),
     **dict.fromkeys(CAMERA_TRAPS, ["a photo of {} in the wild"]),
-    "digits": [
-        "a photo of a {}",
-        "a {} in black ink",
-        "a {} in blue ink",
-        "a {} in red ink",
-        "a {} in green ink",
-        "a {} in purple ink",
-        "a photo of a {} on white paper",
-        "a photo of a {} on yellow paper",
-        "a photo of a {} on pink paper",
-        "a photo of a {} on blue paper",
-    ],
+    **dict.fromkeys(digits.LOOKS, digits.TEMPLATES),
 }
 
 
@@ -102,8 +100,8 @@ def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed
     """
     if imb_ratio is not None and imb_ratio < 1:
         raise UserError(f"--imb-ratio {imb_ratio:g}: expected 1 or more")
-    if name == "digits":
-        return load_digits(imb_ratio)
+    if name in digits.LOOKS:
+        return digits.load(name, imb_ratio)
     if name in CAMERA_TRAPS:
         from loaders import cameratraps
 
@@ -119,114 +117,6 @@ def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed
     if not data_root.exists():
         raise UserError(f"--data-root {data_root}: no such folder; {LAYOUTS[name]}")
     return LOADERS[name](name, imb_ratio, data_root, seed)
-
-
-def long_tail_counts(largest: int, classes: int, imb_ratio: float) -> list[int]:
-    """Class counts int(largest * imb_ratio^(-k / (classes - 1))): CIFAR-LT's exponential rule (Cao et al., 2019)."""
-    # The small addend keeps 60 / 30 at 2 where the power comes out at 1.9999999999999998.
-    return [int(largest * imb_ratio ** (-k / (classes - 1)) + 1e-9) for k in range(classes)]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# digits: the embedded benchmark. scikit-learn's 1,797 scans of handwritten digits (8x8, 16 grey values), drawn as
-# coloured 16x16 images. The *web*, which the embedded generators and CLIPs learn from, draws its scans upright, in many
-# inks on many papers. Train, val and test draw theirs in another *hand*: slanted, smaller, thinner, teal ink on beige
-# paper. This is the gap between what a public generator knows and one's own data, which the levels of a spectrum close.
-# The split is made once, by one fixed seed, whatever --imb-ratio and --seed are.
-
-DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-INKS = {
-    "black": (30, 30, 30),
-    "blue": (30, 60, 190),
-    "red": (190, 30, 40),
-    "green": (20, 120, 50),
-    "purple": (120, 30, 150),
-}
-PAPERS = {"white": (250, 250, 250), "yellow": (250, 235, 150), "pink": (250, 200, 210), "blue": (190, 220, 250)}
-HAND_INK, HAND_PAPER = (20, 90, 110), (240, 222, 175)  # teal on beige: in neither table of the web's colours
-WEB_PER_CLASS, VAL_PER_CLASS, TEST_PER_CLASS, LARGEST_CLASS = 60, 8, 50, 60
-DIGITS_SPLIT_SEED = 20241017
-
-
-def draw_digit(scan: np.ndarray, ink: np.ndarray, paper: np.ndarray) -> np.ndarray:
-    """A scan (8, 8) with values 0 to 16, drawn in `ink` on `paper` (RGB, 0 to 255): uint8 (16, 16, 3)."""
-    grey = Image.fromarray((scan / 16 * 255).astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
-    alpha = np.asarray(grey, dtype=np.float32)[..., None] / 255
-    return np.clip(alpha * ink + (1 - alpha) * paper + 0.5, 0, 255).astype(np.uint8)
-
-
-def draw_hand(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scan (8, 8) with values 0 to 16, drawn in the hand of train, val and test: uint8 (16, 16, 3).
-
-    Slanted by a shear of 0.45 to 0.65, 0.8 times as large, with thinner strokes, each colour a little off its own.
-    """
-    mask = Image.fromarray(draw_digit(scan, np.full(3, 255), np.zeros(3))[..., 0])
-    centre, scale, shear = 7.5, 0.8, rng.uniform(0.45, 0.65)
-    # PIL maps output to input: x_in = x / scale + shear * y + offset, about the image's centre
-    matrix = (1 / scale, shear, centre - centre / scale - shear * centre, 0, 1 / scale, centre - centre / scale)
-    mask = mask.transform(mask.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-    alpha = np.clip(np.asarray(mask, dtype=np.float32)[..., None] / 255 * 1.15 - 0.15, 0, 1)
-    ink, paper = HAND_INK + rng.uniform(-15, 15, 3), HAND_PAPER + rng.uniform(-10, 10, 3)
-    return np.clip(alpha * ink + (1 - alpha) * paper + 0.5, 0, 255).astype(np.uint8)
-
-
-def draw_colours(rng: np.random.Generator) -> tuple[str, np.ndarray, str, np.ndarray]:
-    """An ink and a paper drawn at random: (ink name, RGB, paper name, RGB), each colour a little off its table's."""
-    ink, paper = rng.choice(list(INKS)), rng.choice(list(PAPERS))
-    return ink, INKS[ink] + rng.uniform(-25, 25, 3), paper, PAPERS[paper] + rng.uniform(-15, 5, 3)
-
-
-def digits_split() -> dict[str, np.ndarray]:
-    """Indices into scikit-learn's 1,797 scans, by split: web, val, test, and pool, from which train is taken.
-
-    web, val and test are balanced; the four are disjoint and together hold every scan. pool is ordered by class.
-    """
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    target = sklearn_digits().target
-    rng = np.random.default_rng(DIGITS_SPLIT_SEED)
-    parts: dict[str, list[np.ndarray]] = {"web": [], "val": [], "test": [], "pool": []}
-    edges = np.cumsum([WEB_PER_CLASS, VAL_PER_CLASS, TEST_PER_CLASS])
-    for label in range(10):
-        for part, chosen in zip(parts, np.split(rng.permutation(np.flatnonzero(target == label)), edges), strict=True):
-            parts[part].append(chosen)
-    return {part: np.concatenate(chosen) for part, chosen in parts.items()}
-
-
-def digits_scans() -> tuple[np.ndarray, np.ndarray]:
-    """All 1,797 scans, float64 (1797, 8, 8) with values 0 to 16, and their labels, int64 (1797,)."""
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    digits = sklearn_digits()
-    return digits.images, digits.target.astype(np.int64)
-
-
-def load_digits(imb_ratio: float) -> LongTailed:
-    """The embedded benchmark: train long-tailed (60 down to 60 / imb_ratio images a class), val 8 and test 50 a class.
-
-    Its largest class has 60 images, so many-shot begins above 30 here; few-shot is below 20, as everywhere.
-    """
-    scans, labels = digits_scans()
-    split = digits_split()
-    counts = long_tail_counts(LARGEST_CLASS, 10, imb_ratio)
-    pool_labels = labels[split["pool"]]
-    for label, (wanted, there) in enumerate(zip(counts, np.bincount(pool_labels), strict=True)):
-        if not 1 <= wanted <= there:
-            raise UserError(
-                f"--imb-ratio {imb_ratio:g}: class {DIGIT_NAMES[label]} would have {wanted} training images, "
-                f"of {there} there are; expected a ratio from 1.1 to 60"
-            )
-    train = np.concatenate([split["pool"][pool_labels == label][:count] for label, count in enumerate(counts)])
-
-    def image_set(indices: np.ndarray) -> ImageSet:
-        images = []
-        for index in indices:
-            images.append(draw_hand(scans[index], np.random.default_rng([DIGITS_SPLIT_SEED, int(index)])))
-        return ImageSet(np.stack(images), labels[indices], [f"index:{index}" for index in indices])
-
-    return LongTailed(
-        "digits", DIGIT_NAMES, image_set(train), image_set(split["val"]), image_set(split["test"]), many_above=30
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
 import models
-from loaders import toycam
+from loaders import digits, toycam
 from runtime import cli, runs
 from runtime.device import pick_device
 
@@ -154,7 +154,7 @@ class Digits:
             Which scans, and which digit instead, is fixed.
     """
 
-    class_names = datasets.DIGIT_NAMES
+    class_names = digits.NAMES
     size = 16
     forms = (
         "a photo of a {digit}",
@@ -162,12 +162,12 @@ class Digits:
         "a photo of a {digit} on {paper} paper",
         "a {digit} in {ink} ink on {paper} paper",
     )
-    template = datasets.TEMPLATES["digits"][0]
+    template = digits.TEMPLATES[0]
     asked = range(10)
 
     def __init__(self, data_root: Path | None, caption_noise: float = 0.0):
-        scans, labels = datasets.digits_scans()
-        web = datasets.digits_split()["web"]
+        scans, labels = digits.read_scans()
+        web = digits.split_scans()["web"]
         self.masks = torch.from_numpy(np.stack([self.mask(scan) for scan in scans[web]]))[:, None].float() / 255
         self.labels = labels[web]
         noise = np.random.default_rng([1, 0])
@@ -178,15 +178,15 @@ class Digits:
     @staticmethod
     def mask(scan: np.ndarray) -> np.ndarray:
         """How much ink there is, uint8 (16, 16)."""
-        return datasets.draw_digit(scan, np.full(3, 255.0), np.zeros(3))[..., 0]
+        return digits.draw_digit(scan, np.full(3, 255.0), np.zeros(3))[..., 0]
 
     def captions(self) -> list[str]:
         return [
             form.format(digit=digit, ink=ink, paper=paper)
             for form in self.forms
             for digit in self.class_names
-            for ink in datasets.INKS
-            for paper in datasets.PAPERS
+            for ink in digits.INKS
+            for paper in digits.PAPERS
         ]
 
     def batch(self, size: int, form: str | None = None) -> tuple[torch.Tensor, list[str], torch.Tensor]:
@@ -194,7 +194,7 @@ class Digits:
         masks = self.move(self.masks[chosen], self.rng.normal(0, 0.08, size), self.rng.normal(1, 0.05, size))
         inks, papers, captions = [], [], []
         for named in self.named[chosen]:
-            ink_name, ink, paper_name, paper = datasets.draw_colours(self.rng)
+            ink_name, ink, paper_name, paper = digits.draw_colours(self.rng)
             inks.append(ink)
             papers.append(paper)
             caption = form or self.forms[self.rng.integers(len(self.forms))]
@@ -228,12 +228,12 @@ class Digits:
 
     def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The scans of the validation split, drawn as the web draws: no model here has seen them."""
-        scans, labels = datasets.digits_scans()
-        val = datasets.digits_split()["val"]
+        scans, labels = digits.read_scans()
+        val = digits.split_scans()["val"]
         rng, images = np.random.default_rng(2), []
         for index in val:
-            _, ink, _, paper = datasets.draw_colours(rng)
-            images.append(datasets.draw_digit(scans[index], ink, paper))
+            _, ink, _, paper = digits.draw_colours(rng)
+            images.append(digits.draw_digit(scans[index], ink, paper))
         return to_pixels(np.stack(images)), torch.from_numpy(labels[val])
 
     def looks(self) -> list[tuple[str, dict[str, str]]]:
@@ -241,8 +241,8 @@ class Digits:
         return [
             (self.forms[3].format(digit=digit, ink=ink, paper=paper), {"ink": ink, "paper": paper})
             for digit in self.class_names
-            for ink in datasets.INKS
-            for paper in datasets.PAPERS
+            for ink in digits.INKS
+            for paper in digits.PAPERS
         ]
 
     def see(self, images: torch.Tensor) -> list[dict[str, str]]:
@@ -261,7 +261,7 @@ class Digits:
             known = torch.tensor(list(table.values()), dtype=torch.float32)
             return [list(table)[i] for i in torch.cdist(colours, known).argmin(1)]
 
-        inks, papers = nearest(ink, datasets.INKS), nearest(paper, datasets.PAPERS)
+        inks, papers = nearest(ink, digits.INKS), nearest(paper, digits.PAPERS)
         return [{"ink": ink, "paper": paper} for ink, paper in zip(inks, papers, strict=True)]
 
 

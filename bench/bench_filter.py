@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import filter_clipscore
+from loaders import digits
 from runtime import cli, runs
 
 PER_SOURCE = 16  # 4 levels x 4 seeds
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         loaded = models.load_clip(save_model(Path(scratch) / "clip"), device)
         clip = embeddings.Clip(loaded, device, args.batch_size, args.workers)
         rows = make_images(folder, args.images, args.size)
-        prompts = {label: {"score_prompt": f"a photo of a {name}"} for label, name in enumerate(datasets.DIGIT_NAMES)}
+        prompts = {label: {"score_prompt": f"a photo of a {name}"} for label, name in enumerate(digits.NAMES)}
         train = datasets.load("digits", 30).train
 
         def ours(some: list[dict]) -> dict:

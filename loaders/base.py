@@ -117,6 +117,12 @@ class LongTailed:
         return {"train": self.train, "val": self.val, "test": self.test}
 
 
+def long_tail_counts(largest: int, classes: int, imb_ratio: float) -> list[int]:
+    """Class counts int(largest * imb_ratio^(-k / (classes - 1))): CIFAR-LT's exponential rule (Cao et al., 2019)."""
+    # The small addend keeps 60 / 30 at 2 where the power comes out at 1.9999999999999998.
+    return [int(largest * imb_ratio ** (-k / (classes - 1)) + 1e-9) for k in range(classes)]
+
+
 def file_set(root: Path, names: list[str], labels: Iterable[int]) -> ImageSet:
     """The images `names`, relative to `root`, as files."""
     return ImageSet([root / name for name in names], np.array(list(labels), dtype=np.int64), names)

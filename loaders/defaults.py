@@ -149,3 +149,5 @@ DEFAULTS: dict[str, dict[str, dict]] = {
     "inat2018": {"generate_spectrum": REFINER | {"seeds": 4}, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
     "places_lt": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
 }
+# The same digits in the look of the web, which its generator knows: no gap, for comparison.
+DEFAULTS["digits_web"] = DEFAULTS["digits"]

@@ -14,15 +14,16 @@ from PIL import Image
 
 import check_data
 import datasets
+from loaders import base, digits
 from loaders.sources import read_sources
 from runtime.cli import UserError
 
 
 def test_splits_are_disjoint_and_balanced():
-    split = datasets.digits_split()
+    split = digits.split_scans()
     together = np.concatenate(list(split.values()))
     assert len(together) == len(set(together.tolist())) == 1797
-    labels = datasets.digits_scans()[1]
+    labels = digits.read_scans()[1]
     for part, count in (("web", 60), ("val", 8), ("test", 50)):
         assert np.bincount(labels[split[part]]).tolist() == [count] * 10
 
@@ -30,7 +31,7 @@ def test_splits_are_disjoint_and_balanced():
 @pytest.mark.parametrize("imb_ratio", [1.1, 10, 30, 60])
 def test_train_val_test_and_web_share_no_image(imb_ratio):
     data = datasets.load("digits", imb_ratio)
-    web = {f"index:{i}" for i in datasets.digits_split()["web"]}
+    web = {f"index:{i}" for i in digits.split_scans()["web"]}
     parts = [set(data.train.sources), set(data.val.sources), set(data.test.sources), web]
     assert len(set.union(*parts)) == sum(map(len, parts))
 
@@ -38,9 +39,9 @@ def test_train_val_test_and_web_share_no_image(imb_ratio):
 def test_counts_follow_the_exponential_rule():
     # int(60 * 30^(-k/9)), by hand: the ratio of neighbours is 30^(1/9) = 1.459.
     assert datasets.load("digits", 30).counts.tolist() == [60, 41, 28, 19, 13, 9, 6, 4, 2, 2]
-    assert sum(datasets.long_tail_counts(500, 100, 100)) == 10847
-    assert sum(datasets.long_tail_counts(500, 100, 50)) == 12608
-    assert sum(datasets.long_tail_counts(500, 100, 10)) == 19573
+    assert sum(base.long_tail_counts(500, 100, 100)) == 10847
+    assert sum(base.long_tail_counts(500, 100, 50)) == 12608
+    assert sum(base.long_tail_counts(500, 100, 10)) == 19573
     with pytest.raises(UserError, match="--imb-ratio 1: class two would have 60 training images, of 59"):
         datasets.load("digits", 1)
 

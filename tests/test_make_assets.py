@@ -14,9 +14,9 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-import datasets
 import models
 from assets import make_assets
+from loaders import digits
 
 ASSETS = Path(make_assets.__file__).parent
 
@@ -60,15 +60,15 @@ def test_a_shipped_generator_predicts_noise_better_when_told_how_much_there_is(n
 
 
 def test_the_web_shows_neither_scans_nor_colours_of_the_benchmark():
-    web, split = make_assets.Digits(None), datasets.digits_split()
+    web, split = make_assets.Digits(None), digits.split_scans()
     taken = np.concatenate([split["val"], split["test"], split["pool"]])
     assert not set(split["web"]) & set(taken) and len(split["web"]) == len(web.labels)
-    known = {scan.tobytes() for scan in datasets.digits_scans()[0][taken]}
-    assert not known & {scan.tobytes() for scan in datasets.digits_scans()[0][split["web"]]}
+    known = {scan.tobytes() for scan in digits.read_scans()[0][taken]}
+    assert not known & {scan.tobytes() for scan in digits.read_scans()[0][split["web"]]}
     # As far as a colour strays: inks of the web by 25 a channel, papers from -15 to 5, the hand's by 15 and 10.
     for colour, own, table, low, high in (
-        (datasets.HAND_INK, 15, datasets.INKS, -25, 25),
-        (datasets.HAND_PAPER, 10, datasets.PAPERS, -15, 5),
+        (digits.HAND_INK, 15, digits.INKS, -25, 25),
+        (digits.HAND_PAPER, 10, digits.PAPERS, -15, 5),
     ):
         for name, other in table.items():
             apart = [c - own > o + high or c + own < o + low for c, o in zip(colour, other, strict=True)]
