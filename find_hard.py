@@ -2,7 +2,8 @@
 
 --rule few: in a long-tailed data set, all images of the few-shot classes, those with fewer than --few-max training
 images (DisCL). --rule confidence: images on which a model gives the true class a low probability, as in data of low
-quality (DisCL). The model is a run of train_lt.py (--checkpoint) or a CLIP, zero-shot or fine-tuned (--clip).
+quality (DisCL). The model is a run of train_lt.py (--checkpoint) or a CLIP, zero-shot or fine-tuned (--clip). --rule
+all: every training image, which ALIA edits.
 
 Reads:  the training set; for confidence the model
 Writes: OUT (hard.csv: source, label, class_name, reason, score): a row for each hard image; the score is the class's
@@ -35,9 +36,10 @@ def build_parser() -> cli.Parser:
     datasets.add_flags(parser)
     parser.add_argument(
         "--rule",
-        choices=["few", "confidence"],
+        choices=["few", "confidence", "all"],
         default="few",
-        help="few: all images of the few-shot classes; confidence: images whose true class a model finds unlikely",
+        help="few: all images of the few-shot classes; confidence: images whose true class a model finds unlikely; "
+        "all: every training image",
     )
     parser.add_argument(
         "--few-max",
@@ -275,15 +277,16 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError(
             "--rule confidence: expected --checkpoint or --clip, the model that gives the probabilities"
         )
-    if args.rule == "few" and (args.checkpoint or args.clip):
+    # Some data sets have a --clip by default, which --rule all needs no more than they do.
+    if args.checkpoint and args.rule != "confidence" or args.clip and args.rule == "few":
         raise cli.UserError("--checkpoint and --clip: expected with --rule confidence only")
     if args.clip and any("{}" not in template for template in args.templates):
         raise cli.UserError("--templates: expected texts with {}, where the class name goes")
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     picture = args.out.with_suffix(".png")
     missing = []
-    if args.rule == "few":
-        places = find_few(data, args.few_max)
+    if args.rule in ("few", "all"):
+        places = find_few(data, args.few_max) if args.rule == "few" else list(range(len(data.train)))
         scores = data.published_counts[data.train.labels]
         draw_counts(data.published_counts, args.few_max, picture)
     else:
@@ -301,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             "label": int(data.train.labels[place]),
             "class_name": data.class_names[data.train.labels[place]],
             "reason": args.rule,
-            "score": scores[place] if args.rule == "few" else f"{scores[place]:.6g}",
+            "score": f"{scores[place]:.6g}" if args.rule == "confidence" else scores[place],
         }
         for place in places
     ]

@@ -38,7 +38,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
@@ -52,24 +51,6 @@ from spectrum import folder as spectrum_folder
 MAX_REDRAWS = 3
 # A model that does not work is noticed after so many images, of which more than half were blank or not finite.
 TRIAL = 256
-
-
-class Shard(NamedTuple):
-    """Which share of the work is this process's: `index` of `count`."""
-
-    index: int
-    count: int
-
-    def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
-
-
-def shard(text: str) -> Shard:
-    """The argparse type of I/N."""
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1")
-    return Shard(int(index), int(count))
 
 
 def size(text: str) -> str | tuple[int, int]:
@@ -195,7 +176,11 @@ def build_parser() -> cli.Parser:
         help="images drawn at once; the images stay the same, up to rounding",
     )
     group.add_argument(
-        "--shard", type=shard, default=Shard(0, 1), metavar="I/N", help="which share of the work to do, from 0/N up"
+        "--shard",
+        type=cli.shard,
+        default=cli.Shard(0, 1),
+        metavar="I/N",
+        help="which share of the work to do, from 0/N up",
     )
     group.add_argument(
         "--cache-mb",

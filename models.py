@@ -375,6 +375,28 @@ def load_language_model(name_or_path: str, device: str):
     return model.to(device).eval(), tokenizer
 
 
+def load_captioner(name_or_path: str, device: str, revision: str | None = None):
+    """An image-text-to-text model of transformers by hub name or local folder, and its processor.
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _check_path("--captioner", name_or_path, "config.json")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(name_or_path, revision=revision)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            name_or_path, revision=revision, dtype=dtype, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"--captioner {name_or_path}: cannot be loaded: {first_line(error)}") from error
+    return model.to(device).eval(), processor
+
+
 def _check_path(flag: str, name: str, needed: str) -> None:
     """Raise UserError where `name` can only be a local folder and is none, before a hub is asked for it."""
     path = Path(name)

@@ -23,6 +23,7 @@ from datasets import TEMPLATES
 from runtime import cli, runs
 from spectrum import folder as spectrum_folder
 from spectrum import scenes
+from spectrum.language_model import ask
 
 MOST_WORDS = 50  # CLIP reads 77 tokens
 QUESTION = (
@@ -85,35 +86,6 @@ def read_answer(text: str, class_name: str) -> list[str]:
         if scenes.LEAST_WORDS <= len(line.split()) <= MOST_WORDS and named.search(line):
             found.setdefault(line.casefold().rstrip("."), line)
     return list(found.values())
-
-
-def ask(model, tokenizer, questions: list[str], seed: int, max_new_tokens: int) -> list[str]:
-    """A sampled answer to each question, through the model's chat template if it has one."""
-    import torch
-
-    if tokenizer.chat_template:
-        questions = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-            )
-            for question in questions
-        ]
-    # A chat template has put its own special tokens in.
-    inputs = tokenizer(questions, return_tensors="pt", padding=True, add_special_tokens=not tokenizer.chat_template).to(
-        model.device
-    )
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        tokens = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            do_sample=True,
-            temperature=0.9,
-            top_p=0.95,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    return tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def write_by_llm(labels: list[int], names: dict[int, str], args, add) -> None:

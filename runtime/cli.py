@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 
 class UserError(ValueError):
@@ -163,6 +164,24 @@ def number(low: float, high: float = float("inf")) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+class Shard(NamedTuple):
+    """Which share of the work is this process's: `index` of `count`."""
+
+    index: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def shard(text: str) -> Shard:
+    """The argparse type of I/N."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1")
+    return Shard(int(index), int(count))
 
 
 _paths_checked = True

@@ -440,9 +440,9 @@ def check(folder: Path) -> tuple[int, list[str]]:
 class RowWriter:
     """Appends rows to a shard's metadata.jsonl, each batch flushed to the disk before the next is begun."""
 
-    def __init__(self, shard: Path):
+    def __init__(self, shard: Path, name: str = "metadata.jsonl"):
         shard.mkdir(parents=True, exist_ok=True)
-        path = shard / "metadata.jsonl"
+        path = shard / name
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self.file = path.open("a", encoding="utf-8")
         if torn:  # a killed run left half a line: end it, so that the next row does not join it

@@ -76,6 +76,18 @@ def test_a_few_shot_class_is_one_of_the_tables_few(tmp_path, capsys):
     assert groups["few"].tolist() == [1] and groups["medium"].tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("dataset", ["digits", "toycam"])
+def test_rule_all_takes_every_training_image_once(tmp_path, dataset):
+    out = tmp_path / "hard.csv"
+    assert find_hard.main(["--dataset", dataset, "--rule", "all", "--out", str(out)]) == 0
+    data, rows = datasets.load(dataset, 30 if dataset == "digits" else None), hard_rows(out)
+    assert [row["source"] for row in rows] == data.train.sources
+    assert [int(row["label"]) for row in rows] == data.train.labels.tolist()
+    assert {row["reason"] for row in rows} == {"all"} and {row["score"] for row in rows} <= {
+        str(count) for count in data.counts
+    }
+
+
 def test_a_threshold_is_exclusive(clip_probabilities, tmp_path):
     out = tmp_path / "hard.csv"
     assert find_hard.main([*CLIP, "--threshold", "0.99", "--out", str(out)]) == 0
@@ -160,6 +172,7 @@ def test_reading_training_images_goes_on_after_a_bad_one(tmp_path):
     [
         (["--rule", "confidence"], "--rule confidence: expected --checkpoint or --clip"),
         (["--clip", "x:y"], "--checkpoint and --clip: expected with --rule confidence"),
+        (["--rule", "all", "--checkpoint", "."], "--checkpoint and --clip: expected with --rule confidence"),
         ([*CLIP, "--templates", "a photo"], "--templates: expected texts with {}"),
         ([*CLIP, "--threshold", "0"], "--threshold 0.0: no image of digits is hard; the lowest"),
     ],
