@@ -6,6 +6,8 @@ splits, the checksums of official list files, and that a sample of the images de
 Reads:  the data set
 Writes: nothing; exit code 0 where all is well, 1 where something is not
 
+With --shots the few-shot draw is made, and printed with its digest: the same on every machine.
+
     python check_data.py --dataset digits
 """
 
@@ -18,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 import datasets
-from loaders import digits
+from loaders import digits, fewshot
 from loaders.base import LongTailed
 from runtime import cli
 
@@ -29,6 +31,7 @@ KNOWN = {
     "inat2018": {"train": 437513, "test": 24426, "classes": 8142},
     "cifar10_lt": {"test": 10000, "classes": 10},
     "cifar100_lt": {"test": 10000, "classes": 100},
+    **fewshot.COUNTS,
     "iwildcam": {"train": 129809, "val": 14961, "test": 42791, "id_val": 7314, "id_test": 8154, "classes": 182},
 }
 CIFAR100_LT_TRAIN = {10: 19573, 50: 12608, 100: 10847}  # by imbalance ratio
@@ -43,6 +46,7 @@ CHECKSUMS = {
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "check_data")
     datasets.add_flags(parser)
+    datasets.add_shot_flags(parser)
     parser.add_argument(
         "--decode", type=cli.whole(0), default=200, metavar="N", help="images of each split that are decoded"
     )
@@ -77,7 +81,8 @@ def problems_of(data: LongTailed, imb_ratio: float | None, decode: int) -> list[
             problems.append(f"{name}: {len(part) - len(set(part.sources))} images are listed twice")
     for one, other in itertools.combinations(parts, 2):
         # CIFAR in arrays numbers train and test images each from 0.
-        if "test" in (one, other) and parts[one].sources[0].startswith("index:") and data.name not in digits.LOOKS:
+        numbered = parts[one].sources[0].startswith("index:")
+        if "test" in (one, other) and numbered and data.name not in (*digits.LOOKS, "fewshot_digits"):
             continue
         shared = set(parts[one].sources) & set(parts[other].sources)
         if shared:
@@ -102,6 +107,18 @@ def problems_of(data: LongTailed, imb_ratio: float | None, decode: int) -> list[
     return problems
 
 
+def same_content(data: LongTailed) -> list[str]:
+    """A line for each shot whose file, or pixels, are those of a validation or test image of another name."""
+    shots = {data.train.sha256(place): source for place, source in enumerate(data.train.sources)}
+    problems = []
+    for name, part in (("val", data.val), ("test", data.test)):
+        for place, source in enumerate(part.sources):
+            own = shots.get(part.sha256(place))
+            if own is not None:
+                problems.append(f"{own} of train and {source} of {name} are the same image")
+    return problems
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
@@ -112,6 +129,12 @@ def main(argv: list[str] | None = None) -> int:
     if data.note:
         print(data.note)
     problems = problems_of(data, args.imb_ratio, args.decode)
+    if args.shots is not None:
+        drawn = fewshot.draw_shots(data, args.shots, args.shot_seed)
+        print(
+            f"{len(drawn.train)} shots, digest {fewshot.shots_digest(drawn.train)}, the first {drawn.train.sources[0]}"
+        )
+        problems += same_content(drawn)
     for problem in problems:
         print(f"problem: {problem}")
     print(f"{len(problems)} problems" if problems else "all as expected")

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from loaders import digits
+from loaders import digits, fewshot
 from loaders.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -49,6 +49,8 @@ CAMERA_TRAPS = ("iwildcam", "cameratraps", "toycam")
 # Templates of `write_prompts.py --source template`; the first is also the one that CLIPScore is taken against.
 TEMPLATES: dict[str, list[str]] = {
     **dict.fromkeys(DEFAULTS, PHOTOS),
+    **fewshot.TEMPLATES,
+    "fewshot_digits": ["a photo of a {}"],
     **dict.fromkeys(CAMERA_TRAPS, ["a photo of {} in the wild"]),
     **dict.fromkeys(digits.LOOKS, digits.TEMPLATES),
 }
@@ -86,6 +88,18 @@ def add_flags(parser: cli.Parser, default: str = "digits", choices: Iterable[str
     )
 
 
+def add_shot_flags(parser: cli.Parser) -> None:
+    """The flags of a few-shot draw from a data set."""
+    parser.add_argument("--shots", type=cli.whole(1), metavar="K", help="train on K images a class (default: on all)")
+    parser.add_argument("--shot-seed", type=cli.whole(0), default=0, metavar="N", help="which K images")
+
+
+def load_shots(args) -> LongTailed:
+    """The data set that the flags name, with --shots images a class to train on where they say so."""
+    data = load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
+    return data if args.shots is None else fewshot.draw_shots(data, args.shots, args.shot_seed)
+
+
 def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed: int = 0) -> LongTailed:
     """The data set called `name`.
 
@@ -102,6 +116,9 @@ def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed
         raise UserError(f"--imb-ratio {imb_ratio:g}: expected 1 or more")
     if name in digits.LOOKS:
         return digits.load(name, imb_ratio)
+    if name == "fewshot_digits":
+        refuse_ratio(name, imb_ratio)
+        return digits.load_pool(name)
     if name in CAMERA_TRAPS:
         from loaders import cameratraps
 
@@ -531,6 +548,7 @@ LOADERS = {
     "imagenet_lt": load_listed,
     "places_lt": load_listed,
     "inat2018": load_inat2018,
+    **dict.fromkeys(fewshot.NAMES, fewshot.load),
 }
 CIFAR_LAYOUT = (
     "expected train/CLASS/* and test/CLASS/* (a folder or a zip of them), Hugging Face's parquet files, or "
@@ -544,6 +562,7 @@ LAYOUTS = {
     "imagenet_lt": "expected ILSVRC2012's train and val folders and ImageNet_LT_train.txt, _val.txt and _test.txt",
     "places_lt": "expected data_256, val_256 and so on, and Places_LT_train.txt, _val.txt and _test.txt",
     "inat2018": "expected train2018.json, val2018.json and the folder train_val2018",
+    **fewshot.LAYOUTS,
 }
 
 

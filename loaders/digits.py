@@ -8,6 +8,8 @@ train, val and test is made once, by one fixed seed, whatever --imb-ratio and --
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
@@ -111,7 +113,7 @@ def load(name: str, imb_ratio: float) -> LongTailed:
 
     Its largest class has 60 images, so many-shot begins above 30 here; few-shot is below 20, as everywhere.
     """
-    scans, labels = read_scans()
+    labels = read_scans()[1]
     split = split_scans()
     counts = long_tail_counts(LARGEST_CLASS, 10, imb_ratio)
     pool_labels = labels[split["pool"]]
@@ -123,10 +125,18 @@ def load(name: str, imb_ratio: float) -> LongTailed:
             )
     train = np.concatenate([split["pool"][pool_labels == label][:count] for label, count in enumerate(counts)])
 
-    def image_set(indices: np.ndarray) -> ImageSet:
-        images = []
-        for index in indices:
-            images.append(LOOKS[name](scans[index], np.random.default_rng([SPLIT_SEED, int(index)])))
-        return ImageSet(np.stack(images), labels[indices], [f"index:{index}" for index in indices])
+    sets = (draw_set(LOOKS[name], indices) for indices in (train, split["val"], split["test"]))
+    return LongTailed(name, NAMES, *sets, many_above=30)
 
-    return LongTailed(name, NAMES, image_set(train), image_set(split["val"]), image_set(split["test"]), many_above=30)
+
+def load_pool(name: str) -> LongTailed:
+    """All scans but the web's, in the hand of digits: 55 to 65 of each class to draw shots from; val 8, test 50."""
+    split = split_scans()
+    return LongTailed(name, NAMES, *(draw_set(draw_hand, split[part]) for part in ("pool", "val", "test")))
+
+
+def draw_set(look: Callable, indices: np.ndarray) -> ImageSet:
+    """The scans at `indices` in a look of LOOKS."""
+    scans, labels = read_scans()
+    images = [look(scans[index], np.random.default_rng([SPLIT_SEED, int(index)])) for index in indices]
+    return ImageSet(np.stack(images), labels[indices], [f"index:{index}" for index in indices])

@@ -31,7 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runtime import cli, runs
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("find_hard", "write_prompts", "generate_spectrum", "filter_clipscore", "train_lt", "train_iwildcam")
+SCRIPTS = (
+    "find_hard", "write_prompts", "tune_generator", "generate_spectrum", "filter_clipscore", "train_lt",
+    "train_iwildcam",
+)  # fmt: skip
+SHARDED = ("tune_generator.py", "generate_spectrum.py")
 FOLDERS = ("loaders", "spectrum", "generation", "training", "reporting", "runtime")
 SNAPSHOT = ("*.py", *(f"{name}/*.py" for name in FOLDERS), "assets/*", "slurm/*")
 MAX_TIMEOUTS = 100  # a job that only ran out of time is requeued this often
@@ -82,7 +86,7 @@ def build_parser() -> cli.Parser:
     parser.usage = "submit.py [options] SCRIPT [its arguments] [--then SCRIPT [its arguments]]"
     group = parser.add_argument_group("what to send")
     group.add_argument(
-        "--shards", type=cli.whole(1), metavar="N", help="send generate_spectrum.py as an array of N shards"
+        "--shards", type=cli.whole(1), metavar="N", help="send generate_spectrum.py or tune_generator.py as an array"
     )
     group.add_argument(
         "--sweep",
@@ -328,8 +332,8 @@ def main(argv: list[str] | None = None) -> int:
         return show_status(args.status)
     if not scripts:
         raise cli.UserError("no script: expected one of " + ", ".join(f"{name}.py" for name in SCRIPTS))
-    if args.shards and scripts[0][0] != "generate_spectrum.py":
-        raise cli.UserError(f"--shards: only generate_spectrum.py has shards, {scripts[0][0]} does not")
+    if args.shards and scripts[0][0] not in SHARDED:
+        raise cli.UserError(f"--shards: only {' and '.join(SHARDED)} have shards, {scripts[0][0]} does not")
     if args.shards and args.sweep:
         raise cli.UserError("--shards and --sweep: expected one of them")
 

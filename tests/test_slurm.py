@@ -104,7 +104,7 @@ def test_documented_launcher_commands_parse(command):
         (["train_lt.py", "--no-such-flag"], "--no-such-flag"),
         (["--sweep", "loss=ce,mse", "train_lt.py"], "--loss"),
         (["--sweep", "loss", "train_lt.py"], "--sweep loss: expected FLAG=A,B"),
-        (["--shards", "2", "train_lt.py"], "only generate_spectrum.py has shards"),
+        (["--shards", "2", "train_lt.py"], "only tune_generator.py and generate_spectrum.py have shards"),
         (["/elsewhere/evil.py"], "unknown script"),
         ([], "no script"),
     ],

@@ -1,0 +1,228 @@
+"""Tuning a generator: the same adapters after any stop, whatever the shards, and beside others; what ends it early."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import datasets
+import tune_generator
+from loaders import digits
+from runtime.cli import UserError
+from spectrum import folder as tables
+from training import tuner
+
+LABELS = (2, 3, 4, 5)
+SHORT = ["--dataset", "fewshot_digits", "--shots", "2", "--batch-size", "2", "--epochs", "6", "--warmup-steps", "2",
+         "--samples", "0", "--rank", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tune(tmp_path_factory):
+    """The script on two images each of four classes, with further arguments."""
+    hard = tmp_path_factory.mktemp("hard") / "hard.csv"
+    train = datasets.load_shots(tune_generator.build_parser().parse_args(SHORT)).train
+    rows = [
+        {"source": source, "label": label, "class_name": digits.NAMES[label], "reason": "few", "score": ""}
+        for source, label in zip(train.sources, train.labels.tolist(), strict=True)
+        if label in LABELS
+    ]
+    tables.write_hard(hard, rows)
+
+    def run(out: Path, *more) -> int:
+        return tune_generator.main([*SHORT, "--hard", str(hard), "--out", str(out), *map(str, more)])
+
+    run.hard = hard
+    return run
+
+
+def adapters(out: Path) -> dict[str, bytes]:
+    """Every adapter and history of a folder, by name."""
+    names = (tuner.FILE, "history.jsonl")
+    return {str(path.relative_to(out)): path.read_bytes() for name in names for path in out.glob(f"*/{name}")}
+
+
+def distance(one: Path, other: Path) -> float:
+    """How far two adapters' B, which start at zero, are apart, relative to the first. (AdamW magnifies rounding.)"""
+    first, second = (
+        torch.cat(
+            [weight.flatten() for name, weight in sorted(load_file(folder / tuner.FILE).items()) if "lora_B" in name]
+        )
+        for folder in (one, other)
+    )
+    return float((first - second).norm() / first.norm())
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """As if SIGTERM came after so many steps of this process."""
+    plain, done = tuner.Tuner.step, []
+
+    def step(self, *args):
+        plain(self, *args)
+        done.append(1)
+        if len(done) == steps:
+            self.stop.received = "SIGTERM"
+
+    monkeypatch.setattr(tuner.Tuner, "step", step)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, tune):
+    """Four class adapters, tuned one after another in one process."""
+    out = tmp_path_factory.mktemp("tuned")
+    assert tune(out) == 0
+    return out
+
+
+def test_every_class_has_an_adapter_that_says_what_it_is(tuned):
+    assert {path.parent.name for path in tuned.glob(f"*/{tuner.FILE}")} == {*"2345"}
+    with safe_open(tuned / "3" / tuner.FILE, "pt") as file:
+        notes = file.metadata()
+    assert notes["prompt"] == "a photo of a three" and notes["steps"] == "6" and notes["base"] == "tiny_sd"
+    weights = load_file(tuned / "3" / tuner.FILE)
+    assert all(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)  # every layer learnt
+    assert {name.split(".")[0] for name in weights} == {"unet", "text_encoder"}
+    rows = [json.loads(line) for line in (tuned / "3" / "history.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 0 and rows[-1]["step"] == 6 and rows[-1]["held_out"] < rows[0]["held_out"]
+
+
+def test_generation_finds_its_images_and_prompts_beside_the_adapters(tuned):
+    hard = tables.read_hard(tuned / "shots.csv")
+    assert sorted(row.label for row in hard) == sorted(LABELS * 2)
+    assert tables.read_prompts(tuned / "prompts.json", LABELS)[5]["prompts"] == ["a photo of a five"]
+    assert len(json.loads((tuned / "plan.json").read_text())["class_names"]) == 4
+
+
+def test_a_stopped_run_resumes_to_the_same_bytes(tune, tuned, tmp_path, monkeypatch):
+    for steps in (1, 8):
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            assert tune(tmp_path) == 75
+    assert tune(tmp_path) == 0
+    assert adapters(tmp_path) == adapters(tuned)
+
+
+def test_shards_share_the_classes_and_change_nothing(tune, tuned, tmp_path):
+    assert tune(tmp_path, "--shard", "1/3") == 0
+    assert len(list(tmp_path.glob(f"*/{tuner.FILE}"))) == 1
+    assert tune(tmp_path, "--shard", "0/2") == 0 and tune(tmp_path, "--shard", "1/2") == 0
+    assert adapters(tmp_path) == adapters(tuned)
+
+
+def test_adapters_tuned_side_by_side_are_those_of_one_at_a_time(tune, tuned, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert tune(tmp_path, "--together", 4) == 75
+    assert tune(tmp_path, "--together", 4) == 0
+    for label in LABELS:
+        assert distance(tuned / str(label), tmp_path / str(label)) < 0.01
+    assert distance(tuned / "3", tmp_path / "2") > 0.5
+
+
+def test_what_does_not_fit_into_memory_is_halved(tune, tuned, tmp_path, monkeypatch, capsys):
+    plain = tuner.Tuner.tune_group
+
+    def tune_group(self, units, bar):
+        if len(units) > 1:
+            raise torch.OutOfMemoryError
+        plain(self, units, bar)
+
+    monkeypatch.setattr(tuner.Tuner, "tune_group", tune_group)
+    assert tune(tmp_path, "--together", 4) == 0
+    assert adapters(tmp_path) == adapters(tuned)
+    assert "--together 4: does not fit into this device's memory; 2 at once" in capsys.readouterr().out
+
+
+def test_a_class_whose_loss_is_not_finite_stops_and_the_others_go_on(tune, tuned, tmp_path, monkeypatch, capsys):
+    plain = tuner.Tuner.step_loss
+
+    def step_loss(self, units, step, batch):
+        loss, times = plain(self, units, step, batch)
+        bad = [float("nan") if unit.name == "5" and step > 1 else 1.0 for unit in units]
+        return loss * torch.tensor(bad).repeat_interleave(batch), times
+
+    monkeypatch.setattr(tuner.Tuner, "step_loss", step_loss)
+    assert tune(tmp_path, "--together", 2) == 1
+    assert {path.parent.name for path in tmp_path.glob(f"*/{tuner.FILE}")} == {*"234"}
+    assert "5: not tuned: the loss of step 2 is not finite" in capsys.readouterr().out
+    assert distance(tuned / "4", tmp_path / "4") < 0.01  # its neighbour in the batch
+
+
+def test_one_adapter_for_all_learns_every_class_and_shows_itself(tune, tmp_path):
+    assert tune(tmp_path, "--mode", "dset", "--samples", 2, "--sample-steps", 1, "--lr", 0.01) == 0
+    with safe_open(tmp_path / "all" / tuner.FILE, "pt") as file:
+        assert file.metadata()["mode"] == "dset" and file.metadata()["prompt"].count("|") == 3
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "all")).Reload()
+    assert {"tuning/loss", "tuning/held_out", "tuning/loss_noise_1_of_4"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["samples"]
+    sheets = [(tmp_path / "all" / f"samples_{when}.png").read_bytes() for when in ("before", "after")]
+    assert sheets[0] != sheets[1]
+
+
+def test_dry_run_writes_nothing_and_says_steps_hours_and_bytes(tune, tmp_path, capsys):
+    assert tune(tmp_path / "none", "--dry-run", "--steps-per-second", 0.5) == 0
+    shown = capsys.readouterr().out
+    assert "4 adapters of" in shown and "24 steps: 0.01 hours at 0.5 steps a second" in shown
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shots", "70"], "--shots 70: class zero"),
+        (["--template", "a digit"], "--template 'a digit': expected a text with {}"),
+        (["--warmup-steps", "6"], "--warmup-steps 6: expected fewer than the 6 steps"),
+        (["--generator", "/nowhere/sd"], "--generator /nowhere/sd: expected a folder"),
+        (["--imb-ratio", "10"], "fewshot_digits has its own class counts"),
+    ],
+)
+def test_bad_input_is_one_line(tune, flags, message, tmp_path):
+    with pytest.raises(UserError, match=".") as error:
+        tune(tmp_path, *flags)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_classes_of_one_name_are_refused(tune, tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "NAMES", ["zero", "one", "crane", "crane", *digits.NAMES[4:]])
+    with pytest.raises(UserError, match="two classes are called crane"):
+        tune(tmp_path)
+
+
+def test_a_folder_of_other_settings_is_left_alone(tune, tuned):
+    with pytest.raises(UserError, match="rank is 2 there, 3 here"):
+        tune(tuned, "--rank", 3)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_writes_the_same_files(tune, tuned, tmp_path):
+    command = [
+        sys.executable,
+        str(ROOT / "tune_generator.py"),
+        *SHORT,
+        "--hard",
+        str(tune.hard),
+        "--out",
+        str(tmp_path),
+    ]
+    rng = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+        time.sleep(rng.uniform(4, 12))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode == 0
+    assert adapters(tmp_path) == adapters(tuned)
