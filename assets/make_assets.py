@@ -10,7 +10,7 @@ image that a classifier trains, validates or is tested on: it stands for the web
     toycam       clear pictures of its animals, drawn anew, in scenes of any colours. What is shipped in assets/ too.
 
 Reads:  scikit-learn's digits (shipped with the package), or CIFAR-100 as train_lt.py reads it
-Writes: OUT/tiny_sd, OUT/tiny_clip, OUT/agreement.json; while it is at work OUT/checkpoint.pt
+Writes: OUT/tiny_sd with its agreement.json, OUT/tiny_clip; while it is at work OUT/checkpoint.pt
 Takes:  on 2 CPU cores about 25 minutes for digits (6 MB), 13 for cifar100_lt (7 MB; cifar100_lt_gpu is for a GPU);
         toycam (3 MB) took 34 minutes in the background of a busy machine
 
@@ -902,7 +902,7 @@ def main(argv: list[str] | None = None) -> int:
             return runs.RESUMABLE
         result = check(web, args.out, judge, work.device)
         result |= {"caption_noise": args.caption_noise, "minutes": work.seconds / 60, "device": work.device_name}
-    runs.write_json(args.out / "agreement.json", result)
+    runs.write_json(args.out / "tiny_sd/agreement.json", result)
     work.path.unlink()
     print(json.dumps(result, indent=2))
     if backwards := [name for name, (right, opposite) in result["loss_by_timestep"].items() if right >= opposite]:

@@ -177,11 +177,15 @@ def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
     return prompts
 
 
+# Revisions of the generators that older versions of this project shipped, which had learnt time backwards.
+BACKWARDS = {"356c3b0da59fa41b", "d8b5d0b9974076ee"}
+
+
 def read_plan(folder: Path) -> dict:
     """plan.json of a spectrum folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or its images are those of a generator that had learnt time backwards.
     """
     if not (folder / "plan.json").is_file():
         raise UserError(f"{folder}: no plan.json there; expected a spectrum folder made by generate_spectrum.py")
@@ -189,6 +193,11 @@ def read_plan(folder: Path) -> dict:
     missing = PLAN_KEYS - set(plan) if isinstance(plan, dict) else PLAN_KEYS
     if missing:
         raise UserError(f"{folder / 'plan.json'}: lacks {', '.join(sorted(missing))}; expected a plan of this version")
+    if plan.get("revision") in BACKWARDS:
+        raise UserError(
+            f"{folder}: drawn with the {plan['generator']} of an older version of this project, which had been trained "
+            "with the noise schedule reversed; expected a spectrum drawn anew"
+        )
     return plan
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -184,6 +186,28 @@ def test_a_missing_generator_is_named(name):
 def test_a_missing_clip_is_named(name):
     with pytest.raises(UserError, match="--clip"):
         models.load_clip(name, "cpu")
+
+
+def test_a_generator_that_learnt_time_backwards_is_refused(tmp_path):
+    shutil.copytree(ASSETS / "tiny_sd", tmp_path / "tiny_sd")
+    (tmp_path / "tiny_sd/agreement.json").unlink(missing_ok=True)
+    (tmp_path / "agreement.json").write_text("{}")  # where older versions of make_assets.py left it
+    with pytest.raises(UserError, match="with the noise schedule reversed; expected one made anew"):
+        models.load_generator(str(tmp_path / "tiny_sd"), "cpu")
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, 1), ("2", 2)])
+def test_embedded_models_take_one_thread_unless_told_otherwise(monkeypatch, threads, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        models.load_clip(str(ASSETS / "tiny_clip"), "cpu")
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_generator_draws_without_watermark_and_safety_checker():

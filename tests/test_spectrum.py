@@ -166,6 +166,13 @@ def test_a_folder_without_a_plan_is_no_spectrum(tmp_path):
         spectrum_folder.read_plan(tmp_path)
 
 
+def test_a_spectrum_of_a_generator_that_learnt_time_backwards_is_refused(tmp_path):
+    plan = dict.fromkeys(spectrum_folder.PLAN_KEYS, 0) | {"generator": "tiny_sd", "revision": "356c3b0da59fa41b"}
+    write(tmp_path / "plan.json", json.dumps(plan))
+    with pytest.raises(UserError, match="noise schedule reversed; expected a spectrum drawn anew"):
+        spectrum_folder.read_plan(tmp_path)
+
+
 def test_tables_are_written_whole_and_leave_nothing_beside_them(tmp_path):
     rows = [{"source": "a", "label": 1, "class_name": "one", "reason": "few", "score": 2}]
     spectrum_folder.write_hard(tmp_path / "deep/hard.csv", rows)
