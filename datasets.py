@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from loaders import digits, fewshot
+from loaders import biased_digits, birds, digits, fewshot
 from loaders.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,6 +26,7 @@ from loaders.base import (
     file_set,
     long_tail_counts,
     missing_files,
+    with_validation,
 )
 from loaders.defaults import DEFAULTS
 from loaders.pictures import read_image
@@ -53,6 +54,8 @@ TEMPLATES: dict[str, list[str]] = {
     "fewshot_digits": ["a photo of a {}"],
     **dict.fromkeys(CAMERA_TRAPS, ["a photo of {} in the wild"]),
     **dict.fromkeys(digits.LOOKS, digits.TEMPLATES),
+    "biased_digits": biased_digits.TEMPLATES,
+    **birds.TEMPLATES,
 }
 
 
@@ -124,6 +127,9 @@ def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed
 
         refuse_ratio(name, imb_ratio)
         return cameratraps.load(name, data_root)
+    if name == "biased_digits":
+        refuse_ratio(name, imb_ratio)
+        return biased_digits.load(data_root)
     if name not in LOADERS:
         raise UserError(f"--dataset {name}: unknown; expected one of {', '.join(DEFAULTS)}")
     if data_root is None:
@@ -336,41 +342,6 @@ def class_folders(root: Path, part: str) -> list[tuple[str, list[str]]]:
     return classes
 
 
-def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split a training set that has no validation set: indices of what stays, and of what is held out.
-
-    Of each class one image in 20 is held out, and one of a class with 5 to 19 images; smaller classes keep all.
-    """
-    held = []
-    for label in range(int(labels.max()) + 1):
-        indices = np.flatnonzero(labels == label)
-        count = max(len(indices) // 20, 1 if len(indices) >= 5 else 0)
-        held.append(np.random.default_rng([seed, label]).permutation(indices)[:count])
-    held = np.sort(np.concatenate(held))
-    return np.setdiff1d(np.arange(len(labels)), held), held
-
-
-def with_validation(name: str, class_names: list[str], train: ImageSet, test: ImageSet, seed: int, files: list[Path]):
-    """A data set without a validation set of its own: one is held out of the training set."""
-    stays, held = hold_out(train.labels, seed)
-    if not len(held):
-        raise UserError(
-            f"{name}: no class has 5 training images or more, so none can be held out; expected a val folder"
-        )
-    return LongTailed(
-        name,
-        class_names,
-        train.take(stays),
-        train.take(held),
-        test,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        note=f"validation: {len(held)} images held out of the training set, one in 20 of each class",
-        held_out=np.bincount(train.labels[held], minlength=len(class_names)),
-        files=files,
-    )
-
-
 def load_imagefolder(name: str, imb_ratio: float | None, root: Path, seed: int) -> LongTailed:
     """Anyone's own images: train/CLASS/*, test/CLASS/* and, if there is one, val/CLASS/*.
 
@@ -541,6 +512,12 @@ def refuse_ratio(name: str, imb_ratio: float | None) -> None:
         raise UserError(f"--imb-ratio {imb_ratio:g}: {name} has its own class counts; expected no --imb-ratio")
 
 
+def load_grouped(name: str, imb_ratio: float | None, root: Path, seed: int) -> LongTailed:
+    """A data set of ALIA."""
+    refuse_ratio(name, imb_ratio)
+    return birds.LOADERS[name](name, root, seed)
+
+
 LOADERS = {
     "cifar10_lt": load_cifar_lt,
     "cifar100_lt": load_cifar_lt,
@@ -549,6 +526,7 @@ LOADERS = {
     "places_lt": load_listed,
     "inat2018": load_inat2018,
     **dict.fromkeys(fewshot.NAMES, fewshot.load),
+    **dict.fromkeys(birds.LOADERS, load_grouped),
 }
 CIFAR_LAYOUT = (
     "expected train/CLASS/* and test/CLASS/* (a folder or a zip of them), Hugging Face's parquet files, or "
@@ -563,6 +541,7 @@ LAYOUTS = {
     "places_lt": "expected data_256, val_256 and so on, and Places_LT_train.txt, _val.txt and _test.txt",
     "inat2018": "expected train2018.json, val2018.json and the folder train_val2018",
     **fewshot.LAYOUTS,
+    **birds.LAYOUTS,
 }
 
 

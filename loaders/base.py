@@ -26,11 +26,14 @@ class ImageSet:
         labels: int64, (N,).
         sources: N names that stay the same whatever subset is drawn (`index:N`, or a path relative to the data root).
             A synthetic image's is that of the real image that it was drawn from.
+        domains: the domain of each image (background, camera), int64 (N,), by its place in the data set's
+            `domain_names`; None where nothing tells.
     """
 
     images: np.ndarray | list[Path]
     labels: np.ndarray
     sources: list[str]
+    domains: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,7 +45,8 @@ class ImageSet:
     def take(self, indices: np.ndarray) -> ImageSet:
         """The images at `indices` (int, any length), in that order."""
         images = self.images[indices] if self.in_memory else [self.images[i] for i in indices]
-        return ImageSet(images, self.labels[indices], [self.sources[i] for i in indices])
+        domains = None if self.domains is None else self.domains[indices]
+        return ImageSet(images, self.labels[indices], [self.sources[i] for i in indices], domains)
 
     def read(self, place: int) -> tuple[Image.Image, str]:
         """The image at `place` as RGB, and its sha256: of its pixels in memory, else of its file.
@@ -79,6 +83,8 @@ class LongTailed:
         note: where the validation set comes from, for people.
         held_out: training images of each class that became the validation set, (C,). Groups go by the counts before.
         files: what the data set was read from beside the images (lists, an archive), for digests.
+        domain_names: what the images' domains are called; empty where they have none.
+        extra: further real images, which are trained on only where they are asked for; None where there are none.
     """
 
     name: str
@@ -93,6 +99,8 @@ class LongTailed:
     note: str = ""
     held_out: np.ndarray | int = 0
     files: list[Path] = field(default_factory=list)
+    domain_names: list[str] = field(default_factory=list)
+    extra: ImageSet | None = None
 
     @property
     def counts(self) -> np.ndarray:
@@ -121,6 +129,48 @@ def long_tail_counts(largest: int, classes: int, imb_ratio: float) -> list[int]:
     """Class counts int(largest * imb_ratio^(-k / (classes - 1))): CIFAR-LT's exponential rule (Cao et al., 2019)."""
     # The small addend keeps 60 / 30 at 2 where the power comes out at 1.9999999999999998.
     return [int(largest * imb_ratio ** (-k / (classes - 1)) + 1e-9) for k in range(classes)]
+
+
+def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split a training set that has no validation set: indices of what stays, and of what is held out.
+
+    Of each class one image in 20 is held out, and one of a class with 5 to 19 images; smaller classes keep all.
+    """
+    held = []
+    for label in range(int(labels.max()) + 1):
+        indices = np.flatnonzero(labels == label)
+        count = max(len(indices) // 20, 1 if len(indices) >= 5 else 0)
+        held.append(np.random.default_rng([seed, label]).permutation(indices)[:count])
+    held = np.sort(np.concatenate(held))
+    return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def with_validation(
+    name: str, class_names: list[str], train: ImageSet, test: ImageSet, seed: int, files: list[Path], **further
+) -> LongTailed:
+    """A data set without a validation set of its own: one is held out of the training set.
+
+    Args:
+        further: other attributes of the data set.
+    """
+    stays, held = hold_out(train.labels, seed)
+    if not len(held):
+        raise UserError(
+            f"{name}: no class has 5 training images or more, so none can be held out; expected a val folder"
+        )
+    return LongTailed(
+        name,
+        class_names,
+        train.take(stays),
+        train.take(held),
+        test,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        note=f"validation: {len(held)} images held out of the training set, one in 20 of each class",
+        held_out=np.bincount(train.labels[held], minlength=len(class_names)),
+        files=files,
+        **further,
+    )
 
 
 def file_set(root: Path, names: list[str], labels: Iterable[int]) -> ImageSet:

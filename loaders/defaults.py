@@ -216,3 +216,65 @@ DEFAULTS: dict[str, dict[str, dict]] = {
 }
 # The same digits in the look of the web, which its generator knows: no gap, for comparison.
 DEFAULTS["digits_web"] = DEFAULTS["digits"]
+
+# ALIA (Dunlap et al., 2023): its code's settings; the image guidance of its editors is in recipes/.
+EDITS = {
+    "generator": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "levels": [50],
+    "seeds": 2,
+    "steps": 50,
+    "text_guidance": 7.5,
+    **CLIP_FILTER,
+}
+ALIA_TRAINING = {
+    "model": "timm:resnet50.tv_in1k",
+    "epochs": 100,
+    "curriculum_epochs": 100,
+    "undersample": 1.0,
+    "batch_size": 128,
+    "optimizer": "sgd",
+    "lr": 1e-3,
+    "weight_decay": 1e-4,
+    "augment": "none",
+    "memory_format": "channels_last",
+}
+ALIA: dict[str, dict] = {
+    "find_hard": {"rule": "all"},
+    "generate_spectrum": EDITS,
+    "filter_clipscore": CLIP_FILTER,
+    "train_lt": ALIA_TRAINING,
+}
+DEFAULTS |= {
+    "iwildcam7": ALIA | {"describe_domains": {"prefix": "a camera trap photo of a {}", "superclass": "animal"}},
+    "cub": ALIA
+    | {
+        "describe_domains": {"prefix": "a photo of a {} bird", "superclass": "bird"},
+        "generate_spectrum": EDITS | {"levels": [40]},
+        "train_lt": ALIA_TRAINING | {"lr": 0.01},
+    },
+    "waterbirds": ALIA | {"describe_domains": {"superclass": "bird"}},
+    "waterbirds_biased": ALIA | {"describe_domains": {"superclass": "bird"}},
+    "planes": ALIA
+    | {
+        "describe_domains": {"prefix": "a photo of an {} airplane", "superclass": "airplane"},
+        "generate_spectrum": EDITS | {"levels": [40]},
+        "train_lt": ALIA_TRAINING | {"model": "timm:resnet18.tv_in1k"},
+    },
+    "biased_digits": {
+        "find_hard": {"rule": "all"},
+        "describe_domains": {"captioner": str(ASSETS / "tiny_captioner"), "superclass": "digit", "batch_size": 100},
+        "generate_spectrum": DEFAULTS["digits"]["generate_spectrum"]
+        | {"levels": [10], "seeds": 1, "text_guidance": 3.0, "steps": 20},
+        "filter_clipscore": TINY_FILTER,
+        "train_lt": {
+            "model": "resnet8",
+            "epochs": 40,
+            "curriculum_epochs": 40,
+            "undersample": 1.0,
+            "batch_size": 32,
+            "lr": 3e-3,
+            "weight_decay": 0.05,
+            "augment": "none",
+        },
+    },
+}
