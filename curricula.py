@@ -1,7 +1,8 @@
-"""Generative curricula: which guidance levels an epoch trains on. Pure functions, no torch, no state.
+"""Generative curricula: which guidance levels, and which images, an epoch trains on. Pure functions, no torch.
 
-Levels are whole percents: 0 is text only, 100 the real image. An epoch without a level trains on real images alone.
-The names are those of the DisCL paper's ablations; `d2s` (diverse to specific) is its long-tail curriculum.
+Levels are whole percents: 0 is text only, REAL (100) the real image, which is a level like the others: its stage keeps
+the mix of the curriculum. An epoch without a level comes after the curriculum and trains on all real images. The names
+are those of the DisCL paper's ablations; `d2s` (diverse to specific) is its long-tail curriculum.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 
 from runtime.cli import UserError
 
+REAL = 100  # the guidance level of a real image
 CURRICULA = ("none", "text_only", "fixed", "all", "d2s", "s2d", "random", "cyclic", "adaptive")
 
 
@@ -25,20 +27,20 @@ def epoch_levels(
     shares: list[float] | None = None,
     progress: dict[int, float] | None = None,
 ) -> list[int]:
-    """The guidance levels whose synthetic images join epoch `epoch`.
+    """The guidance levels whose images epoch `epoch` draws from.
 
     Args:
         curriculum: one of CURRICULA.
         epoch: from 0.
-        curriculum_epochs: epochs from this one on are real only, whatever the curriculum.
-        levels: the spectrum's levels in percent, in any order.
+        curriculum_epochs: epochs from this one on have all real images, whatever the curriculum.
+        levels: of the curriculum in percent, in any order; REAL may be one of them.
         fixed_level: the level of `fixed`.
         seed: decides the draws of `random`.
         shares: time of each level in `d2s` and `s2d`, in the order of ascending levels; equal where none are given.
-        progress: what `adaptive` chooses by: the progress (`progress_of`) of each level at the look before this epoch.
+        progress: what `adaptive` chooses by: the progress (`progress_of`) of each level before this epoch.
 
     Returns:
-        Ascending levels; empty for real only. The stages of `d2s` and `s2d` are as long as `stage_lengths` says.
+        Ascending levels; empty after the curriculum. The stages of `d2s` and `s2d` are as long as `stage_lengths` says.
         `cyclic` takes another level each epoch, up and down: levels a, b, c give a b c b a b c b ...
 
     Raises:
@@ -95,6 +97,35 @@ def stage_lengths(epochs: int, shares: list[float]) -> list[int]:
     return lengths
 
 
+def describe_schedule(
+    curriculum: str,
+    epochs: int,
+    curriculum_epochs: int,
+    levels: list[int],
+    fixed_level: int = 50,
+    shares: list[float] | None = None,
+) -> str:
+    """The whole schedule in words: "12 epochs of level 0, 12 of level 10, then 5 of all real images"."""
+    if curriculum == "none":
+        return f"{epochs} epochs of all real images"
+    parts: list[tuple[int, str]] = []
+    if curriculum in ("random", "cyclic", "adaptive"):
+        names = ", ".join(str(level) for level in sorted(set(levels)))
+        parts.append((curriculum_epochs, f"one of the levels {names} ({curriculum})"))
+    else:
+        for epoch in range(curriculum_epochs):
+            stage = epoch_levels(curriculum, epoch, curriculum_epochs, levels, fixed_level, shares=shares)
+            what = f"level{'s' * (len(stage) > 1)} {', '.join(str(level) for level in stage)}"
+            if parts and parts[-1][1] == what:
+                parts[-1] = (parts[-1][0] + 1, what)
+            else:
+                parts.append((1, what))
+    words = [f"{count}{' epochs' * (number == 0)} of {what}" for number, (count, what) in enumerate(parts)]
+    if epochs > curriculum_epochs:
+        words.append(f"then {epochs - curriculum_epochs} of all real images")
+    return ", ".join(words)
+
+
 def needed_levels(curriculum: str, levels: list[int], fixed_level: int) -> list[int]:
     """The levels that a curriculum can ask for in any epoch."""
     return {"none": [], "text_only": [0], "fixed": [fixed_level]}.get(curriculum, sorted(set(levels)))
@@ -106,11 +137,11 @@ def needed_levels(curriculum: str, levels: list[int], fixed_level: int) -> list[
 
 
 def progress_of(before: np.ndarray, after: np.ndarray) -> float:
-    """The progress of one level between two looks.
+    """The progress of one level by a pass over uniform real images (DisCL, Algorithm 2).
 
     Args:
-        before: the true class's probability of each validation image at the last look, in [0, 1], (V,).
-        after: the same at this look, (V,).
+        before: the true class's probability of each validation image before the pass, in [0, 1], (V,).
+        after: the same after it, (V,).
 
     Returns:
         The mean change; changes further than 1.5 interquartile ranges outside the quartiles are dropped (DisCL).
@@ -170,3 +201,164 @@ def held_out_sources(
             f"level {sorted(by_level)}, in a class of two or more images"
         )
     return sorted(chosen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the mix: which images of the pool (real ones first, then synthetic ones) an epoch trains on
+
+
+def long_tail_epoch(
+    levels: np.ndarray,
+    labels: np.ndarray,
+    held: np.ndarray,
+    is_hard: np.ndarray,
+    stage: list[int],
+    hard_share: float,
+    keep_others: float,
+    fill_balanced: bool,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """The images that an epoch of a long-tailed data set trains on (DisCL), before shuffling.
+
+    After the curriculum (no stage) all real images. Within it the mix of `stage_mix` or `balanced_mix`, filled up from
+    the images of the stage's levels; where REAL is one, real images of hard classes are repeated.
+
+    Args:
+        levels, labels: of each image of the pool, int (N,); a real image's level is REAL.
+        held: whether an image is kept out of the curriculum, bool (N,).
+        is_hard: whether a class is hard, bool (C,).
+        stage: the epoch's levels.
+
+    Returns:
+        Indices into the pool, int (n,); ascending levels, real images first.
+    """
+    real = np.flatnonzero(levels == REAL)
+    if not stage:
+        return real
+    real = real[~held[real]]
+    candidates = np.flatnonzero(np.isin(levels, stage) & is_hard[labels] & ~held)
+    if fill_balanced:
+        kept, drawn = balanced_mix(labels[real], is_hard, labels[candidates], hard_share, keep_others, rng)
+    else:
+        kept, drawn = stage_mix(labels[real], is_hard, len(candidates), hard_share, keep_others, rng)
+    fill = candidates[drawn]
+    return np.concatenate([real[kept], fill[np.argsort(levels[fill], kind="stable")]])
+
+
+def stage_mix(
+    labels: np.ndarray,
+    is_hard: np.ndarray,
+    candidates: int,
+    hard_share: float,
+    keep_others: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What one epoch of a long-tail curriculum trains on (DisCL).
+
+    All real images of the hard classes stay in. Of the others a random share stays. Candidates fill up until
+    hard-class images are `hard_share` of the whole: each at most once while there are enough, else all of them as often
+    as possible and the rest at random.
+
+    Args:
+        labels: class of each real training image, int (N,).
+        is_hard: whether a class is hard, bool (C,).
+        candidates: how many images there are to fill up with, at least 1.
+        hard_share: in [0, 1).
+        keep_others: share of the non-hard images that stays, in [0, 1].
+        rng: decides the draws.
+
+    Returns:
+        Indices of real images, and of candidates.
+    """
+    hard = np.flatnonzero(is_hard[labels])
+    others = rng.permutation(np.flatnonzero(~is_hard[labels]))
+    others = others[: round(len(others) * keep_others)]
+    wanted = max(0, round(len(others) * hard_share / (1 - hard_share)) - len(hard))
+    rounds, rest = divmod(wanted, candidates)
+    drawn = np.concatenate([np.tile(np.arange(candidates), rounds), rng.permutation(candidates)[:rest]])
+    return np.concatenate([hard, others]), drawn
+
+
+def balanced_mix(
+    labels: np.ndarray,
+    is_hard: np.ndarray,
+    candidate_labels: np.ndarray,
+    hard_share: float,
+    keep_others: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`stage_mix` that fills every hard class up to one size, instead of drawing from all candidates alike.
+
+    The size is the one at which the hard classes together are `hard_share` of the whole. A class with more real images
+    keeps them, and one without a candidate stays as it is. Within a class each candidate is drawn at most once while
+    there are enough, else all of them as often as possible and the rest at random.
+
+    Args:
+        candidate_labels: class of each candidate, int (M,).
+
+    Returns:
+        Indices of real images, and of candidates.
+    """
+    hard = np.flatnonzero(is_hard[labels])
+    others = rng.permutation(np.flatnonzero(~is_hard[labels]))
+    others = others[: round(len(others) * keep_others)]
+
+    # How many more images each hard class needs.
+    wanted = round(len(others) * hard_share / (1 - hard_share))
+    classes = np.flatnonzero(is_hard)
+    needed = np.zeros(len(is_hard), dtype=int)
+    needed[classes] = wanted // len(classes)
+    needed[rng.permutation(classes)[: wanted % len(classes)]] += 1
+    needed -= np.bincount(labels, minlength=len(is_hard))
+
+    # Draw them, class by class.
+    drawn = [np.zeros(0, dtype=int)]
+    for label in classes:
+        of_class = np.flatnonzero(candidate_labels == label)
+        if len(of_class) and needed[label] > 0:
+            rounds, rest = divmod(int(needed[label]), len(of_class))
+            drawn += [np.tile(of_class, rounds), rng.permutation(of_class)[:rest]]
+    return np.concatenate([hard, others]), np.concatenate(drawn)
+
+
+def replaced_epoch(
+    levels: np.ndarray,
+    source_ids: np.ndarray,
+    held: np.ndarray,
+    is_hard: np.ndarray,
+    stage: list[int],
+    per_hard_image: int | None,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """The images that an epoch of low-quality data trains on (DisCL, Algorithm 2), before shuffling.
+
+    After the curriculum (no stage) all real images. Within it every real image that is not hard, and in place of the
+    hard ones all images of the stage's levels; where REAL is one, the hard images themselves.
+
+    Args:
+        levels: of each image of the pool, int (N,); a real image's level is REAL.
+        source_ids: a number for each image of the pool, the same for all of one source, int (N,).
+        held: whether an image is kept out of the curriculum, bool (N,).
+        is_hard: whether an image is a hard real one or was made from one, bool (N,).
+        stage: the epoch's levels.
+        per_hard_image: at most so many images, drawn at random, in place of a hard one, which stays where there is
+            none; None: all of them, and a hard image without one is left out.
+
+    Returns:
+        Indices into the pool, int (n,), ascending but for the draw of `per_hard_image`.
+    """
+    real = levels == REAL
+    if not stage:
+        return np.flatnonzero(real)
+    others = np.flatnonzero(real & ~is_hard & ~held)
+    candidates = np.flatnonzero(np.isin(levels, stage) & is_hard & ~held)
+    if per_hard_image is None:
+        return np.concatenate([others, candidates])
+
+    # The first few of each source in a random order; a source without any keeps its real image.
+    shuffled = rng.permutation(candidates)
+    by_source = shuffled[np.argsort(source_ids[shuffled], kind="stable")]
+    _, first, counts = np.unique(source_ids[by_source], return_index=True, return_counts=True)
+    position = np.arange(len(by_source)) - np.repeat(first, counts)
+    bare = real & is_hard & ~held & ~np.isin(source_ids, source_ids[candidates])
+    return np.concatenate([others, np.flatnonzero(bare), by_source[position < per_hard_image]])

@@ -1,8 +1,8 @@
 """Step 5b: fine-tune a CLIP on camera-trap images of low quality, with a generative curriculum.
 
 FLYP: the CLIP's own contrastive loss on (image, caption) pairs, and a zero-shot head rebuilt from the tuned text tower.
-In the epochs of the curriculum, one accepted synthetic image of the stage's levels stands in for each hard real image
-(drawn anew each epoch; a hard image without one stays); the epochs after it train on real images alone (DisCL).
+In the epochs of the curriculum all accepted synthetic images of the stage's levels stand in for the hard real images;
+the epochs after it train on all real images (DisCL, Algorithm 2).
 
 Reads:  the data set (iwildcam: WILDS's folder; cameratraps: your own in the same layout; toycam is drawn if it is not
         there), a CLIP, a filtered spectrum folder (none is needed for --curriculum none; toycam's default one is made
@@ -30,10 +30,13 @@ from pathlib import Path
 
 import numpy as np
 
+import curricula
 import datasets
+from curricula import REAL
 from loaders.base import ImageSet, LongTailed
 from reporting import recipes
 from runtime import cli, runs
+from spectrum import folder as spectrum_folder
 from training import distributed, loop, losses, optimization
 
 LOSSES = ("flyp", "ce", "lpft")
@@ -53,6 +56,13 @@ def build_parser() -> cli.Parser:
     loop.add_run_flags(parser)
     group = parser.add_argument_group("curriculum")
     loop.add_curriculum_flags(group, curriculum_name)
+    group.add_argument(
+        "--per-hard-image",
+        type=cli.whole(1),
+        metavar="N",
+        help="draw at most N synthetic images, anew each epoch, in place of a hard one, and keep the hard images that "
+        "have none (default: all accepted images of the epoch's levels in place of all hard images)",
+    )
     group = parser.add_argument_group("model and loss")
     group.add_argument(
         "--clip",
@@ -95,25 +105,6 @@ def check_flags(args) -> None:
     loop.check_flags(args)
 
 
-def epoch_data(seed: int, epoch: int, stage: list[int], pool: loop.Pool, source_ids: np.ndarray) -> np.ndarray:
-    """The places in the pool of the images that an epoch trains on, before shuffling; `stage` has its levels.
-
-    Every real image, but where accepted synthetic images of the stage's levels were drawn from it, one of those at
-    random in its place.
-
-    Args:
-        source_ids: a number for each image of the pool, the same for those of one source, int (N,).
-    """
-    real = np.flatnonzero(pool.levels == 100)
-    if not stage:
-        return real
-    real = real[~pool.held[real]]
-    candidates = np.flatnonzero(np.isin(pool.levels, stage) & (pool.levels < 100) & ~pool.held)
-    candidates = np.random.default_rng([seed, epoch]).permutation(candidates)
-    replaced, first = np.unique(source_ids[candidates], return_index=True)
-    return np.concatenate([real[~np.isin(source_ids[real], replaced)], candidates[first]])
-
-
 @dataclass
 class Trainer(loop.Trainer):
     """A CLIP's fine-tuning on camera traps.
@@ -122,12 +113,14 @@ class Trainer(loop.Trainer):
         tokens: of every class's captions (clip.captions_of), int (C * T, length), on the device.
         zero_shot: the weights before any training, on the CPU, with the zero-shot head where there is a linear one.
         source_ids: a number for each image of the pool, the same for those of one source, int (N,).
+        is_hard: whether an image of the pool is a hard real one or was made from one, bool (N,).
         stores: the images of the splits to evaluate on.
     """
 
     tokens: object
     zero_shot: dict
     source_ids: np.ndarray
+    is_hard: np.ndarray
     stores: dict[str, object]
 
     chosen_by = "id_f1"
@@ -193,7 +186,11 @@ class Trainer(loop.Trainer):
 
     def epoch_places(self, epoch: int, stage: list[int]) -> np.ndarray:
         """See training.Trainer."""
-        return epoch_data(self.args.seed, epoch, stage, self.pool, self.source_ids)
+        args, pool = self.args, self.pool
+        rng = np.random.default_rng([args.seed, epoch])
+        return curricula.replaced_epoch(
+            pool.levels, self.source_ids, pool.held, self.is_hard, stage, args.per_hard_image, rng
+        )
 
     def predict(self, store, places: np.ndarray):
         """Logits, float (N, C), of the model with its linear head, or the zero-shot one that its text tower makes."""
@@ -302,7 +299,7 @@ def spectrum_sheet(trainer: Trainer) -> np.ndarray:
     from reporting import figures
 
     pool, data = trainer.pool, trainer.data
-    ids, levels = trainer.source_ids, [*trainer.levels, 100]
+    ids, levels = trainer.source_ids, sorted({*trainer.levels, REAL})
     by_level = [set(ids[pool.levels == level].tolist()) for level in levels]
     whole = sorted(set.intersection(*by_level))[:SHEET_SOURCES]
     first = {(ids[place], pool.levels[place]): place for place in range(len(ids) - 1, -1, -1)}
@@ -312,7 +309,7 @@ def spectrum_sheet(trainer: Trainer) -> np.ndarray:
     images = [
         image.permute(1, 2, 0).cpu().numpy() for part in pool.images.evaluation(chosen, len(chosen)) for image in part
     ]
-    names = ["real" if level == 100 else f"level {level}" for level in levels] * len(whole)
+    names = ["real" if level == REAL else f"level {level}" for level in levels] * len(whole)
     captions = [(name, data.class_names[pool.labels[place]]) for name, place in zip(names, chosen, strict=True)]
     return figures.sheet(images, captions, len(levels))
 
@@ -368,22 +365,36 @@ def main(argv: list[str] | None = None) -> int:
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
-    synthetic = {}
+    levels, synthetic, hard = [], {}, set()
     sources = [source for part in data.splits.values() for source in part.sources]
     inputs: dict = {"data": runs.digest_int(*sources, runs.digest_files(data.files))}
     if args.curriculum != "none":
         levels, _ = loop.prepare_spectrum(args)
         loop.stage_of(args, 0, levels)
-        synthetic = datasets.load_spectrum(args.spectrum, levels, data)
+        synthetic = datasets.load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
         inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
-        hard = len({source for one in synthetic.values() for source in one.sources})
-        if distributed.rank() == 0:
-            print(f"{hard} hard images of {len(data.train)} have an accepted image of the levels {levels}")
-    return loop.run(args, inputs, lambda signals: prepare(args, data, synthetic, signals))
+        hard = {row["source"] for row in spectrum_folder.read_rows(args.spectrum)}
+        say_hard(args, len(hard), levels, synthetic)
+    return loop.run(args, inputs, lambda signals: prepare(args, data, synthetic, levels, hard, signals))
 
 
-def prepare(args, data, synthetic: dict, signals: runs.StopSignals) -> tuple[Trainer, dict]:
-    """The model, its optimiser and the images, and the run's state: new, or its last checkpoint's."""
+def say_hard(args, hard: int, levels: list[int], synthetic: dict) -> None:
+    """Print how many of the `hard` images have an accepted synthetic one, and what becomes of the others."""
+    if distributed.rank() == 0:
+        some = len({source for one in synthetic.values() for source in one.sources})
+        rest = "are left out of the curriculum's epochs" if args.per_hard_image is None else "stay"
+        print(f"{some} of {hard} hard images have an accepted image of the levels {levels}; the others {rest}")
+
+
+def prepare(
+    args, data, synthetic: dict, levels: list[int], hard: set[str], signals: runs.StopSignals
+) -> tuple[Trainer, dict]:
+    """The model, its optimiser and the images, and the run's state: new, or its last checkpoint's.
+
+    Args:
+        levels: of the curriculum.
+        hard: the sources that the spectrum was made from.
+    """
     import torch
 
     import models
@@ -402,7 +413,7 @@ def prepare(args, data, synthetic: dict, signals: runs.StopSignals) -> tuple[Tra
         paths = [path for one in sets for path in one.images]
         return stores.Decoded(paths, device, size, args.workers, crop=stores.CLIP_CROP, skip_unreadable=skip_unreadable)
 
-    pool = loop.build_pool(args, data, synthetic, lambda sets: store(sets, True))
+    pool = loop.build_pool(args, data, synthetic, levels, lambda sets: store(sets, True))
     model = clip_tuning.TunedClip(distributed.synchronised(clip, device)).to(device)
     if args.loss != "flyp":
         head = clip_tuning.zero_shot_head(model, tokens, len(data.class_names))
@@ -418,8 +429,8 @@ def prepare(args, data, synthetic: dict, signals: runs.StopSignals) -> tuple[Tra
     state["unreadable"] = pool.images.unreadable  # the same dictionary, which grows
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
     trainer = Trainer(
-        args, data, sorted(synthetic), pool, model, step_model, None, optimizer, device, signals, tokens, zero_shot,
-        np.unique(pool.sources, return_inverse=True)[1],
+        args, data, levels, pool, model, step_model, None, optimizer, device, signals, tokens, zero_shot,
+        np.unique(pool.sources, return_inverse=True)[1], np.isin(pool.sources, sorted(hard)),
         {name: store([part]) for name, part in data.splits.items() if name != "train"},
     )  # fmt: skip
     return trainer, state
@@ -432,7 +443,7 @@ def probe(args, data, model, pool: loop.Pool, device: str) -> tuple:
     from training import clip as clip_tuning
     from training import evaluation
 
-    places = np.flatnonzero((pool.levels == 100) & ~pool.held)
+    places = np.flatnonzero((pool.levels == REAL) & ~pool.held)
     embedder, width = clip_tuning.Embedder(model), model.head.in_features
     features = evaluation.predict(embedder, pool.images, places, data, device, args.precision, width=width)
     wrong = torch.tensor([float(place in pool.images.unreadable) for place in places])

@@ -1,7 +1,7 @@
 """Step 5a: train a classifier on a long-tailed data set with a generative curriculum.
 
-Each epoch of the curriculum trains on real images and on synthetic images of the levels that the curriculum names; the
-epochs after it train on real images alone (DisCL; curricula.py and datasets.stage_mix have the rules).
+Each epoch of the curriculum trains on a share of the real images and on synthetic images of the levels that the
+curriculum names; the epochs after it train on all real images (DisCL; curricula.py has the rules).
 
 Reads:  the data set, a filtered spectrum folder (none is needed for --curriculum none; digits' default one is made
         first if it is missing)
@@ -9,8 +9,9 @@ Writes: OUT/args.json, checkpoint.pt and the one before it, TensorBoard events, 
         confusion.png, results.json, and subset.csv where a data set was made long-tailed
 
 Killed at any moment, the same command goes on after the last finished epoch, to the same result; SIGTERM and SIGUSR2
-are answered by a checkpoint within the epoch and exit code 75. The best epoch is chosen on the validation set; the test
-set is looked at once, at the end. `torchrun --nproc-per-node N train_lt.py ...` trains in N processes.
+are answered by a checkpoint within the epoch and exit code 75. The best epoch is chosen by the mean of the classes'
+accuracies on the validation set; the test set is looked at once, at the end. `torchrun --nproc-per-node N train_lt.py
+...` trains in N processes.
 
     python train_lt.py --loss bs --curriculum d2s
 """
@@ -25,7 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
+import curricula
 import datasets
+from curricula import REAL
 from loaders.base import ImageSet, LongTailed
 from loaders.pictures import read_image
 from reporting import recipes
@@ -172,24 +175,6 @@ def check_flags(args) -> None:
     loop.check_flags(args)
 
 
-def epoch_data(args, epoch: int, stage: list[int], pool: loop.Pool, is_hard: np.ndarray) -> np.ndarray:
-    """The places in the pool of the images that an epoch trains on, before shuffling; `stage` has its levels."""
-    real = np.flatnonzero(pool.levels == 100)
-    if not stage:
-        return real
-    real = real[~pool.held[real]]
-    candidates = np.flatnonzero(np.isin(pool.levels, stage) & (pool.levels < 100) & ~pool.held)
-    share = args.hard_share if args.hard_share is not None else is_hard.mean()
-    rng = np.random.default_rng([args.seed, epoch])
-    mix = (pool.labels[real], is_hard)
-    if args.balanced:
-        kept, drawn = datasets.balanced_mix(*mix, pool.labels[candidates], share, args.undersample, rng)
-    else:
-        kept, drawn = datasets.stage_mix(*mix, len(candidates), share, args.undersample, rng)
-    synthetic = candidates[drawn]
-    return np.concatenate([real[kept], synthetic[np.argsort(pool.levels[synthetic], kind="stable")]])
-
-
 @dataclass
 class Trainer(loop.Trainer):
     """A classifier's training on a long-tailed data set.
@@ -217,7 +202,7 @@ class Trainer(loop.Trainer):
         args, data, device = self.args, self.data, self.device
         classes = len(data.class_names)
         labels = torch.from_numpy(self.pool.labels[places]).to(device)
-        synthetic = torch.from_numpy(self.pool.levels[places] < 100).to(device)
+        synthetic = torch.from_numpy(self.pool.levels[places] < REAL).to(device)
         counts = data.counts if args.prior == "real" else np.bincount(self.pool.labels[places], minlength=classes)
         counts = torch.from_numpy(counts).to(device)
         reweighted = args.drw and epoch >= (args.epochs * 4 // 5 if args.drw_epoch is None else args.drw_epoch)
@@ -253,7 +238,7 @@ class Trainer(loop.Trainer):
         from training import class_augmentation, evaluation
 
         args, pool, classes = self.args, self.pool, len(self.data.class_names)
-        real = np.flatnonzero((pool.levels == 100) & ~pool.held)
+        real = np.flatnonzero((pool.levels == REAL) & ~pool.held)
         chosen, strengths = class_augmentation.trial(
             pool.labels[real], self.learned, np.random.default_rng([args.seed, epoch, 3])
         )
@@ -289,7 +274,12 @@ class Trainer(loop.Trainer):
 
     def epoch_places(self, epoch: int, stage: list[int]) -> np.ndarray:
         """See training.Trainer."""
-        return epoch_data(self.args, epoch, stage, self.pool, self.is_hard)
+        args, pool = self.args, self.pool
+        share = args.hard_share if args.hard_share is not None else self.is_hard.mean()
+        rng = np.random.default_rng([args.seed, epoch])
+        return curricula.long_tail_epoch(
+            pool.levels, pool.labels, pool.held, self.is_hard, stage, share, args.undersample, args.balanced, rng
+        )
 
     def predict(self, store, places: np.ndarray):
         """Logits, float (N, C), of the evaluated model."""
@@ -299,12 +289,14 @@ class Trainer(loop.Trainer):
         return evaluation.predict(self.evaluated, store, places, self.data, self.device, self.args.precision)
 
     def validate(self) -> dict[str, float | None]:
-        """Accuracies in percent, overall and of each group of classes."""
+        """Accuracies in percent: overall, of each group of classes, and the mean over classes (macro), which epochs are
+        chosen by: a validation set held out of a long-tailed one is long-tailed too."""
         from training import evaluation
 
         val, groups = self.data.val, self.data.groups
         found = evaluation.accuracies(self.predict(self.val, np.arange(len(val))), val.labels, groups)
-        return {name: found[name] for name in ("overall", *groups)}
+        figures = {name: found[name] for name in ("overall", *groups)}
+        return figures | {"macro": evaluation.macro_accuracy(found["per_class"])}
 
     def finish(self, state: dict, writer) -> None:
         """Test the last and the best-by-validation weights, and write what the run leaves."""
@@ -320,7 +312,7 @@ class Trainer(loop.Trainer):
             return
         results = {
             "last": last | {"epoch": args.epochs - 1},
-            "best_by_val": best | {"epoch": state["best"]["epoch"], "val_overall": state["best"]["figure"]},
+            "best_by_val": best | {"epoch": state["best"]["epoch"], "val_macro": state["best"]["figure"]},
             "train_counts": data.counts.tolist(),
             "class_names": data.class_names,
             "validation": data.note,
@@ -368,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
-    hard_classes, synthetic = [], {}
+    levels, hard_classes, synthetic = [], [], {}
     inputs: dict = {"data": runs.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
         levels, hard_classes = loop.prepare_spectrum(args)
@@ -379,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
                 "hard images"
             )
         loop.stage_of(args, 0, levels)
-        synthetic = datasets.load_spectrum(args.spectrum, levels, data)
+        synthetic = datasets.load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
         inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
         loop.print_gaps(hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:
@@ -388,13 +380,13 @@ def main(argv: list[str] | None = None) -> int:
     def begin(signals: runs.StopSignals) -> tuple[Trainer, dict]:
         if distributed.rank() == 0 and args.dataset in DRAWN and args.imb_ratio is not None:
             write_subset(args.out / "subset.csv", data)
-        return prepare(args, data, synthetic, hard_classes, signals)
+        return prepare(args, data, synthetic, levels, hard_classes, signals)
 
     return loop.run(args, inputs, begin)
 
 
 def prepare(
-    args, data: LongTailed, synthetic: dict, hard_classes: list[int], signals: runs.StopSignals
+    args, data: LongTailed, synthetic: dict, levels: list[int], hard_classes: list[int], signals: runs.StopSignals
 ) -> tuple[Trainer, dict]:
     """The model, its optimiser and the images on the device, and the run's state: new, or its last checkpoint's."""
     import torch
@@ -416,10 +408,12 @@ def prepare(
 
     state = loop.start_or_resume(args, model, optimizer, average, device)
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
-    pool = loop.build_pool(args, data, synthetic, lambda sets: build_store(args, sets, device, args.randaugment))
+    pool = loop.build_pool(
+        args, data, synthetic, levels, lambda sets: build_store(args, sets, device, args.randaugment)
+    )
     is_hard = np.isin(np.arange(len(data.class_names)), hard_classes)
     trainer = Trainer(
-        args, data, sorted(synthetic), pool, model, step_model, average, optimizer, device, signals, is_hard,
+        args, data, levels, pool, model, step_model, average, optimizer, device, signals, is_hard,
         build_store(args, [data.val], device),
         np.array(state.setdefault("learned", [0] * len(data.class_names))) if args.augment == "cuda" else None,
     )  # fmt: skip

@@ -9,12 +9,17 @@ from hypothesis import strategies as st
 
 from curricula import (
     CURRICULA,
+    balanced_mix,
+    describe_schedule,
     epoch_levels,
     held_out_sources,
+    long_tail_epoch,
     most_progress,
     needed_levels,
     progress_of,
+    replaced_epoch,
     stage_lengths,
+    stage_mix,
 )
 from runtime.cli import UserError
 
@@ -40,9 +45,34 @@ def test_schedules_worked_out_by_hand(case, expected):
     assert found == [[] if level is None else [level] for level in expected]
 
 
-def test_imagenet_lt_has_fifteen_epochs_a_level_then_five_real():
-    found = [epoch_levels("d2s", epoch, 60, LEVELS) for epoch in range(65)]
-    assert found == [[0]] * 15 + [[10]] * 15 + [[30]] * 15 + [[50]] * 15 + [[]] * 5
+def test_imagenet_lt_has_twelve_epochs_a_level_then_five_real():
+    levels = [*LEVELS, 100]
+    found = [epoch_levels("d2s", epoch, 60, levels) for epoch in range(65)]
+    assert found == [[0]] * 12 + [[10]] * 12 + [[30]] * 12 + [[50]] * 12 + [[100]] * 12 + [[]] * 5
+    said = describe_schedule("d2s", 65, 60, levels)
+    assert said == (
+        "12 epochs of level 0, 12 of level 10, 12 of level 30, 12 of level 50, 12 of level 100, "
+        "then 5 of all real images"
+    )
+
+
+def test_schedules_in_words():
+    assert describe_schedule("none", 3, 0, LEVELS) == "3 epochs of all real images"
+    assert describe_schedule("all", 3, 3, [50, 100]) == "3 epochs of levels 50, 100"
+    found = describe_schedule("adaptive", 20, 15, [50, 70, 90, 100])
+    assert found == "15 epochs of one of the levels 50, 70, 90, 100 (adaptive), then 5 of all real images"
+    # 3 : 1 of 8 epochs
+    assert describe_schedule("s2d", 9, 8, [0, 50], shares=[1, 3]) == (
+        "6 epochs of level 50, 2 of level 0, then 1 of all real images"
+    )
+
+
+def test_the_real_level_is_a_stage_a_turn_and_a_candidate():
+    assert [epoch_levels("cyclic", epoch, 4, [50, 100])[0] for epoch in range(4)] == [50, 100, 50, 100]
+    assert epoch_levels("all", 0, 1, [50, 100]) == [50, 100]
+    assert epoch_levels("s2d", 0, 4, [50, 100]) == [100]
+    assert {epoch_levels("random", epoch, 40, [50, 100])[0] for epoch in range(40)} == {50, 100}
+    assert epoch_levels("adaptive", 0, 1, [50, 100], progress={50: 0.1, 100: 0.2}) == [100]
 
 
 def test_all_uses_every_level_at_once():
@@ -179,3 +209,158 @@ def test_held_out_sources_have_every_level_and_leave_every_class_and_level_somet
 def test_nothing_to_hold_out_is_an_error():
     with pytest.raises(UserError, match="no hard image can be held out"):
         held_out_sources({0: ["a"], 50: ["b"]}, {"a": 0, "b": 0}, np.array([5]), 2, 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the mix
+
+
+def test_stage_mix_by_hand():
+    # 100 images of class 0, 5 of the hard class 1; 30 of the 100 stay, and 30 * 0.25 / 0.75 = 10 hard ones are wanted.
+    labels = np.array([0] * 100 + [1] * 5)
+    is_hard = np.array([False, True])
+    real, drawn = stage_mix(labels, is_hard, 40, 0.25, 0.3, np.random.default_rng(0))
+    assert (labels[real] == 1).sum() == 5 and (labels[real] == 0).sum() == 30
+    assert len(drawn) == len(set(drawn.tolist())) == 5
+    # With 2 synthetic images there are not enough: each is taken twice, and one of them a third time.
+    _, drawn = stage_mix(labels, is_hard, 2, 0.25, 0.3, np.random.default_rng(0))
+    assert sorted(np.bincount(drawn, minlength=2).tolist()) == [2, 3]
+
+
+def test_stage_mix_of_imagenet_lt():
+    # 114,203 non-hard and 1,643 hard images, factor 0.3, 136 of 1,000 classes: 34,261 stay, 5,393 hard are wanted.
+    labels = np.array([0] * 114203 + [1] * 1643)
+    real, drawn = stage_mix(labels, np.array([False, True]), 6000, 0.136, 0.3, np.random.default_rng(0))
+    assert len(real) == 34261 + 1643 and len(drawn) == 5393 - 1643
+
+
+@given(
+    others=st.integers(1, 200),
+    hard=st.integers(1, 50),
+    synthetic=st.integers(1, 60),
+    share=st.floats(0, 0.95),
+    keep_others=st.floats(0, 1),
+)
+def test_stage_mix_keeps_its_promises(others, hard, synthetic, share, keep_others):
+    labels = np.array([0] * others + [1] * hard)
+    real, drawn = stage_mix(labels, np.array([False, True]), synthetic, share, keep_others, np.random.default_rng(1))
+    assert len(set(real.tolist())) == len(real) and (labels[real] == 1).sum() == hard
+    assert len(drawn) == 0 or (0 <= drawn.min() and drawn.max() < synthetic)
+    counts = np.bincount(drawn, minlength=synthetic)
+    assert counts.max() - counts.min() <= 1
+    if len(drawn):
+        # Whole images: the share is met to within half an image of the wanted count.
+        stay = (labels[real] == 0).sum()
+        assert abs(hard + len(drawn) - stay * share / (1 - share)) <= 0.5 + 1e-6
+
+
+def test_balanced_mix_by_hand():
+    # 20 of the 40 others stay; 20 * 0.5 / 0.5 = 20 hard images are wanted, 10 of each hard class. Class 1 has 4 real
+    # ones and 3 synthetic: 6 more are each of the three twice. Class 2 has 12 real ones: it keeps them, and gets none.
+    labels = np.array([0] * 40 + [1] * 4 + [2] * 12)
+    real, drawn = balanced_mix(
+        labels, np.array([False, True, True]), np.array([2, 1, 1, 2, 1]), 0.5, 0.5, np.random.default_rng(0)
+    )
+    assert np.bincount(labels[real]).tolist() == [20, 4, 12]
+    assert np.bincount(drawn, minlength=5).tolist() == [0, 2, 2, 0, 2]
+
+
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=2, max_size=6),
+    synthetic=st.lists(st.integers(0, 5), max_size=40),
+    share=st.floats(0, 0.9),
+    seed=st.integers(0, 9),
+)
+def test_balanced_mix_keeps_its_promises(counts, synthetic, share, seed):
+    is_hard = np.arange(len(counts)) > 0
+    labels = np.repeat(np.arange(len(counts)), counts)
+    synthetic = np.array([label for label in synthetic if 0 < label < len(counts)], dtype=int)
+    real, drawn = balanced_mix(labels, is_hard, synthetic, share, 1.0, np.random.default_rng(seed))
+    assert sorted(real.tolist()) == list(range(len(labels)))
+    sizes = np.bincount(np.concatenate([labels, synthetic[drawn]]), minlength=len(counts))
+    wanted = round(counts[0] * share / (1 - share))
+    for label in range(1, len(counts)):
+        if (synthetic == label).any() and sizes[label] > counts[label]:
+            assert sizes[label] in (wanted // (len(counts) - 1), wanted // (len(counts) - 1) + 1)
+        else:
+            assert sizes[label] == counts[label]
+    times = np.bincount(drawn, minlength=len(synthetic))
+    for label in set(synthetic.tolist()):
+        assert np.ptp(times[synthetic == label]) <= 1
+
+
+# 40 others of class 0, 4 real images of the hard class 1, and of those 3 synthetic ones at 0 and 2 at 50.
+POOL_LEVELS = np.array([100] * 44 + [0] * 3 + [50] * 2)
+POOL_LABELS = np.array([0] * 40 + [1] * 9)
+NOT_HELD = np.zeros(49, dtype=bool)
+
+
+def long_tail(stage, held=NOT_HELD, balanced=False):
+    """A share of 0.5 with half of the others: 20 others, 20 hard images."""
+    rng = np.random.default_rng(0)
+    return long_tail_epoch(POOL_LEVELS, POOL_LABELS, held, np.array([False, True]), stage, 0.5, 0.5, balanced, rng)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_every_stage_keeps_the_share_of_hard_images_and_the_end_has_all_real_ones(balanced):
+    for stage in ([0], [50], [0, 50], [100], [50, 100]):
+        places = long_tail(stage, balanced=balanced)
+        times = np.bincount(places, minlength=49)
+        assert times[:40].sum() == 20 and times[40:].sum() == 20
+        assert (times[40:44] >= 1).all() and set(POOL_LEVELS[places]) <= {*stage, 100}
+        assert np.ptp(times[40:44]) <= 1
+    # The stage of level 100: 4 real hard images and 16 more, each four times over.
+    assert np.bincount(long_tail([100], balanced=balanced), minlength=49)[40:].tolist() == [5, 5, 5, 5, 0, 0, 0, 0, 0]
+    assert long_tail([], balanced=balanced).tolist() == list(range(44))
+
+
+def test_images_that_are_held_out_are_in_no_stage_and_in_the_real_epochs_after():
+    held = NOT_HELD.copy()
+    held[[40, 44]] = True
+    for stage in ([0], [100], [0, 50, 100]):
+        places = long_tail(stage, held)
+        assert not {40, 44} & set(places.tolist()) and (POOL_LABELS[places] == 1).sum() == 20
+    assert long_tail([], held).tolist() == list(range(44))
+
+
+# Real images 0 to 3, of which 1, 2 and 3 are hard; 1 has three images at 50 and one at 90, 2 has one at 90, 3 has none.
+TRAP_LEVELS = np.array([100, 100, 100, 100, 50, 50, 50, 90, 90])
+TRAP_SOURCES = np.array([0, 1, 2, 3, 1, 1, 1, 1, 2])
+TRAP_HARD = np.array([False, True, True, True, True, True, True, True, True])
+
+
+def traps(stage, per_hard_image=None, held=(), seed=0):
+    kept_out = np.isin(TRAP_SOURCES, held)
+    rng = np.random.default_rng(seed)
+    return sorted(replaced_epoch(TRAP_LEVELS, TRAP_SOURCES, kept_out, TRAP_HARD, stage, per_hard_image, rng).tolist())
+
+
+def test_all_accepted_images_of_a_level_stand_in_for_the_hard_ones():
+    assert traps([50]) == [0, 4, 5, 6]
+    assert traps([90]) == [0, 7, 8]
+    assert traps([50, 90]) == [0, 4, 5, 6, 7, 8]
+    assert traps([100]) == [0, 1, 2, 3]
+    assert traps([90, 100]) == [0, 1, 2, 3, 7, 8]
+    assert traps([]) == [0, 1, 2, 3]
+    assert traps([50, 90], held=[1]) == [0, 8] and traps([], held=[1]) == [0, 1, 2, 3]
+
+
+def test_per_hard_image_draws_some_and_keeps_the_hard_images_without_any():
+    drawn = [traps([50], 1, seed=seed) for seed in range(30)]
+    assert {tuple(places) for places in drawn} == {(0, 2, 3, place) for place in (4, 5, 6)}
+    assert {tuple(traps([50], 2, seed=seed)) for seed in range(30)} == {
+        (0, 2, 3, 4, 5), (0, 2, 3, 4, 6), (0, 2, 3, 5, 6)
+    }  # fmt: skip
+    assert traps([50], 5) == [0, 2, 3, 4, 5, 6]
+    assert traps([90], 1, held=[1]) == [0, 3, 8]
+
+
+def test_an_epoch_of_iwildcam_has_a_fifth_synthetic_images():
+    # The paper's numbers: 129,809 images, 8,260 hard; 90,093 accepted of three levels, 30,031 a level.
+    levels = np.array([100] * 129809 + [50] * 30031)
+    sources = np.concatenate([np.arange(129809), np.arange(30031) % 8260])
+    is_hard = sources < 8260
+    rng = np.random.default_rng(0)
+    places = replaced_epoch(levels, sources, np.zeros(len(levels), dtype=bool), is_hard, [50], None, rng)
+    assert len(places) == 129809 - 8260 + 30031
+    assert (levels[places] < 100).mean() == pytest.approx(0.198, abs=5e-4)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import check_data
@@ -68,47 +66,6 @@ def test_bad_data_set_and_ratio_are_named():
         datasets.load("digits", 0.5)
 
 
-def test_stage_mix_by_hand():
-    # 100 images of class 0, 5 of the hard class 1; 30 of the 100 stay, and 30 * 0.25 / 0.75 = 10 hard ones are wanted.
-    labels = np.array([0] * 100 + [1] * 5)
-    is_hard = np.array([False, True])
-    real, drawn = datasets.stage_mix(labels, is_hard, 40, 0.25, 0.3, np.random.default_rng(0))
-    assert (labels[real] == 1).sum() == 5 and (labels[real] == 0).sum() == 30
-    assert len(drawn) == len(set(drawn.tolist())) == 5
-    # With 2 synthetic images there are not enough: each is taken twice, and one of them a third time.
-    _, drawn = datasets.stage_mix(labels, is_hard, 2, 0.25, 0.3, np.random.default_rng(0))
-    assert sorted(np.bincount(drawn, minlength=2).tolist()) == [2, 3]
-
-
-def test_stage_mix_of_imagenet_lt():
-    # 114,203 non-hard and 1,643 hard images, factor 0.3, 136 of 1,000 classes: 34,261 stay, 5,393 hard are wanted.
-    labels = np.array([0] * 114203 + [1] * 1643)
-    real, drawn = datasets.stage_mix(labels, np.array([False, True]), 6000, 0.136, 0.3, np.random.default_rng(0))
-    assert len(real) == 34261 + 1643 and len(drawn) == 5393 - 1643
-
-
-@given(
-    others=st.integers(1, 200),
-    hard=st.integers(1, 50),
-    synthetic=st.integers(1, 60),
-    share=st.floats(0, 0.95),
-    undersample=st.floats(0, 1),
-)
-def test_stage_mix_keeps_its_promises(others, hard, synthetic, share, undersample):
-    labels = np.array([0] * others + [1] * hard)
-    real, drawn = datasets.stage_mix(
-        labels, np.array([False, True]), synthetic, share, undersample, np.random.default_rng(1)
-    )
-    assert len(set(real.tolist())) == len(real) and (labels[real] == 1).sum() == hard
-    assert len(drawn) == 0 or (0 <= drawn.min() and drawn.max() < synthetic)
-    counts = np.bincount(drawn, minlength=synthetic)
-    assert counts.max() - counts.min() <= 1
-    if len(drawn):
-        # Whole images: the share is met to within half an image of the wanted count.
-        stay = (labels[real] == 0).sum()
-        assert abs(hard + len(drawn) - stay * share / (1 - share)) <= 0.5 + 1e-6
-
-
 def test_sources_outside_the_data_root_are_refused(tmp_path):
     train = datasets.load("digits", 30).train
     (tmp_path / "root").mkdir()
@@ -116,41 +73,6 @@ def test_sources_outside_the_data_root_are_refused(tmp_path):
     for name in ("../secret.png", str(tmp_path / "secret.png")):
         with pytest.raises(UserError, match="outside --data-root"):
             list(read_sources([name], train, tmp_path / "root"))
-
-
-def test_balanced_mix_by_hand():
-    # 20 of the 40 others stay; 20 * 0.5 / 0.5 = 20 hard images are wanted, 10 of each hard class. Class 1 has 4 real
-    # ones and 3 synthetic: 6 more are each of the three twice. Class 2 has 12 real ones: it keeps them, and gets none.
-    labels = np.array([0] * 40 + [1] * 4 + [2] * 12)
-    real, drawn = datasets.balanced_mix(
-        labels, np.array([False, True, True]), np.array([2, 1, 1, 2, 1]), 0.5, 0.5, np.random.default_rng(0)
-    )
-    assert np.bincount(labels[real]).tolist() == [20, 4, 12]
-    assert np.bincount(drawn, minlength=5).tolist() == [0, 2, 2, 0, 2]
-
-
-@given(
-    counts=st.lists(st.integers(1, 30), min_size=2, max_size=6),
-    synthetic=st.lists(st.integers(0, 5), max_size=40),
-    share=st.floats(0, 0.9),
-    seed=st.integers(0, 9),
-)
-def test_balanced_mix_keeps_its_promises(counts, synthetic, share, seed):
-    is_hard = np.arange(len(counts)) > 0
-    labels = np.repeat(np.arange(len(counts)), counts)
-    synthetic = np.array([label for label in synthetic if 0 < label < len(counts)], dtype=int)
-    real, drawn = datasets.balanced_mix(labels, is_hard, synthetic, share, 1.0, np.random.default_rng(seed))
-    assert sorted(real.tolist()) == list(range(len(labels)))
-    sizes = np.bincount(np.concatenate([labels, synthetic[drawn]]), minlength=len(counts))
-    wanted = round(counts[0] * share / (1 - share))
-    for label in range(1, len(counts)):
-        if (synthetic == label).any() and sizes[label] > counts[label]:
-            assert sizes[label] in (wanted // (len(counts) - 1), wanted // (len(counts) - 1) + 1)
-        else:
-            assert sizes[label] == counts[label]
-    times = np.bincount(drawn, minlength=len(synthetic))
-    for label in set(synthetic.tolist()):
-        assert np.ptp(times[synthetic == label]) <= 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

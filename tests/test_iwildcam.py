@@ -17,7 +17,6 @@ from PIL import Image
 import check_data
 import datasets
 import models
-import train_iwildcam
 from loaders import cameratraps, defaults, toycam
 from runtime.cli import UserError
 from training import clip as clip_tuning
@@ -294,44 +293,6 @@ def test_macro_f1_is_that_of_wilds(pairs):
         recall = hits / (labels == label).sum()
         scores.append(2 * precision * recall / (precision + recall) if hits else 0.0)
     assert evaluation.macro_f1(predicted, labels) == pytest.approx(100 * np.mean(scores))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# what an epoch of a curriculum holds
-
-
-@st.composite
-def pools(draw):
-    """Up to 12 real images, each with up to 3 synthetic ones of each of three levels; some sources held out."""
-    real = draw(st.integers(1, 12))
-    made = [draw(st.lists(st.sampled_from([50, 70, 90]), max_size=6)) for _ in range(real)]
-    levels = [100] * real + [level for one in made for level in one]
-    sources = [*range(real), *(source for source, one in enumerate(made) for _ in one)]
-    held = draw(st.sets(st.integers(0, real - 1)))
-    return SimpleNamespace(levels=np.array(levels), held=np.isin(sources, list(held))), np.array(sources)
-
-
-@given(pools(), st.sets(st.sampled_from([50, 70, 90])), st.integers(0, 5))
-@settings(deadline=None, max_examples=200)
-def test_synthetic_images_stand_in_for_hard_ones_and_nothing_else_changes(pool_and_sources, stage, epoch):
-    pool, sources = pool_and_sources
-    places = train_iwildcam.epoch_data(7, epoch, sorted(stage), pool, sources)
-    real = pool.levels == 100
-    if not stage:
-        assert sorted(places) == sorted(np.flatnonzero(real))
-        return
-    # Every source that is not held out is there once: as itself, or by one image of the stage's levels if it has any.
-    assert sorted(sources[places]) == sorted(sources[real & ~pool.held])
-    for place in places:
-        own = [other for other in np.flatnonzero(sources == sources[place]) if pool.levels[other] in stage]
-        assert (place in own) if own else real[place]
-    assert np.array_equal(places, train_iwildcam.epoch_data(7, epoch, sorted(stage), pool, sources))
-
-
-def test_every_accepted_image_of_a_source_gets_its_turn():
-    pool = SimpleNamespace(levels=np.array([100, 50, 50, 50]), held=np.zeros(4, dtype=bool))
-    drawn = [train_iwildcam.epoch_data(0, epoch, [50], pool, np.zeros(4, dtype=int)).tolist() for epoch in range(30)]
-    assert {places[0] for places in drawn} == {1, 2, 3} and all(len(places) == 1 for places in drawn)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -176,16 +176,26 @@ def test_easy_to_hard_goes_up_the_levels_and_ends_on_real_images(small, tmp_path
         return train_pass(self, epoch, places, purpose, start)
 
     monkeypatch.setattr(train_iwildcam.Trainer, "train", record)
-    train(small, tmp_path / "r", "--curriculum", "e2h")
+    train(small, tmp_path / "r", "--curriculum", "e2h", "--epochs", "4", "--curriculum-epochs", "3")
     history = runs.read_json_lines(tmp_path / "r/history.jsonl")
-    assert [row["levels"] for row in history] == [[50], [90], [100]]
-    assert [row["images"] for row in history] == [96] * 3
+    assert [row["levels"] for row in history] == [[50], [90], [100], [100]]
+    # In place of 15 hard images of 96 two seeds each, all of which the filter kept.
+    assert [row["images"] for row in history] == [96 - 15 + 30] * 2 + [96] * 2
     assert runs.read_json(tmp_path / "r/args.json")["args"]["curriculum"] == "d2s"
     hard = {row["source"] for row in csv.DictReader(small.hard.open())}
     for row, (pool, places) in zip(history, passes, strict=True):
-        synthetic = {pool.sources[place] for place in places if pool.levels[place] < 100}
-        assert synthetic <= hard and row["synthetic_share"] == len(synthetic) / 96
-        assert synthetic or row["levels"] == [100]
+        synthetic = [pool.sources[place] for place in places if pool.levels[place] < 100]
+        real = {pool.sources[place] for place in places if pool.levels[place] == 100}
+        assert row["synthetic_share"] == len(synthetic) / len(places)
+        assert sorted(synthetic) == ([] if row["levels"] == [100] else sorted([*hard, *hard]))
+        assert not real & set(synthetic) and len(real | set(synthetic)) == 96
+
+
+def test_one_image_a_hard_image_keeps_an_epochs_length(small, tmp_path):
+    train(small, tmp_path / "r", "--curriculum", "e2h", "--levels", "50", "90", "--per-hard-image", "1")
+    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    assert [row["images"] for row in history] == [96] * 3
+    assert [row["synthetic_share"] for row in history] == [15 / 96, 15 / 96, 0]
 
 
 def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_looks_at(small, tmp_path, monkeypatch):
@@ -200,7 +210,10 @@ def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_look
     history = runs.read_json_lines(tmp_path / "r/history.jsonl")
     for row in history[:2]:
         assert row["levels"] == [int(max(row["progress"], key=lambda level: row["progress"][level]))]
-    assert history[2]["levels"] == [100] and history[2]["images"] == 96 and history[0]["images"] == 92
+    assert set(history[0]["progress"]) == {"50", "90", "100"}
+    assert history[2]["levels"] == [100] and history[2]["images"] == 96
+    # 4 of the 15 hard images are held out: 81 others, and two images of each of the 11 or the 11 themselves.
+    assert all(row["images"] == 81 + (11 if row["levels"] == [100] else 22) for row in history[:2])
     pool = passes[0][0]
     held = {pool.sources[place] for places in pool.looks.values() for place in places}
     assert len(held) == 4
@@ -215,7 +228,7 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(small, tmp_pa
     count_steps(monkeypatch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert train(small, tmp_path / "r", "--curriculum", curriculum) == runs.RESUMABLE
     state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
-    assert state["partial"]["batches"] > 0 and (state["look"] is None) == (curriculum != "adaptive")
+    assert state["partial"]["batches"] > 0 and (state["partial"]["progress"] is None) == (curriculum != "adaptive")
     assert train(small, tmp_path / "r", "--curriculum", curriculum) == 0
     assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
     assert history_of(tmp_path / "whole") == history_of(tmp_path / "r")
@@ -271,7 +284,7 @@ def test_an_unreadable_training_image_is_left_out_and_counted(small, tmp_path, c
 def test_unreadable_images_count_against_the_pass_that_they_are_in(small, tmp_path, monkeypatch):
     args = train_iwildcam.build_parser().parse_args(["--data-root", str(small.root), "--out", str(tmp_path / "r")])
     with runs.StopSignals() as stop:
-        trainer, state = train_iwildcam.prepare(args, datasets.load("toycam", None, small.root), {}, stop)
+        trainer, state = train_iwildcam.prepare(args, datasets.load("toycam", None, small.root), {}, [], set(), stop)
     trainer.pool.images.unreadable.update({place: f"image {place}" for place in (3, 50, 51, 52)})
     assert state["unreadable"] == trainer.pool.images.unreadable  # a checkpoint has them
     monkeypatch.setattr(losses, "contrastive", lambda *_: None)

@@ -21,7 +21,7 @@ from runtime import runs
 from runtime.cli import UserError
 from training import losses, stores
 
-SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8"]
+SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
 
 
 def train(road, out, *extra) -> int:
@@ -128,7 +128,8 @@ def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_look
         return train_pass(self, epoch, places, purpose, start)
 
     monkeypatch.setattr(train_lt.Trainer, "train", record)
-    train(road, tmp_path / "r", "--curriculum", "adaptive", "--progress-images", "5", "--real-pass-images", "32")
+    flags = ["--levels", "0", "50", "90", "100", "--progress-images", "5", "--real-pass-images", "32"]
+    train(road, tmp_path / "r", "--curriculum", "adaptive", *flags)
     history = runs.read_json_lines(tmp_path / "r/history.jsonl")
     for entry in history[:3]:
         best = max(entry["progress"], key=lambda level: entry["progress"][level])
@@ -139,14 +140,59 @@ def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_look
     ]  # fmt: skip
     pool = pools[0]
     looked_at = np.concatenate(list(pool.looks.values()))
-    assert sorted(pool.looks) == [0, 50, 90] and all(len(places) == 5 for places in pool.looks.values())
+    assert sorted(pool.looks) == [0, 50, 90, 100] and all(len(places) == 5 for places in pool.looks.values())
+    for level, places in pool.looks.items():  # one image of each held-out source, of the level itself
+        assert (pool.levels[places] == level).all() and len({pool.sources[place] for place in places}) == 5
     for epoch, purpose, places in passes:
-        assert not set(places.tolist()) & set(looked_at.tolist())
         if epoch < 3:
+            assert not set(places.tolist()) & set(looked_at.tolist())
             assert not pool.held[places].any()
         if purpose == "real pass":
             assert (pool.levels[places] == 100).all() and len(places) == len(set(places.tolist())) == 32
     assert len(passes[-1][2]) == 184  # the real-only epoch has all real images
+    results = runs.read_json(tmp_path / "r/results.json")
+    assert [entry.get("real_pass_images") for entry in history] == [32, 32, 32, None]
+    assert results["real_pass_images"] == 96 and results["images"] == sum(len(places) for _, _, places in passes)
+    assert results["images_per_second"] == pytest.approx(results["images"] / results["seconds"])
+
+
+def test_progress_is_what_the_real_pass_alone_changed(road, tmp_path, monkeypatch):
+    """Algorithm 2 of DisCL: a stub that learns 0.1 by a real pass and 1 by an epoch has a progress of 0.1 each time."""
+    learnt, train_pass = [0.0], train_lt.Trainer.train
+
+    def learn(self, epoch, places, purpose="epoch", start=None):
+        learnt[0] += 0.1 if purpose == "real pass" else 1
+        return train_pass(self, epoch, places, purpose, start)
+
+    monkeypatch.setattr(train_lt.Trainer, "train", learn)
+    monkeypatch.setattr(train_lt.Trainer, "look", lambda self: {level: [learnt[0]] * 5 for level in self.pool.looks})
+    train(road, tmp_path / "r", "--curriculum", "adaptive", "--progress-images", "5", "--levels", "0", "90")
+    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    for entry in history[:3]:
+        assert entry["progress"] == {"0": pytest.approx(0.1), "90": pytest.approx(0.1)} and entry["levels"] == [0]
+
+
+def test_the_real_pass_holds_the_rate_of_the_epoch(road, tmp_path, monkeypatch):
+    from training import augmentations
+
+    rates, trainers, train_pass, augment = {}, [], train_lt.Trainer.train, augmentations.augment
+
+    def enter(self, epoch, places, purpose="epoch", start=None):
+        trainers.append((self, epoch, purpose))
+        return train_pass(self, epoch, places, purpose, start)
+
+    def note_rate(*args):
+        trainer, epoch, purpose = trainers[-1]
+        rates.setdefault((epoch, purpose), []).append(trainer.optimizer.param_groups[0]["lr"])
+        return augment(*args)
+
+    monkeypatch.setattr(train_lt.Trainer, "train", enter)
+    monkeypatch.setattr(augmentations, "augment", note_rate)
+    train(road, tmp_path / "r", "--curriculum", "adaptive", "--progress-images", "5", "--lr", "0.01")
+    # A cosine over four epochs, in the middle of the first two: (1 + cos(pi / 8)) / 2 and (1 + cos(3 pi / 8)) / 2.
+    assert rates[0, "real pass"] == [pytest.approx(0.0096194, abs=1e-7)] * 4
+    assert rates[1, "real pass"] == [pytest.approx(0.0069134, abs=1e-7)] * 4
+    assert rates[0, "epoch"][0] == 0.01 and rates[0, "epoch"][-1] < 0.01
 
 
 def test_looking_changes_no_weight_and_no_statistics(road, tmp_path, monkeypatch):
@@ -161,7 +207,7 @@ def test_looking_changes_no_weight_and_no_statistics(road, tmp_path, monkeypatch
 
     monkeypatch.setattr(train_lt.Trainer, "look", compare)
     train(road, tmp_path / "r", "--curriculum", "adaptive")
-    assert states == [True] * 4  # before training, and in each of three epochs
+    assert states == [True] * 6  # before and after the real pass of each of three epochs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,17 +223,16 @@ def test_every_loss_trains(road, tmp_path, loss):
     assert history[-1]["loss"] < history[0]["loss"] or extra
 
 
-@pytest.mark.parametrize("curriculum", ["cyclic"])
-def test_balanced_epochs_fill_every_hard_class_up(road, tmp_path, monkeypatch, curriculum):
-    seen, chosen = [], train_lt.epoch_data
+def test_balanced_epochs_fill_every_hard_class_up(road, tmp_path, monkeypatch):
+    seen, chosen = [], train_lt.Trainer.epoch_places
 
-    def record(args, epoch, stage, pool, is_hard):
-        places = chosen(args, epoch, stage, pool, is_hard)
-        seen.append(np.bincount(pool.labels[places], minlength=10))
+    def record(self, epoch, stage):
+        places = chosen(self, epoch, stage)
+        seen.append(np.bincount(self.pool.labels[places], minlength=10))
         return places
 
-    monkeypatch.setattr(train_lt, "epoch_data", record)
-    train(road, tmp_path / "r", "--curriculum", curriculum, "--balanced", "--undersample", "0.3", "--hard-share", "0.8")
+    monkeypatch.setattr(train_lt.Trainer, "epoch_places", record)
+    train(road, tmp_path / "r", "--curriculum", "cyclic", "--balanced", "--undersample", "0.3", "--hard-share", "0.8")
     for sizes in seen[:3]:  # 39 others stay, 39 * 0.8 / 0.2 = 156 hard ones, 22 or 23 of each of seven classes
         assert sizes[:3].sum() == 39 and set(sizes[3:].tolist()) <= {22, 23} and sizes[3:].sum() == 156
 

@@ -20,7 +20,7 @@ from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from training import augmentations, evaluation, loop, optimization, stores
 
-SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8"]
+SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
 
 
 def train(road, out, *extra) -> int:
@@ -168,13 +168,15 @@ def test_learning_rates_by_hand():
     )
 
 
-def test_an_epochs_images_follow_the_curriculum(road, tmp_path):
+def test_an_epochs_images_follow_the_curriculum(road, tmp_path, capsys):
     """7 of 10 classes are hard: 39 of the 129 other images stay, 39 * 0.7 / 0.3 = 91 hard ones, 55 of them real."""
-    train(road, tmp_path / "r", "--curriculum", "d2s", "--undersample", "0.3")
+    flags = ["--levels", "0", "90", "100", "--undersample", "0.3"]
+    train(road, tmp_path / "r", "--curriculum", "d2s", *flags)
+    assert "schedule: 1 epochs of level 0, 1 of level 90, 1 of level 100, then 1 of all real" in capsys.readouterr().out
     history = runs.read_json_lines(tmp_path / "r/history.jsonl")
-    assert [record["levels"] for record in history] == [[0], [50], [90], [100]]
+    assert [record["levels"] for record in history] == [[0], [90], [100], [100]]
     assert [record["images"] for record in history] == [39 + 91] * 3 + [184]
-    assert [record["synthetic_share"] for record in history] == [pytest.approx(36 / 130)] * 3 + [0]
+    assert [record["synthetic_share"] for record in history] == [pytest.approx(36 / 130)] * 2 + [0, 0]
 
 
 def test_tensorboard_holds_every_epoch(road, tmp_path):

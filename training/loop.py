@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import curricula
+from curricula import REAL
 from loaders.base import ImageSet, LongTailed
 from runtime import cli, runs, steps
 from spectrum import folder as spectrum_folder
@@ -66,7 +67,8 @@ def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
         type=cli.level,
         nargs="+",
         metavar="PERCENT",
-        help="guidance levels to use (default: all of the spectrum)",
+        help="guidance levels to use; 100, the real image, is a stage of d2s, s2d, random, cyclic and all and a "
+        "candidate of adaptive (default: all of the spectrum, and 100)",
     )
     group.add_argument(
         "--level-shares",
@@ -80,7 +82,7 @@ def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
         "--curriculum-epochs",
         type=cli.whole(0),
         metavar="N",
-        help="epochs with synthetic images; those after them are real only",
+        help="epochs of the curriculum; those after them have all real images",
     )
     group.add_argument(
         "--progress-images",
@@ -94,7 +96,7 @@ def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
         type=cli.whole(0),
         default=5000,
         metavar="N",
-        help="real images, drawn uniformly, that adaptive trains on before each look",
+        help="real images, drawn uniformly, that adaptive trains on before each epoch, to measure progress",
     )
 
 
@@ -173,25 +175,27 @@ def build_pool(
     args,
     data: LongTailed,
     synthetic: dict[int, ImageSet],
+    levels: list[int],
     store: Callable[[list[ImageSet]], object],
 ) -> Pool:
     """The pool of a run; for adaptive, some hard images and all synthetic images drawn from them are held out.
 
     Args:
+        levels: of the curriculum; REAL may be one of them.
         store: makes one store of images (training/stores.py) of several sets.
     """
     sets = [data.train, *(synthetic[level] for level in sorted(synthetic))]
     labels = np.concatenate([one.labels for one in sets])
-    levels = np.repeat([100, *sorted(synthetic)], [len(one) for one in sets])
+    level_of = np.repeat([REAL, *sorted(synthetic)], [len(one) for one in sets])
     sources = [source for one in sets for source in one.sources]
-    pool = Pool(store(sets), labels, levels, sources, np.zeros(len(labels), dtype=bool))
+    pool = Pool(store(sets), labels, level_of, sources, np.zeros(len(labels), dtype=bool))
     if args.curriculum == "adaptive":
         by_level = {level: one.sources for level, one in synthetic.items()}
-        label_of = dict(zip(data.train.sources, data.train.labels.tolist(), strict=True))
-        chosen = curricula.held_out_sources(by_level, label_of, data.counts, args.progress_images, args.seed)
+        labels_by_source = dict(zip(data.train.sources, data.train.labels.tolist(), strict=True))
+        chosen = curricula.held_out_sources(by_level, labels_by_source, data.counts, args.progress_images, args.seed)
         pool.held = np.isin(sources, chosen)
-        for level in synthetic:
-            first = {sources[place]: place for place in np.flatnonzero(pool.held & (levels == level))[::-1]}
+        for level in levels:
+            first = {sources[place]: place for place in np.flatnonzero(pool.held & (pool.levels == level))[::-1]}
             pool.looks[level] = np.array([first[source] for source in chosen])
     return pool
 
@@ -228,7 +232,7 @@ class Trainer:
     device: str
     signals: runs.StopSignals
 
-    chosen_by = "overall"  # the figure of `validate` that the best epoch is chosen by
+    chosen_by = "macro"  # the figure of `validate` that the best epoch is chosen by
     softmax_scale = 1.0  # what logits are multiplied by to give probabilities
 
     @property
@@ -324,7 +328,10 @@ class Trainer:
         self.step_model.train()
         began = time.monotonic()
         for number, (part, rows, batch) in enumerate(zip(parts[done:], own[done:], images, strict=True), done):
-            rate = optimization.learning_rate(args, epoch + number / len(parts), 1 / len(parts))
+            if purpose == "real pass":  # one rate, that of the middle of the epoch which it comes before
+                rate = optimization.learning_rate(args, epoch + 0.5)
+            else:
+                rate = optimization.learning_rate(args, epoch + number / len(parts), 1 / len(parts))
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             loss = loss_of(part, rows, batch, generator)
@@ -354,7 +361,7 @@ class Trainer:
             "loss": total.item() / len(places),
             "lr": rate,
             "images": len(places),
-            "synthetic_share": float((self.pool.levels[places] < 100).mean()),
+            "synthetic_share": float((self.pool.levels[places] < REAL).mean()),
             "images_per_second": seen / seconds,
         }
 
@@ -377,16 +384,21 @@ class Trainer:
             for level, places in self.pool.looks.items()
         }
 
-    def measure_progress(self, epoch: int, state: dict) -> dict[int, float]:
-        """The progress of each level since the last look, after a short pass over uniform real images (DisCL)."""
+    def measure_progress(self, epoch: int) -> tuple[dict[int, float], int]:
+        """The progress of each level by a short pass over uniform real images (DisCL, Algorithm 2, lines 2 to 6).
+
+        Returns:
+            Level -> progress, and how many images the pass had.
+        """
         args = self.args
-        before = state["look"] or self.look()
-        real = np.flatnonzero((self.pool.levels == 100) & ~self.pool.held)
+        before = self.look()
+        real = np.flatnonzero((self.pool.levels == REAL) & ~self.pool.held)
         rng = np.random.default_rng([args.seed, epoch, 1])
-        if args.real_pass_images:
-            self.train(epoch, rng.permutation(real)[: args.real_pass_images], "real pass")
-        state["look"] = self.look()
-        return {level: curricula.progress_of(before[level], state["look"][level]) for level in before}
+        places = rng.permutation(real)[: args.real_pass_images]
+        if len(places):
+            self.train(epoch, places, "real pass")
+        after = self.look()
+        return {level: curricula.progress_of(before[level], after[level]) for level in before}, len(places)
 
 
 def prepare_spectrum(args) -> tuple[list[int], list[int]]:
@@ -396,7 +408,12 @@ def prepare_spectrum(args) -> tuple[list[int], list[int]]:
             print(f"{args.spectrum}: no finished spectrum there; making it first", flush=True)
             steps.make_spectrum(args.spectrum.parent, args.dataset, args.imb_ratio)
     plan = spectrum_folder.read_plan(args.spectrum)
-    levels = curricula.needed_levels(args.curriculum, args.levels or plan["levels"], args.fixed_level)
+    levels = curricula.needed_levels(args.curriculum, args.levels or [*plan["levels"], REAL], args.fixed_level)
+    if distributed.rank() == 0:
+        schedule = curricula.describe_schedule(
+            args.curriculum, args.epochs, args.curriculum_epochs, levels, args.fixed_level, args.level_shares
+        )
+        print(f"schedule: {schedule}", flush=True)
     return levels, plan["hard_classes"]
 
 
@@ -455,7 +472,6 @@ def start_or_resume(args, model, optimizer, average, device: str) -> dict:
         "history": [],
         "seconds": 0.0,
         "best": {"epoch": -1, "figure": -1.0, "model": {}},
-        "look": None,
         "partial": None,
     }
     saved = runs.load_latest_checkpoint(args.out / "checkpoint.pt", device)
@@ -501,20 +517,20 @@ def fit(trainer: Trainer, state: dict) -> int:
             if not partial:
                 trainer.begin_epoch(epoch, state)
             if partial:
-                progress = partial["progress"]
+                progress, passed = partial["progress"], partial["real_pass_images"]
             elif args.curriculum == "adaptive" and epoch < args.curriculum_epochs:
-                progress = trainer.measure_progress(epoch, state)
+                progress, passed = trainer.measure_progress(epoch)
             else:
-                progress = None
+                progress, passed = None, 0
             stage = stage_of(args, epoch, trainer.levels, progress)
             places = trainer.epoch_places(epoch, stage)
-            if main_process and (not state["history"] or state["history"][-1]["levels"] != (stage or [100])):
+            if main_process and (not state["history"] or state["history"][-1]["levels"] != (stage or [REAL])):
                 for tag, picture in trainer.pictures(epoch, places).items():
                     writer.add_image(tag, picture, epoch, dataformats="HWC")
             try:
                 record = trainer.train(epoch, places, start=partial)
             except Stopped as stop:
-                state["partial"] = stop.state | {"progress": progress}
+                state["partial"] = stop.state | {"progress": progress, "real_pass_images": passed}
                 state["seconds"] += time.monotonic() - began
                 save()
                 return stopped(f"in epoch {epoch}, after batch {stop.state['batches']}")
@@ -528,11 +544,12 @@ def fit(trainer: Trainer, state: dict) -> int:
             state["history"].append(
                 {
                     "epoch": epoch,
-                    "levels": stage or [100],
+                    "levels": stage or [REAL],
                     **record,
                     **trainer.epoch_figures(),
                     **{f"val_{name}": value for name, value in found.items()},
                     **({"progress": {str(level): value for level, value in progress.items()}} if progress else {}),
+                    **({"real_pass_images": passed} if passed else {}),
                 }
             )
             state["seconds"] += time.monotonic() - began
@@ -559,8 +576,11 @@ def write_results(trainer: Trainer, state: dict, writer, results: dict, metrics:
         writer.add_scalar(name, value, args.epochs - 1)
     log_hparams(writer, args, metrics)
     writer.close()
-    images = sum(record["images"] for record in state["history"])
+    passed = sum(record.get("real_pass_images", 0) for record in state["history"])
+    images = passed + sum(record["images"] for record in state["history"])
     results |= {"images": images, "seconds": state["seconds"], "images_per_second": images / state["seconds"]}
+    if passed:
+        results["real_pass_images"] = passed  # of `images`: adaptive's passes to measure progress
     runs.write_text(args.out / "history.jsonl", "".join(json.dumps(record) + "\n" for record in state["history"]))
     runs.write_json(args.out / "results.json", results)
 
@@ -579,14 +599,14 @@ def sheet(trainer: Trainer, epoch: int, places: np.ndarray) -> np.ndarray:
     pool, data = trainer.pool, trainer.data
     rng = np.random.default_rng([trainer.args.seed, epoch, 2])
     chosen = rng.permutation(places)
-    real, synthetic = (chosen[(pool.levels[chosen] == 100) == kind] for kind in (True, False))
+    real, synthetic = (chosen[(pool.levels[chosen] == REAL) == kind] for kind in (True, False))
     half = min(len(synthetic), SHEET_IMAGES // 2)
     chosen = np.concatenate([synthetic[:half], real[: SHEET_IMAGES - half]])
     images = [
         image.permute(1, 2, 0).cpu().numpy() for part in pool.images.evaluation(chosen, len(chosen)) for image in part
     ]
     captions = [
-        ("real" if pool.levels[place] == 100 else f"level {pool.levels[place]}", data.class_names[pool.labels[place]])
+        ("real" if pool.levels[place] == REAL else f"level {pool.levels[place]}", data.class_names[pool.labels[place]])
         for place in chosen
     ]
     return figures.sheet(images, captions)

@@ -47,8 +47,8 @@ class CifarResNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(64, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.Conv2d):  # by the inputs, as LDAM-DRW and classifier-balancing do
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.blocks(F.relu(self.bn(self.conv(x))))
