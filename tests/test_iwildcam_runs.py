@@ -26,6 +26,7 @@ import write_prompts
 from loaders import defaults, toycam
 from runtime import runs
 from runtime.cli import UserError
+from spectrum import folder as spectrum_folder
 from training import evaluation, loop, losses
 
 SHORT = ["--epochs", "3", "--curriculum-epochs", "2", "--progress-images", "4", "--real-pass-images", "32"]
@@ -55,6 +56,12 @@ def train(small, out, *extra) -> int:
     return train_iwildcam.main(
         ["--data-root", str(small.root), "--spectrum", str(small.spectrum), "--out", str(out), *SHORT, *extra]
     )
+
+
+def kept_sources(small) -> dict[int, list[str]]:
+    """The source of each accepted image, by level."""
+    rows = spectrum_folder.kept_rows(small.spectrum, [50, 90])
+    return {level: sorted(row["source"] for row in rows if row["level"] == level) for level in (50, 90)}
 
 
 def logits_of(folder):
@@ -179,23 +186,24 @@ def test_easy_to_hard_goes_up_the_levels_and_ends_on_real_images(small, tmp_path
     train(small, tmp_path / "r", "--curriculum", "e2h", "--epochs", "4", "--curriculum-epochs", "3")
     history = runs.read_json_lines(tmp_path / "r/history.jsonl")
     assert [row["levels"] for row in history] == [[50], [90], [100], [100]]
-    # In place of 15 hard images of 96 two seeds each, all of which the filter kept.
-    assert [row["images"] for row in history] == [96 - 15 + 30] * 2 + [96] * 2
+    kept = kept_sources(small)
+    assert [row["images"] for row in history] == [96 - 15 + len(kept[50]), 96 - 15 + len(kept[90]), 96, 96]
     assert runs.read_json(tmp_path / "r/args.json")["args"]["curriculum"] == "d2s"
     hard = {row["source"] for row in csv.DictReader(small.hard.open())}
     for row, (pool, places) in zip(history, passes, strict=True):
         synthetic = [pool.sources[place] for place in places if pool.levels[place] < 100]
         real = {pool.sources[place] for place in places if pool.levels[place] == 100}
         assert row["synthetic_share"] == len(synthetic) / len(places)
-        assert sorted(synthetic) == ([] if row["levels"] == [100] else sorted([*hard, *hard]))
-        assert not real & set(synthetic) and len(real | set(synthetic)) == 96
+        assert sorted(synthetic) == kept.get(row["levels"][0], [])
+        assert len(real - hard) == 81 and (hard <= real if row["levels"] == [100] else not hard & real)
 
 
 def test_one_image_a_hard_image_keeps_an_epochs_length(small, tmp_path):
     train(small, tmp_path / "r", "--curriculum", "e2h", "--levels", "50", "90", "--per-hard-image", "1")
     history = runs.read_json_lines(tmp_path / "r/history.jsonl")
     assert [row["images"] for row in history] == [96] * 3
-    assert [row["synthetic_share"] for row in history] == [15 / 96, 15 / 96, 0]
+    kept = kept_sources(small)
+    assert [row["synthetic_share"] for row in history] == [len(set(kept[50])) / 96, len(set(kept[90])) / 96, 0]
 
 
 def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_looks_at(small, tmp_path, monkeypatch):
@@ -212,11 +220,13 @@ def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_look
         assert row["levels"] == [int(max(row["progress"], key=lambda level: row["progress"][level]))]
     assert set(history[0]["progress"]) == {"50", "90", "100"}
     assert history[2]["levels"] == [100] and history[2]["images"] == 96
-    # 4 of the 15 hard images are held out: 81 others, and two images of each of the 11 or the 11 themselves.
-    assert all(row["images"] == 81 + (11 if row["levels"] == [100] else 22) for row in history[:2])
     pool = passes[0][0]
     held = {pool.sources[place] for places in pool.looks.values() for place in places}
     assert len(held) == 4
+    # The 81 images that are not hard, and all that were made of the 11 hard ones left, or these themselves.
+    stages = {level: len([source for source in kept if source not in held])
+              for level, kept in kept_sources(small).items()} | {100: 11}  # fmt: skip
+    assert all(row["images"] == 81 + stages[row["levels"][0]] for row in history[:2])
     for _, purpose, places in passes[:-1]:
         assert not held & {pool.sources[place] for place in places}
         assert purpose == "epoch" or (len(places) == 32 and (pool.levels[places] == 100).all())
