@@ -1,14 +1,14 @@
 """The whole road on an embedded benchmark, in about three minutes on two CPU cores.
 
 Finds the hard images, draws a spectrum for them with a tiny Stable Diffusion from assets/, filters it with the tiny
-CLIP beside it, trains with and without curricula over several seeds, and reports.
+CLIP beside it, trains with and without curricula over several seeds, reports, and says what came out.
 
     digits  long-tailed: the images of the few-shot classes are hard; a ResNet-8
     toycam  low quality: the images whose class the CLIP, zero-shot, finds unlikely are hard; FLYP of that CLIP
 
 Reads:  nothing but the project and scikit-learn's digits (toycam draws its own data, into runs/toycam)
-Writes: OUT/hard.csv, prompts.json, spectrum/, train/ (a run folder each, TensorBoard logs inside), and what report.py
-        writes: report.html, table.md, table.csv, table.tex, pictures
+Writes: OUT/hard.csv, prompts.json, spectrum/, train/ (a run folder each, TensorBoard logs inside), demo.md (the table
+        that is printed at the end), and what report.py writes: report.html, table.md, table.csv, table.tex, pictures
 
     python demo.py --out runs/demo
     python demo.py --dataset toycam --out runs/demo_toycam
@@ -16,32 +16,39 @@ Writes: OUT/hard.csv, prompts.json, spectrum/, train/ (a run folder each, Tensor
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
+import multiprocessing
 import os
 import shlex
-import subprocess
-import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from statistics import mean, stdev
 
-from runtime import cli, steps
+from runtime import cli, runs, steps
 
-SCRIPTS = {"digits": "train_lt.py", "toycam": "train_iwildcam.py"}
-ARMS = {
+# Rows of the table: loss and curriculum, and for Balanced Softmax the prior of a stage (real counts, or the stage's).
+ROWS = {
     "digits": [
-        ("--loss", "ce", "--curriculum", "none"),
-        ("--loss", "ce", "--curriculum", "all"),
-        ("--loss", "ce", "--curriculum", "d2s"),
+        *(("--loss", "ce", "--curriculum", name) for name in ("none", "text_only", "all", "d2s", "s2d")),
         ("--loss", "bs", "--curriculum", "none"),
-        ("--loss", "bs", "--curriculum", "d2s"),
-        ("--loss", "bs", "--curriculum", "d2s", "--prior", "stage"),
+        *(("--loss", "bs", "--curriculum", name, "--prior", "stage") for name in ("text_only", "all", "d2s")),
     ],
-    "toycam": [("--loss", "flyp", "--curriculum", curriculum) for curriculum in ("none", "all", "adaptive")],
+    "toycam": [("--loss", "flyp", "--curriculum", name) for name in ("none", "all", "e2h", "adaptive")],
+}
+SCRIPTS = {"digits": "train_lt", "toycam": "train_iwildcam"}
+# What the table shows of results.json's figures after the last epoch: key -> heading. The first one is compared.
+FIGURES = {
+    "digits": {"few": "few-shot", "overall": "all classes"},
+    "toycam": {"ood_f1": "macro-F1 OOD", "id_f1": "macro-F1 ID"},
 }
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "demo")
-    parser.add_argument("--dataset", choices=list(ARMS), default="digits", help="the benchmark")
+    parser.add_argument("--dataset", choices=list(ROWS), default="digits", help="the benchmark")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="where everything goes")
     parser.add_argument(
         "--train-seeds",
@@ -57,52 +64,121 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def train_all(commands: list[list[str]], jobs: int) -> None:
-    """Run commands, `jobs` at a time, one CPU thread each.
+def train_once(script: str, arguments: list[str]) -> tuple[int, str]:
+    """Run a trainer in this process; its exit code and what it printed."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            code = importlib.import_module(script).main(arguments)
+        except cli.UserError as error:
+            print(error)
+            code = 2
+    return code, printed.getvalue()
+
+
+def train_all(script: str, commands: list[list[str]], jobs: int) -> None:
+    """Train runs, `jobs` at a time, in processes that each import torch once and compute with one thread.
 
     Raises:
         UserError: one of them failed; its output is printed.
     """
-    waiting, running = list(commands), []
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with cli.progress(len(commands), "training", "run") as bar:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                output = tempfile.TemporaryFile("w+")
-                process = subprocess.Popen(waiting.pop(0), stdout=output, stderr=subprocess.STDOUT, env=environment)
-                running.append((process, output))
-            for process, output in [pair for pair in running if pair[0].poll() is not None]:
-                running.remove((process, output))
-                bar.update()
-                if process.returncode:
-                    for other, _ in running:
-                        other.terminate()
-                    output.seek(0)
-                    raise cli.UserError(f"training failed: {shlex.join(process.args)}\n{output.read()}")
-            time.sleep(0.05)
+    os.environ["OMP_NUM_THREADS"] = "1"  # spawned processes read it
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context) as pool, cli.progress(len(commands), "training", "run") as bar:
+        waiting = {pool.submit(train_once, script, command): command for command in commands}
+        for done in as_completed(waiting):
+            code, printed = done.result()
+            if code:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise cli.UserError(f"training failed: {script}.py {shlex.join(waiting[done])}\n{printed}")
+            bar.update()
+
+
+def row_name(row: tuple[str, ...]) -> str:
+    """A row as the table calls it: CE + d2s, or BS + d2s (prior: stage)."""
+    flags = dict(zip(row[::2], row[1::2], strict=True))
+    name = flags["--loss"].upper()
+    if flags["--curriculum"] != "none":
+        name += f" + {flags['--curriculum']}"
+    return name + (f" (prior: {flags['--prior']})" if "--prior" in flags else "")
+
+
+def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """Mean and standard error of the differences of two rows, run by run with equal seeds."""
+    apart = [one - other for one, other in zip(ours, theirs, strict=True)]
+    return mean(apart), stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
+
+
+def write_table(out: Path, dataset: str, results: dict[tuple[str, ...], list[dict]]) -> list[str]:
+    """Write and print demo.md, and return what it says in a few sentences.
+
+    Args:
+        results: of each row the results.json of its seeds.
+    """
+    figures, (first, *_) = FIGURES[dataset], FIGURES[dataset]
+    count = len(next(iter(results.values())))
+    heading = ["test %", *figures.values(), f"{figures[first]}: minus none", "minus all levels"]
+    lines = [" | ".join(heading), "|".join("---" for _ in heading)]
+    sentences = []
+    values = {row: [one["last"][first] for one in found] for row, found in results.items()}
+    if dataset == "toycam":
+        untuned = next(iter(results.values()))[0]["zero_shot"]
+        lines.append(" | ".join(["zero-shot", *(f"{untuned[key]:.1f}" for key in figures), "", ""]))
+    for row, found in results.items():
+        cells = [row_name(row)]
+        for key in figures:
+            numbers = [one["last"][key] for one in found]
+            cells.append(f"{mean(numbers):.1f} ({stdev(numbers):.1f})" if count > 1 else f"{numbers[0]:.1f}")
+        for other in ("none", "all"):
+            against = next(r for r in results if r[1] == row[1] and r[3] == other)
+            if against == row or "none" in row:
+                cells.append("")
+                continue
+            apart, error = difference(values[row], values[against])
+            cells.append(f"{apart:+.1f} ± {error:.1f}")
+            if "d2s" in row or "e2h" in row or "adaptive" in row:
+                verdict = "no clear difference" if not abs(apart) > 2 * error else "above" if apart > 0 else "below"
+                sentences.append(
+                    f"{row_name(row)} against {row_name(against)}: {apart:+.1f} ± {error:.1f} points, {verdict}."
+                )
+        lines.append(" | ".join(cells))
+    table = "\n".join(f"| {line} |" for line in lines)
+    tested = "500 test images" if dataset == "digits" else "400 test images OOD, 300 ID"
+    note = (
+        f"Mean (standard deviation) over {count} training seeds of one spectrum; {tested}. Differences: mean ± "
+        "standard error of the runs' differences, seed by seed."
+    )
+    runs.write_text(out / "demo.md", f"{table}\n\n{note}\n")
+    print(f"\n{table}\n\n{note}\n")
+    return sentences
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     began = time.monotonic()
-    arms, script = ARMS[args.dataset], SCRIPTS[args.dataset]
+    rows, script = ROWS[args.dataset], SCRIPTS[args.dataset]
+    # Steps 1 to 4: hard images, prompts, spectrum, filter.
     folder = steps.make_spectrum(args.out, args.dataset, 30 if args.dataset == "digits" else None)
-    print(f"training {len(arms)} rows with {len(args.train_seeds)} seeds each", flush=True)
-    commands, folders = [], []
-    for arm in arms:
+    # Step 5: one run for each row and seed.
+    print(f"training {len(rows)} rows with {len(args.train_seeds)} seeds each", flush=True)
+    commands, folders = [], {row: [] for row in rows}
+    for row in rows:
         for seed in args.train_seeds:
-            name = "_".join(word for word in arm if not word.startswith("--"))
-            folders.append(args.out / "train" / f"{name}_seed{seed}")
-            commands.append(
-                steps.command(
-                    script, "--dataset", args.dataset, *arm, "--seed", seed, "--spectrum", folder, "--out", folders[-1]
-                )
-            )
-    train_all(commands, args.jobs)
-    steps.run("report.py", "--runs", *folders, "--spectrum", folder, "--out", args.out)
+            name = "_".join(word for word in row if not word.startswith("--"))
+            place = args.out / "train" / f"{name}_seed{seed}"
+            folders[row].append(place)
+            flags = ["--dataset", args.dataset, *row, "--seed", seed, "--spectrum", folder, "--out", place]
+            commands.append([str(flag) for flag in flags])
+    train_all(script, commands, args.jobs)
+    # Step 6: the report, and the table that README shows.
+    everywhere = [place for places in folders.values() for place in places]
+    steps.run("report.py", "--runs", *everywhere, "--spectrum", folder, "--out", args.out)
+    results = {row: [runs.read_json(place / "results.json") for place in places] for row, places in folders.items()}
+    sentences = write_table(args.out, args.dataset, results)
+    print("\n".join(sentences))
     print(
-        f"done in {time.monotonic() - began:.0f} s; look at {args.out / 'spectrum.png'}, "
-        f"and at the curves with: tensorboard --logdir {args.out / 'train'}"
+        f"done in {time.monotonic() - began:.0f} s; look at {args.out / 'spectrum.png'} (a row a hard image, a column "
+        f"a level), {args.out / 'report.html'}, and at the curves with: tensorboard --logdir {args.out / 'train'}"
     )
     return 0
 

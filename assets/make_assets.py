@@ -214,17 +214,19 @@ class Digits:
 
     def pictures(self, size: int) -> torch.Tensor:
         """What the autoencoder learns from: half web, half any shapes in any colours, so that it can draw any look."""
-        web = self.batch(size - size // 2)[0]
-        count, rng = size // 2, self.rng
-        masks = self.masks[rng.integers(len(self.labels), size=count)]
-        masks = self.move(
-            masks, rng.normal(0, 0.3, count), rng.uniform(0.85, 1.4, count), rng.uniform(-0.8, 0.8, count)
-        )
-        thickness = torch.from_numpy(rng.uniform(-0.3, 0.15, (count, 1, 1, 1)).astype(np.float32))
+        return torch.cat([self.batch(size - size // 2)[0], self.any_look(size // 2)[0]])
+
+    def any_look(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scans of the web slanted, turned, thinned and coloured at random: images like `batch`'s, and labels."""
+        rng = self.rng
+        chosen = rng.integers(len(self.labels), size=size)
+        angle, scale, shear = rng.normal(0, 0.3, size), rng.uniform(0.85, 1.4, size), rng.uniform(-0.8, 0.8, size)
+        masks = self.move(self.masks[chosen], angle, scale, shear)
+        thickness = torch.from_numpy(rng.uniform(-0.3, 0.15, (size, 1, 1, 1)).astype(np.float32))
         masks = ((1 - thickness) * masks + thickness).clamp(0, 1)
-        ink, paper = torch.from_numpy(rng.uniform(0, 1, (2, count, 3, 1, 1)).astype(np.float32))
-        images = masks * ink + (1 - masks) * paper
-        return torch.cat([web, images.clamp(0, 1) * 2 - 1])
+        ink, paper = torch.from_numpy(rng.uniform(0, 1, (2, size, 3, 1, 1)).astype(np.float32))
+        images = (masks * ink + (1 - masks) * paper).clamp(0, 1)
+        return images * 2 - 1, torch.from_numpy(self.labels[chosen])
 
     def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The scans of the validation split, drawn as the web draws: no model here has seen them."""
