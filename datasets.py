@@ -53,7 +53,7 @@ TEMPLATES: dict[str, list[str]] = {
     **fewshot.TEMPLATES,
     "fewshot_digits": ["a photo of a {}"],
     **dict.fromkeys(CAMERA_TRAPS, ["a photo of {} in the wild"]),
-    **dict.fromkeys(digits.LOOKS, digits.TEMPLATES),
+    **dict.fromkeys((*digits.LOOKS, "digits_plus_web"), digits.TEMPLATES),
     "biased_digits": biased_digits.TEMPLATES,
     **birds.TEMPLATES,
 }
@@ -117,6 +117,8 @@ def load(name: str, imb_ratio: float | None, data_root: Path | None = None, seed
     """
     if imb_ratio is not None and imb_ratio < 1:
         raise UserError(f"--imb-ratio {imb_ratio:g}: expected 1 or more")
+    if name == "digits_plus_web":
+        return digits.load_plus_web(name, imb_ratio)
     if name in digits.LOOKS:
         return digits.load(name, imb_ratio)
     if name == "fewshot_digits":

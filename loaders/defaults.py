@@ -215,7 +215,7 @@ DEFAULTS: dict[str, dict[str, dict]] = {
     "places_lt": {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE},
 }
 # The same digits in the look of the web, which its generator knows: no gap, for comparison.
-DEFAULTS["digits_web"] = DEFAULTS["digits"]
+DEFAULTS["digits_web"] = DEFAULTS["digits_plus_web"] = DEFAULTS["digits"]
 
 # ALIA (Dunlap et al., 2023): its code's settings; the image guidance of its editors is in recipes/.
 EDITS = {

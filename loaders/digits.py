@@ -8,6 +8,7 @@ train, val and test is made once, by one fixed seed, whatever --imb-ratio and --
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -127,6 +128,19 @@ def load(name: str, imb_ratio: float) -> LongTailed:
 
     sets = (draw_set(LOOKS[name], indices) for indices in (train, split["val"], split["test"]))
     return LongTailed(name, NAMES, *sets, many_above=30)
+
+
+def load_plus_web(name: str, imb_ratio: float) -> LongTailed:
+    """digits with the web's 600 scans, truly labelled: what the generator's own images would give without drawing.
+
+    Many-, medium- and few-shot go by the images of digits alone.
+    """
+    data, web = load("digits", imb_ratio), draw_set(draw_web, split_scans()["web"])
+    images, labels = (
+        np.concatenate([getattr(part, key) for part in (data.train, web)]) for key in ("images", "labels")
+    )
+    train = ImageSet(images, labels, data.train.sources + web.sources)
+    return dataclasses.replace(data, name=name, train=train, held_out=-np.bincount(web.labels))
 
 
 def load_pool(name: str) -> LongTailed:

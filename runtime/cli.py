@@ -114,7 +114,7 @@ def expand_files(
 def default_data_root(dataset: str) -> Path | None:
     """Where a data set lies if no flag says so: $DISCL_DATA/DATASET (or .zip); None without that variable."""
     root = os.environ.get("DISCL_DATA")
-    if not root or dataset in ("digits", "digits_web", "fewshot_digits", "biased_digits", "toycam"):
+    if not root or dataset in ("digits", "digits_web", "digits_plus_web", "fewshot_digits", "biased_digits", "toycam"):
         return None
     folder = Path(root) / dataset
     archive = folder.with_suffix(".zip")

@@ -380,3 +380,12 @@ def test_the_checksum_is_gits(tmp_path):
     (tmp_path / "f").write_bytes(b"some list\n")
     git = subprocess.run(["git", "hash-object", str(tmp_path / "f")], capture_output=True, text=True, check=True)
     assert check_data.git_checksum(tmp_path / "f") == git.stdout.strip()
+
+
+def test_digits_with_the_webs_scans_keep_the_groups_and_the_test_set_of_digits():
+    data, plus = datasets.load("digits", 30), datasets.load("digits_plus_web", 30)
+    assert (plus.counts == data.counts + 60).all() and len(plus.train) == len(data.train) + 600
+    assert {name: group.tolist() for name, group in plus.groups.items()} == {
+        name: group.tolist() for name, group in data.groups.items()
+    }
+    assert plus.test.sources == data.test.sources and len(set(plus.train.sources)) == len(plus.train)
