@@ -42,6 +42,7 @@ from pathlib import Path
 from PIL import Image
 
 import datasets
+from generation import loras as lora_files
 from generation import worklist
 from generation.worklist import Batch, steps_at
 from generation.writer import BYTES_PER_PIXEL, SAVE_OPTIONS, ImageWriter, Reader, Sources, draw_size, resize
@@ -100,6 +101,20 @@ def build_parser() -> cli.Parser:
         type=cli.existing_folder,
         metavar="FOLDER",
         help="LoRA adapters of each class: INDEX.safetensors or a folder INDEX for every class of hard.csv",
+    )
+    group.add_argument(
+        "--tuned",
+        type=cli.existing_folder,
+        metavar="FOLDER",
+        help="draw with the adapters of this folder of tune_generator.py, whose shots.csv and prompts.json take the "
+        "place of the defaults of --hard and --prompts",
+    )
+    group.add_argument(
+        "--per-class",
+        type=cli.whole(1),
+        metavar="N",
+        help="draw N images of each class from text alone, shared out among its sources, which only name them; with "
+        "--levels 0 and --pure-noise, instead of --seeds",
     )
     group.add_argument(
         "--levels",
@@ -229,6 +244,7 @@ def make_plan(args, hard: list[spectrum_folder.Hard], dtype: str, loras: dict[st
         "prompts_digest": runs.digest_files([args.prompts]),
         "levels": sorted(set(args.levels)),
         "seeds": args.seeds,
+        **({"per_class": args.per_class} if args.per_class else {}),
         "steps": args.steps,
         "text_guidance": args.text_guidance,
         "generator": local.name if local.is_dir() else args.generator,
@@ -279,14 +295,16 @@ def read_sizes(names: list[str], sources: Sources) -> tuple[dict[str, tuple[int,
     return sizes, unreadable
 
 
-def plan_batches(args, plan: dict, extra: list[dict], names: list[str], size_of, adapter_of) -> list[Batch]:
-    """The batches of this process's shard.
+def plan_batches(
+    args, plan: dict, seeds: dict[str, int], extra: list[dict], names: list[str], size_of, adapter_of
+) -> list[Batch]:
+    """The batches of this process's shard; `seeds` has the images of a level by source.
 
     The plan and each file of further units are shared out one after another: a file that is added while processes are
     at work then takes nothing from one of them to give it to another.
     """
     readable = set(names)
-    lists = [worklist.order_units(names, plan["levels"], plan["seeds"])]
+    lists = [worklist.order_units({name: seeds[name] for name in names}, plan["levels"])]
     lists += [sorted(unit for unit in units if unit.source in readable) for units in extra]
     mine = []
     for units in lists:
@@ -295,7 +313,7 @@ def plan_batches(args, plan: dict, extra: list[dict], names: list[str], size_of,
     return mine
 
 
-def leave_out_planned(extra: list[dict], plan: dict, prompt_of) -> list[dict]:
+def leave_out_planned(extra: list[dict], plan: dict, seeds: dict[str, int], prompt_of) -> list[dict]:
     """Further units without those that the plan holds itself.
 
     Raises:
@@ -305,12 +323,12 @@ def leave_out_planned(extra: list[dict], plan: dict, prompt_of) -> list[dict]:
     for units in extra:
         kept.append({})
         for unit, prompt in units.items():
-            if unit.level not in plan["levels"] or unit.seed >= plan["seeds"]:
+            if unit.level not in plan["levels"] or unit.seed >= seeds[unit.source]:
                 kept[-1][unit] = prompt
             elif prompt and prompt != prompt_of(unit):
                 raise cli.UserError(
                     f"--plan: {unit.source} at level {unit.level}, seed {unit.seed}, is in the plan with the prompt "
-                    f"{prompt_of(unit)!r}; expected a seed of {plan['seeds']} or more for another prompt"
+                    f"{prompt_of(unit)!r}; expected a seed of {seeds[unit.source]} or more for another prompt"
                 )
     return kept
 
@@ -371,12 +389,14 @@ class Job:
         self.failed: list[spectrum_folder.Unit] = []
         self.at_once: dict[tuple[int, int], int] = {}  # of a size, set where a batch did not fit into memory
 
-    def draw(self, pipe, todo: list[Batch], done: set[spectrum_folder.Unit], stop: runs.StopSignals) -> None:
+    def draw(
+        self, pipe, todo: list[Batch], done: set[spectrum_folder.Unit], stop: runs.StopSignals, adapters=None
+    ) -> None:
         """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again."""
         from generation.generator import Generator
 
         args = self.args
-        self.generator = Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb)
+        self.generator = Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb, adapters)
         if args.compile:
             pipe.unet.compile()
         self.scheduler = type(pipe.scheduler).__name__
@@ -531,7 +551,7 @@ class Job:
         return {
             "file_name": str(Path(unit.file_name).with_suffix(f".{args.format}")),
             "source": unit.source,
-            "source_sha256": self.reader.sha256[unit.source],
+            "source_sha256": self.reader.digest(unit.source),
             "label": source.label,
             "class_name": source.class_name,
             "level": unit.level,
@@ -575,15 +595,44 @@ class Job:
 
 
 def find_loras(args, hard: list[spectrum_folder.Hard]) -> dict[str, Path]:
-    """The adapter files that the arguments name: models.find_loras."""
-    if args.lora and args.lora_by_class:
-        raise cli.UserError("--lora and --lora-by-class: expected one of them")
-    if not (args.lora or args.lora_by_class):
+    """The adapter files that the arguments name, by adapter: `all`, or `class_3` and so on."""
+    given = [name for name in ("lora", "lora_by_class", "tuned") if getattr(args, name)]
+    if len(given) > 1:
+        raise cli.UserError("--lora, --lora-by-class and --tuned: expected one of them")
+    if not given:
         return {}
+    labels = sorted({row.label for row in hard})
+    if not args.tuned:
+        by_class = labels if args.lora_by_class else None
+        return lora_files.find_loras(args.lora or args.lora_by_class, by_class, f"--{given[0].replace('_', '-')}")
     import models
 
-    labels = sorted({row.label for row in hard}) if args.lora_by_class else None
-    return models.find_loras(args.lora or args.lora_by_class, labels)
+    names = {row.label: row.class_name for row in hard}
+    return lora_files.find_tuned(args.tuned, names, models.describe_generator(args.generator, args.revision))[0]
+
+
+def complete_flags(args) -> None:
+    """Defaults that follow from other flags: the inputs of --tuned, and what --per-class draws."""
+    defaults = build_parser()
+    for name, file in (("hard", "shots.csv"), ("prompts", "prompts.json")):
+        if args.tuned and getattr(args, name) == defaults.get_default(name):
+            setattr(args, name, args.tuned / file)
+    if args.per_class:
+        args.levels, args.pure_noise = [0], True
+
+
+def seeds_of(args, hard: list[spectrum_folder.Hard]) -> dict[str, int]:
+    """How many images of a level each source has: --seeds, or its share of its class's --per-class."""
+    if not args.per_class:
+        return dict.fromkeys((row.source for row in hard), args.seeds)
+    found = {}
+    by_class = Counter(row.label for row in hard)
+    before: Counter = Counter()
+    for row in hard:
+        share, rest = divmod(args.per_class, by_class[row.label])
+        found[row.source] = share + (before[row.label] < rest)
+        before[row.label] += 1
+    return found
 
 
 def build_scorer(args, prompts: dict[int, dict], hard: dict[str, spectrum_folder.Hard]):
@@ -605,17 +654,19 @@ def finished(args) -> bool:
     """
     if args.plan or not (args.out / "plan.json").is_file():
         return False
+    complete_flags(args)
     hard = spectrum_folder.read_hard(args.hard)
     plan = spectrum_folder.read_plan(args.out)
     if plan != make_plan(args, hard, plan.get("dtype", ""), find_loras(args, hard)):
         return False  # the script itself says what differs
-    units = set(worklist.order_units([row.source for row in hard], plan["levels"], plan["seeds"]))
+    units = set(worklist.order_units(seeds_of(args, hard), plan["levels"]))
     return len(spectrum_folder.drawn_units(args.out, units)) == len(units)
 
 
 def most_shards(args) -> int:
     """How many shards have something to draw: one for each batch, where all sources have one size."""
-    units = len(spectrum_folder.read_hard(args.hard)) * args.seeds
+    complete_flags(args)
+    units = sum(seeds_of(args, spectrum_folder.read_hard(args.hard)).values())
     return len(set(args.levels)) * -(-units // args.batch_size)
 
 
@@ -626,6 +677,8 @@ def print_check(folder: Path) -> int:
         print(line)
     plan = spectrum_folder.read_plan(folder)
     planned = plan["sources"] * len(plan["levels"]) * plan["seeds"]
+    if plan.get("per_class"):
+        planned = plan["per_class"] * len(plan["hard_classes"])
     print(f"{folder}: {count} images with a row, {planned} in plan.json, {len(wrong)} things wrong")
     return 1 if wrong else 0
 
@@ -634,6 +687,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.check:
         return print_check(args.out)
+    complete_flags(args)
     if 100 in args.levels:
         raise cli.UserError("--levels 100: that is the real image; expected levels from 0 to 99")
     if args.save_size == "native":
@@ -670,7 +724,8 @@ def main(argv: list[str] | None = None) -> int:
             return asked.get(unit) or choose_prompt(unit, prompts[hard[unit.source].label]["prompts"], redraw)
 
         asked: dict[spectrum_folder.Unit, str] = {}
-        extra = leave_out_planned(spectrum_folder.read_extra(paths, hard), plan, prompt_of)
+        seeds = seeds_of(args, list(hard.values()))
+        extra = leave_out_planned(spectrum_folder.read_extra(paths, hard), plan, seeds, prompt_of)
         for units in extra:
             asked |= units
 
@@ -686,15 +741,17 @@ def main(argv: list[str] | None = None) -> int:
             return draw_size(sizes.get(source, (0, 0)), args.size, known.native, multiple)
 
         def adapter_of(source: str) -> str | None:
-            return f"class_{hard[source].label}" if args.lora_by_class else None
+            name = f"class_{hard[source].label}"
+            return name if name in loras else None
 
         readable = [name for name in hard if name not in unreadable]
-        mine = plan_batches(args, plan, extra, readable, size_of, adapter_of)
+        mine = plan_batches(args, plan, seeds, extra, readable, size_of, adapter_of)
         wanted = {unit for batch in mine for unit in batch.units}
         done = spectrum_folder.done_units(args.out, wanted, delete=not args.dry_run)
+        many = f"{args.per_class} images a class" if args.per_class else f"{args.seeds} seeds"
         todo = [batch for batch in mine if not done.issuperset(batch.units)]
         print(
-            f"{args.out}: {len(wanted)} images ({len(hard)} sources, levels {plan['levels']}, {args.seeds} seeds"
+            f"{args.out}: {len(wanted)} images ({len(hard)} sources, levels {plan['levels']}, {many}"
             f"{f', shard {args.shard}' if args.shard.count > 1 else ''}), {len(done)} done, "
             f"{len(wanted) - len(done)} to draw",
             flush=True,
@@ -713,14 +770,15 @@ def main(argv: list[str] | None = None) -> int:
         job = Job(args, plan, folder, hard, prompt_of, size_of, adapter_of, sizes, reader, scorer)
         if todo:
             pipe = models.load_generator(args.generator, device, args.revision, args.dtype, args.scheduler)
-            if loras:
-                models.load_loras(pipe, loras)
+            adapters = lora_files.Adapters(pipe, loras) if loras else None
+            if "all" in loras:
+                adapters.switch("all")
             if (args.out / "plan.json").exists():  # another shard's, perhaps written since
                 runs.stop_on_difference(
                     args.out / "plan.json", spectrum_folder.read_plan(args.out), plan, "delete that folder"
                 )
             runs.write_json(args.out / "plan.json", plan)
-            job.draw(pipe, todo, done, stop)
+            job.draw(pipe, todo, done, stop, adapters)
         if stop.received:
             print(f"{args.out}: {stop.received} after {job.saved} images; run the same command again to go on")
             return runs.RESUMABLE

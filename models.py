@@ -288,67 +288,6 @@ def take_one_thread_for(name_or_path: str) -> None:
         torch.set_num_threads(1)
 
 
-def find_loras(path: Path, labels: list[int] | None) -> dict[str, Path]:
-    """The LoRA files to load, by adapter name.
-
-    Args:
-        path: a file or folder of one adapter, or with `labels` a folder that holds one for each class index.
-        labels: the classes that need an adapter of their own.
-
-    Raises:
-        UserError: one is missing.
-    """
-
-    def find(place: Path) -> Path | None:
-        files = [place, place.with_name(f"{place.name}.safetensors"), place / "pytorch_lora_weights.safetensors"]
-        return next((file for file in files if file.is_file() and file.suffix == ".safetensors"), None)
-
-    if labels is None:
-        found = find(path)
-        if found is None:
-            raise UserError(f"--lora {path}: expected a .safetensors file, or a folder with pytorch_lora_weights in it")
-        return {"all": found}
-    by_class = {f"class_{label}": find(path / str(label)) for label in labels}
-    missing = [name.removeprefix("class_") for name, file in by_class.items() if file is None]
-    if missing:
-        raise UserError(
-            f"--lora-by-class {path}: no adapter for class {', '.join(missing[:5])}; expected "
-            f"{missing[0]}.safetensors or {missing[0]}/pytorch_lora_weights.safetensors there"
-        )
-    return by_class
-
-
-def load_loras(pipe, loras: dict[str, Path]) -> None:
-    """Load LoRA adapters into a pipeline, and make sure that each changes what it draws. The last one stays on.
-
-    Raises:
-        UserError: a file that does not fit the pipeline, or changes nothing.
-    """
-    from PIL import Image
-
-    def draw() -> torch.Tensor:
-        return pipe(
-            prompt="a photo",
-            image=Image.new("RGB", (64, 64), "grey"),
-            strength=1.0,
-            num_inference_steps=2,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-        ).images
-
-    without = draw()
-    for name, path in loras.items():
-        try:
-            pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-            pipe.set_adapters([name])
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{path}: not a LoRA of this generator: {first_line(error)}") from error
-        if torch.equal(draw(), without):
-            raise UserError(
-                f"{path}: changes nothing that the generator draws; expected a trained LoRA of this very architecture"
-            )
-
-
 def check_generator(name_or_path: str) -> None:
     """Raise UserError where a generator's name can only be a local folder and is none."""
     _check_path("--generator", name_or_path, "model_index.json")

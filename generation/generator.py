@@ -68,12 +68,16 @@ class Generator:
         pure_noise: at level 0, start from noise alone. Otherwise from the noised source, of which strength 1 leaves a
             trace (its brightness, mostly).
         cache_mb: bound in MiB on what is kept of encoded sources and texts.
+        adapters: a loras.Adapters, where batches name adapters.
     """
 
-    def __init__(self, pipe, steps: int, text_guidance: float, pure_noise: bool = False, cache_mb: int = 4096):
+    def __init__(
+        self, pipe, steps: int, text_guidance: float, pure_noise: bool = False, cache_mb: int = 4096, adapters=None
+    ):
         self.pipe, self.steps, self.text_guidance, self.pure_noise = pipe, steps, text_guidance, pure_noise
         self.cache = Cache(cache_mb)
         self.adapter: str | None = None
+        self.adapters = adapters
         # These pipelines know latents by their four channels: any other number would be encoded as an image.
         self.by_latents = type(pipe).__name__ in LATENT_PIPELINES and pipe.vae.config.latent_channels == 4
         if pure_noise and not self.by_latents:
@@ -102,7 +106,7 @@ class Generator:
 
     def missing_sources(self, batch: Batch) -> list[str]:
         """The sources of a batch whose images `draw` has to be given."""
-        return [name for _, name, _ in self.cache.missing(self._source_keys(batch))]
+        return [] if self._is_pure(batch) else [name for _, name, _ in self.cache.missing(self._source_keys(batch))]
 
     def _source_keys(self, batch: Batch) -> list[tuple]:
         return [("source", unit.source, batch.size) for unit in batch.units]
@@ -124,7 +128,7 @@ class Generator:
         units, texts = batch.units + batch.units[-1:] * surplus, texts + texts[-1:] * surplus
         batch = batch._replace(units=units)
         if batch.adapter != self.adapter:
-            self.pipe.set_adapters([batch.adapter])
+            self.adapters.switch(batch.adapter)
             self.adapter = batch.adapter
         generators = [torch.Generator().manual_seed(unit.noise_seed(redraw)) for unit in units]
         run = steps_at(batch.level, self.steps)
@@ -136,7 +140,8 @@ class Generator:
             "generator": generators,
         }
         if self.by_latents:
-            self._encode_sources(batch, images)
+            if not self._is_pure(batch):
+                self._encode_sources(batch, images)
             self._encode_texts(texts, batch.adapter)
             latents = self.pipe(
                 image=self._noised_from(batch, generators),
@@ -197,15 +202,18 @@ class Generator:
         The generators are used in the order in which the pipeline uses one of them for a single image: first the sample
         of the source's latent, then (in the pipeline) the noise that is added to it.
         """
+        if self._is_pure(batch):
+            # Unit variance before the noise is added makes the start of every scheduler what it is for text to image.
+            multiple = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+            shape = (1, self.pipe.vae.config.latent_channels, batch.size[1] // multiple, batch.size[0] // multiple)
+            drawn = [randn_tensor(shape, generator=one, dtype=self.encoder_dtype) for one in generators]
+            return torch.cat(drawn).to(self.pipe.device, self.dtype)
         sampled = []
         for key, generator in zip(self._source_keys(batch), generators, strict=True):
             mean, std = self.cache.get(key)
             noise = randn_tensor(mean[None].shape, generator=generator, dtype=mean.dtype)
-            # Unit variance before the noise is added makes the start of every scheduler what it is for text to image.
-            sampled.append(noise if self._is_pure(batch) else mean + std * noise)
+            sampled.append(mean + std * noise)
         start = torch.cat(sampled).to(self.pipe.device)
-        if self._is_pure(batch):
-            return start.to(self.dtype)
         config = self.pipe.vae.config
         start = start.to(self.dtype)
         if config.latents_mean is not None and config.latents_std is not None:

@@ -35,12 +35,17 @@ def steps_at(level: int, steps: int) -> int:
     return max(1, (2 * steps * (100 - level) + 100) // 200)  # whole numbers: int(50 * (1 - 0.9)) would be 4
 
 
-def order_units(sources: list[str], levels: list[int], seeds: int) -> Iterator[Unit]:
-    """Every unit of a plan: by group of sources, then level, source and seed."""
+def order_units(seeds: dict[str, int], levels: list[int]) -> Iterator[Unit]:
+    """Every unit of a plan: by group of sources, then level, source and seed.
+
+    Args:
+        seeds: how many images of a level each source has.
+    """
+    sources = list(seeds)
     for start in range(0, len(sources), GROUP):
         for level in levels:
             for source in sources[start : start + GROUP]:
-                for seed in range(seeds):
+                for seed in range(seeds[source]):
                     yield Unit(source, level, seed)
 
 

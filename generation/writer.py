@@ -72,6 +72,16 @@ class Sources:
         place = [self.places[name]] if name in self.places else []
         return next(read_sources([name], self.train.take(np.array(place, dtype=int)), self.data_root))
 
+    def sha256(self, name: str) -> str:
+        """The sha256 that `read` gives, without decoding a file.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        if name in self.places:
+            return self.train.sha256(self.places[name])
+        return self.read(name)[1]
+
     def size(self, name: str) -> tuple[int, int]:
         """Width and height of a source, upright. Only the head of a file is read.
 
@@ -129,6 +139,12 @@ class Reader:
                     if self.prepare:
                         self.prepared[name] = prepared
         return found
+
+    def digest(self, name: str) -> str:
+        """The sha256 of a source, which is read for it alone where nothing else needed it."""
+        if name not in self.sha256:
+            self.sha256[name] = self.sources.sha256(name)
+        return self.sha256[name]
 
     def _read(self, name: str, size: tuple[int, int]) -> tuple:
         """The image, its sha256, and what `prepare` makes of it; None, why not, and None where it cannot be read."""

@@ -20,7 +20,7 @@ import generate_spectrum
 import models
 from bench import bench_spectrum as bench
 from generation import generator as generators
-from generation import worklist
+from generation import loras, worklist
 from generation.writer import Sources, save_image
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
@@ -580,7 +580,7 @@ def test_a_lora_draws_what_its_merged_weights_draw(tmp_path):
     merged.unet.get_submodule(PLACE).weight.data += added
     expected = draw_one(generators.Generator(merged, steps=4, text_guidance=3.0), 50, source)
     adapted = models.load_generator(TINY, "cpu")
-    models.load_loras(adapted, models.find_loras(tmp_path / "lora", None))
+    loras.Adapters(adapted, loras.find_loras(tmp_path / "lora", None)).switch("all")
     drawn = draw_one(generators.Generator(adapted, steps=4, text_guidance=3.0), 50, source)
     assert (drawn - expected).abs().max() < 1e-4
     assert (drawn - plain).abs().max() > 1e-3

@@ -32,7 +32,7 @@ plans = st.fixed_dictionaries(
 @given(plans)
 def test_every_unit_is_drawn_once_in_batches_of_one_shape_and_few_are_short(plan):
     names = [str(number) for number in range(plan["sources"])]
-    units = list(worklist.order_units(names, plan["levels"], plan["seeds"]))
+    units = list(worklist.order_units(dict.fromkeys(names, plan["seeds"]), plan["levels"]))
     assert len(units) == plan["sources"] * len(plan["levels"]) * plan["seeds"]
     batches = worklist.make_batches(units, size_of, plan["batch_size"])
     assert sorted(unit for batch in batches for unit in batch.units) == sorted(units)
@@ -45,7 +45,7 @@ def test_every_unit_is_drawn_once_in_batches_of_one_shape_and_few_are_short(plan
 @given(plans)
 def test_shards_hold_every_batch_once_and_differ_by_no_more_than_one_batch(plan):
     names = [str(number) for number in range(plan["sources"])]
-    units = worklist.order_units(names, plan["levels"], plan["seeds"])
+    units = worklist.order_units(dict.fromkeys(names, plan["seeds"]), plan["levels"])
     batches = worklist.make_batches(units, size_of, plan["batch_size"])
     shares = worklist.share_out(batches, 50, plan["shards"])
     assert len(shares) == plan["shards"]
@@ -79,7 +79,8 @@ sys.path.insert(0, sys.argv[1])
 import worklist
 began = time.monotonic()
 names = [f"n0{number % 1000}/image_{number}.JPEG" for number in range(25_000)]
-batches = worklist.make_batches(worklist.order_units(names, [0, 10, 30, 50, 70], 8), lambda name: (480, 272), 32)
+units = worklist.order_units(dict.fromkeys(names, 8), [0, 10, 30, 50, 70])
+batches = worklist.make_batches(units, lambda name: (480, 272), 32)
 mine = worklist.share_out(batches, 50, 16)[3]
 wanted = {unit for batch in batches for unit in batch.units}
 assert len(wanted) == 1_000_000

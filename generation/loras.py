@@ -1,0 +1,220 @@
+"""LoRA adapters in generation: found, checked, and loaded one at a time, when their class comes.
+
+torch is imported where an adapter is loaded, so that a command line is checked within a second.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from runtime.cli import UserError, first_line
+from runtime.runs import read_json
+
+RESIDENT = "resident"  # the name of the one adapter that is loaded
+DOWN = ("lora_A", "lora_down", "lora.down")  # how the formats call a layer's first matrix
+TEXT = ("text_encoder", "lora_te")  # what the keys of a text encoder's layers begin with
+
+
+def find_loras(path: Path, labels: list[int] | None, flag: str = "--lora") -> dict[str, Path]:
+    """The LoRA files to load, by adapter name.
+
+    Args:
+        path: a file or folder of one adapter, or with `labels` a folder that holds one for each class index.
+        labels: the classes that need an adapter of their own.
+
+    Raises:
+        UserError: one is missing.
+    """
+
+    def find(place: Path) -> Path | None:
+        files = [place, place.with_name(f"{place.name}.safetensors"), place / "pytorch_lora_weights.safetensors"]
+        return next((file for file in files if file.is_file() and file.suffix == ".safetensors"), None)
+
+    if labels is None:
+        found = find(path)
+        if found is None:
+            raise UserError(f"{flag} {path}: expected a .safetensors file, or a folder with pytorch_lora_weights in it")
+        return {"all": found}
+    by_class = {f"class_{label}": find(path / str(label)) for label in labels}
+    missing = [name.removeprefix("class_") for name, file in by_class.items() if file is None]
+    if missing:
+        raise UserError(
+            f"{flag} {path}: no adapter for class {', '.join(missing[:5])}; expected "
+            f"{missing[0]}.safetensors or {missing[0]}/pytorch_lora_weights.safetensors there"
+        )
+    return by_class
+
+
+def find_tuned(folder: Path, class_names: dict[int, str], generator: dict[str, str]) -> tuple[dict[str, Path], dict]:
+    """The adapters of a folder of tune_generator.py, checked, by name (`class_3`, or `all`), and its plan.
+
+    Args:
+        class_names: of the classes to draw, by index.
+        generator: `generator` and `revision` of the one that draws (models.describe_generator).
+
+    Raises:
+        UserError: tuned for another generator or other classes, an adapter missing, of another rank or without a half.
+    """
+    plan = read_json(folder / "plan.json")
+    for name in ("generator", "revision"):
+        if plan.get(name) != generator[name]:
+            raise UserError(
+                f"--tuned {folder}: tuned for the generator {plan.get('generator')} ({plan.get('revision')}), not "
+                f"{generator['generator']} ({generator['revision']}); expected the same --generator"
+            )
+    for label, name in sorted(class_names.items()):
+        tuned = plan["class_names"].get(str(label))
+        if tuned != name:
+            raise UserError(
+                f"--tuned {folder}: class {label} is {tuned!r} there, {name!r} here; expected the classes that it was "
+                "tuned on"
+            )
+    if plan["mode"] == "cls":
+        files = find_loras(folder, sorted(class_names), "--tuned")
+    else:
+        files = find_loras(folder / "all", None, "--tuned")
+    for path in files.values():
+        check_tuned_file(path, plan)
+    return files, plan
+
+
+def check_tuned_file(path: Path, plan: dict) -> None:
+    """Raise UserError where an adapter is not of this plan: its generator, rank or halves. Reads the head alone."""
+    import json
+
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            notes, keys = file.metadata() or {}, list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: not a readable adapter ({first_line(error)}); delete it and tune again") from None
+    if notes.get("base_revision") != plan["revision"]:
+        raise UserError(
+            f"{path}: an adapter of {notes.get('base')}; expected one of {plan['generator']}, as plan.json says"
+        )
+    ranks = {value for name, value in json.loads(notes["lora_adapter_metadata"]).items() if name.endswith(".r")}
+    if ranks != {plan["rank"]}:
+        raise UserError(f"{path}: of rank {sorted(ranks)}; expected rank {plan['rank']}, as plan.json says")
+    halves = {"unet": any(key.startswith("unet.") for key in keys), "text": any(key.startswith(TEXT) for key in keys)}
+    for part in plan["parts"]:
+        if not halves[part]:
+            raise UserError(f"{path}: holds no layer of the {part} half; expected both that plan.json names")
+
+
+class Adapters:
+    """The adapters of a pipeline, of which one is loaded at a time.
+
+    A further one is copied into the place of the one before, where its layers and shapes are the same: no memory grows
+    with the number of classes, and a compiled UNet stays compiled. Each is made sure to change what is drawn.
+
+    Args:
+        pipe: without adapters.
+        files: by name, as `find_loras` gives them.
+    """
+
+    def __init__(self, pipe, files: dict[str, Path]):
+        self.pipe, self.files, self.slots, self.settings = pipe, files, {}, None
+        self.plain = self._look()
+
+    def switch(self, name: str) -> None:
+        """Draw with the adapter called `name` from now on.
+
+        Raises:
+            UserError: it does not fit the pipeline, or changes nothing.
+        """
+        import torch
+        from safetensors import SafetensorError, safe_open
+
+        path = self.files[name]
+        try:
+            with safe_open(path, "pt") as file:
+                settings = (file.metadata() or {}).get("lora_adapter_metadata")
+                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dictionary)
+            if not self._copy(weights, settings):
+                self._load(path, weights, settings)
+        except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as error:
+            raise UserError(f"{path}: not a LoRA of this generator: {first_line(error)}") from error
+        latents, embeddings = self._look()
+        wants_text = any(key.startswith(TEXT) for key in weights)
+        if torch.equal(latents, self.plain[0]) or (wants_text and torch.equal(embeddings, self.plain[1])):
+            raise UserError(
+                f"{path}: changes nothing that the generator draws; expected a trained LoRA of this very architecture"
+            )
+
+    def _copy(self, weights: dict, settings: str | None) -> bool:
+        """Copy weights into the resident adapter, if its layers are these."""
+        shapes = {key: tuple(weight.shape) for key, weight in weights.items()}
+        if not self.slots or settings != self.settings or shapes != {k: tuple(s.shape) for k, s in self.slots.items()}:
+            return False
+        for key, slot in self.slots.items():
+            slot.data.copy_(weights[key])
+        return True
+
+    def _load(self, path: Path, weights: dict, settings: str | None) -> None:
+        import transformers
+
+        if self.settings is not None or self.slots:
+            self.pipe.delete_adapters(RESIDENT)
+        before = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # a table of layers that are not in the file
+        try:
+            self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=RESIDENT)
+        finally:
+            transformers.logging.set_verbosity(before)
+        self.pipe.set_adapters([RESIDENT])
+        modules = [module for module in modules_of(self.pipe) if hasattr(module, "lora_A")]
+        wanted = sum(any(word in key for word in DOWN) and not key.endswith("alpha") for key in weights)
+        found = sum(RESIDENT in module.lora_A for module in modules)
+        if found != wanted:
+            raise ValueError(f"{wanted} layers in the file, {found} of them in this generator")
+        self.slots, self.settings = self._find_slots(weights), settings or ""
+
+    def _find_slots(self, weights: dict) -> dict:
+        """The parameter that each tensor of a file went to; none where the file has another format than diffusers'."""
+        slots = {}
+        for key in weights:
+            component, _, rest = key.partition(".")
+            name, _, kind = rest.removesuffix(".weight").rpartition(".")
+            try:
+                module = getattr(self.pipe, component)
+                names = [name, name.removeprefix("text_model.")]
+                layer = next(module.get_submodule(one) for one in names if _has(module, one))
+                slots[key] = getattr(layer, kind)[RESIDENT].weight
+            except (AttributeError, StopIteration, KeyError):
+                return {}
+        return slots
+
+    def _look(self) -> tuple:
+        """What the pipeline draws of a grey image, latents, and how it reads a text."""
+        import torch
+        from PIL import Image
+
+        side = 8 * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        with torch.inference_mode():
+            latents = self.pipe(
+                prompt="a photo",
+                image=Image.new("RGB", (side, side), "grey"),
+                strength=1.0,
+                num_inference_steps=2,
+                generator=torch.Generator().manual_seed(0),
+                output_type="latent",
+            ).images
+            text = self.pipe.encode_prompt(
+                prompt="a photo", device=self.pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            )[0]
+        return latents, text
+
+
+def modules_of(pipe) -> list:
+    """All modules of a pipeline's UNet and text encoders."""
+    parts = (getattr(pipe, name, None) for name in ("unet", "text_encoder", "text_encoder_2"))
+    return [module for part in parts if part is not None for module in part.modules()]
+
+
+def _has(module, name: str) -> bool:
+    try:
+        module.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
