@@ -1,8 +1,8 @@
 """Step 6: tables, figures and one page from run folders and a spectrum. Nothing in them is typed by hand.
 
-Runs that differ in nothing but the seed make one row: mean and standard deviation over the seeds. Rows of one data set,
-imbalance ratio and model make one table. What was published, and which rows and seeds are missing, is what the recipes
-say (recipes/).
+Runs that differ in nothing but the seed make one row: mean and standard deviation over seeds. Rows of one data set,
+imbalance ratio and model make one table. The recipes (recipes/) say what was published and which rows and seeds are
+missing; a run counts as a recipe's row only if every flag that changes a result has the recipe's value.
 
 Reads:  run folders of the trainers, or what was kept of them (args.json, results.json, perhaps history.jsonl), a
         spectrum folder, the recipes
@@ -16,8 +16,14 @@ Writes: OUT/report.html (all of it on one page that needs no other file), table.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
+import json
 import re
 import shutil
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +31,12 @@ import numpy as np
 import datasets
 from loaders.pictures import read_image
 from loaders.sources import read_sources
-from reporting import figures, page, recipes, tables
+from reporting import figures, names, page, recipes, render, tables
 from runtime import cli, runs
 from spectrum import folder as spectrum_folder
 
 GROUPS = ("many", "medium", "few")
+TRAINERS = ("train_lt", "train_iwildcam")  # the scripts whose runs make tables
 PANELS = {
     "val_overall": "validation accuracy, all classes (%)",
     "val_few": "validation accuracy, few-shot (%)",
@@ -38,8 +45,8 @@ PANELS = {
 }
 INTRODUCTION = (
     "Every number is from a run's own test figures after its last epoch: mean and, in brackets, standard deviation "
-    "over seeds. Many-, medium- and few-shot are classes by their training images. What was published is what the "
-    "row's recipe quotes; the difference is ours minus that, in points."
+    "over seeds. Many-, medium- and few-shot are classes by their training images. Published figures are those that "
+    "the row's recipe quotes; differences are in points."
 )
 
 
@@ -89,10 +96,9 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
 
     def add(name: str, caption: str, draw, *args) -> None:
         path = out / f"{prefix}{name}.png"
-        draw(*args, path)
-        drawn.append((path, caption))
+        drawn.extend(decorate(path.name, lambda: draw(*args, path) or [(path, caption)]))
 
-    rows = list(table.rows.values())
+    rows = [row for row in table.rows.values() if row.runs]
     points = {}
     for row in rows:
         history = row.runs[0]["history"]
@@ -139,7 +145,7 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
             add("gain", "What a curriculum adds over the same loss without one, by how many training images a class "
                 "has.", figures.draw_by_frequency, gain, np.array(counts), "gain (points)")  # fmt: skip
     learned = {
-        f"level of learning, {tables.NAMES.get(group, group)}": {
+        f"level of learning, {names.FIGURE_NAMES.get(group, group)}": {
             row.name: line for row in rows if (line := curves(row, f"cuda_{group}")) is not None
         }
         for group in ("overall", *GROUPS)
@@ -198,15 +204,12 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
 
 def draw_spectrum_figures(folder: Path, data_root: Path | None, out: Path) -> list[tuple[Path, str]]:
     """The figures of a spectrum folder: files and what they show."""
-    draw_spectrum(
-        folder, data_root or cli.default_data_root(spectrum_folder.read_plan(folder)["dataset"]), out / "spectrum.png"
-    )
-    drawn = [(out / "spectrum.png", "Each row starts at text only and ends at the real image, level 100.")]
+    root = data_root or cli.default_data_root(spectrum_folder.read_plan(folder)["dataset"])
+    path, caption = out / "spectrum.png", "Each row starts at text only and ends at the real image, level 100."
+    drawn = decorate(path.name, lambda: draw_spectrum(folder, root, path) or [(path, caption)])
     if (folder / "scores.csv").exists():
-        draw_acceptance(folder, out / "acceptance.png")
-        drawn.append(
-            (out / "acceptance.png", "How many synthetic images CLIPScore keeps, by class and guidance level.")
-        )
+        kept, shown = out / "acceptance.png", "How many synthetic images CLIPScore keeps, by class and guidance level."
+        drawn += decorate(kept.name, lambda: draw_acceptance(folder, kept) or [(kept, shown)])
     if (folder / "distance.png").exists():
         shutil.copyfile(folder / "distance.png", out / "distance.png")
         drawn.append((out / "distance.png", "How far the synthetic images of each level are from the real ones."))
@@ -232,8 +235,8 @@ def draw_acceptance(folder: Path, path: Path) -> None:
 
 def table_section(table: tables.Table, drawn: list[tuple[Path, str]]) -> list[str]:
     """A table's part of the page."""
-    body = [page.table(tables.heading(table), [tables.cells(table, row) for row in table.rows.values()])]
-    body += [page.note(text) for text in tables.notes(table)]
+    body = [page.table(render.heading(table), [render.cells(table, row) for row in table.rows.values()])]
+    body += [page.note(text) for text in render.notes(table)]
     commands = [row.recipe.command for row in table.rows.values() if row.recipe]
     if commands:
         body.append(page.commands("Commands of these rows", commands))
@@ -248,20 +251,52 @@ def table_section(table: tables.Table, drawn: list[tuple[Path, str]]) -> list[st
     return body
 
 
+def effective_arguments(script: str, words: list[str]) -> dict:
+    """All arguments that a trainer's command line comes to, defaults included, as its args.json would hold them.
+
+    Raises:
+        UserError: no trainer, or its parser refuses the arguments.
+    """
+    if script not in TRAINERS:
+        raise cli.UserError(f"{' '.join(words)}: a command of {script}.py; expected one of {', '.join(TRAINERS)}")
+    said = io.StringIO()
+    try:
+        with cli.paths_unchecked(True), contextlib.redirect_stderr(said):
+            parsed = importlib.import_module(script).build_parser().parse_args(words)
+    except SystemExit:
+        raise cli.UserError(said.getvalue().strip().splitlines()[-1]) from None
+    return json.loads(json.dumps(runs.effective_arguments(parsed)))
+
+
+def decorate(what: str, draw: Callable[[], list[tuple[Path, str]]]) -> list[tuple[Path, str]]:
+    """The figures that `draw` makes; one that fails costs a warning, not the tables that are written already."""
+    try:
+        return draw()
+    except Exception as error:  # whatever a font, a picture or a plotting library raises
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        print(f"warning: {what}: not drawn: {cli.first_line(error)} ({Path(place.filename).name}:{place.lineno})")
+        return []
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    wanted = recipes.read_all()
-    found = tables.read(tables.run_folders(args.runs), wanted)
+    # Gather what recipes ask for and what was run.
+    wanted, complaints = recipes.read_all(effective_arguments)
+    print("".join(f"{line}\n" for line in complaints), end="")
+    found = tables.read(tables.run_folders(args.runs), wanted, effective_arguments, recipes.read_published())
     if not found and args.spectrum is None:
         raise cli.UserError("nothing to report: expected --runs with a finished run, or --spectrum")
+    # Write the tables before any figure.
     written, sections = [], []
     if found:
-        text = tables.markdown(found)
+        text = render.markdown(found)
         print(text, end="")
-        runs.write_text(args.out / "table.md", text)
-        runs.write_text(args.out / "table.tex", tables.latex(found))
-        runs.write_text(args.out / "table.csv", tables.long_csv(found))
-        written += ["table.md", "table.tex", "table.csv"]
+        for name, content in (
+            ("table.md", text), ("table.tex", render.latex(found)), ("table.csv", render.long_csv(found))
+        ):  # fmt: skip
+            runs.write_text(args.out / name, content)
+            written.append(name)
+    # Draw the figures of each table and of the spectrum.
     for table in found:
         prefix = "" if len(found) == 1 else re.sub(r"\W+", "_", table.name).lower() + "_"
         drawn = draw_table(table, args.out, prefix)
@@ -271,11 +306,12 @@ def main(argv: list[str] | None = None) -> int:
         drawn = draw_spectrum_figures(args.spectrum, args.data_root, args.out)
         written += [path.name for path, _ in drawn]
         sections.append(("The spectrum", [page.figure(path, caption) for path, caption in drawn]))
-    begun = {table.name for table in found}
-    waiting = sorted({recipes.table_name(recipe.settings) for recipe in wanted} - begun)
-    if found:
+    # Put all of it on one page.
+    begun = {names.table_name(row.args) for table in found for row in table.rows.values() if row.runs}
+    waiting = sorted({names.table_name(recipe.args) for recipe in wanted} - begun)
+    if found and waiting:
         sections.append(
-            ("Not begun", [page.note(f"Tables that recipes ask for and no run here belongs to: {', '.join(waiting)}.")])
+            ("Not begun", [page.note(f"Tables of recipes that no run belongs to yet: {', '.join(waiting)}.")])
         )
     page.write(args.out / "report.html", "Diffusion Curriculum: results", INTRODUCTION if found else "", sections)
     print(f"{args.out}: {', '.join(['report.html', *written])}")

@@ -34,7 +34,7 @@ import curricula
 import datasets
 from curricula import REAL
 from loaders.base import ImageSet, LongTailed
-from reporting import recipes
+from reporting import names
 from runtime import cli, runs
 from spectrum import folder as spectrum_folder
 from training import distributed, loop, losses, optimization
@@ -354,7 +354,8 @@ def finished(args) -> bool:
 
 def run_folder(args) -> Path:
     """Where a run goes: --out, or a name that its main settings make."""
-    return args.out or Path("runs", f"{recipes.folder_name(vars(args), 'train_iwildcam')}_seed{args.seed}")
+    name = names.folder_name(vars(args), datasets.DEFAULTS[args.dataset], "train_iwildcam")
+    return args.out or Path("runs", f"{name}_seed{args.seed}")
 
 
 def main(argv: list[str] | None = None) -> int:

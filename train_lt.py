@@ -31,7 +31,7 @@ import datasets
 from curricula import REAL
 from loaders.base import ImageSet, LongTailed
 from loaders.pictures import read_image
-from reporting import recipes
+from reporting import names
 from runtime import cli, runs
 from training import distributed, loop, losses, optimization
 
@@ -338,7 +338,8 @@ def finished(args) -> bool:
 
 def run_folder(args) -> Path:
     """Where a run goes: --out, or a name that its main settings make."""
-    return args.out or Path("runs", f"{recipes.folder_name(vars(args))}_seed{args.seed}")
+    name = names.folder_name(vars(args), datasets.DEFAULTS[args.dataset], "train_lt")
+    return args.out or Path("runs", f"{name}_seed{args.seed}")
 
 
 def write_subset(path: Path, data: LongTailed) -> None:

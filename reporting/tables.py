@@ -1,57 +1,95 @@
-"""Tables of results: what run folders hold, beside what recipes expect, as Markdown, LaTeX and CSV."""
+"""Tables of results: the rows that run folders make, and the recipes and published rows that belong to them.
+
+Runs make one row where all that changes a result is the same but the seed: every flag, the data, the spectrum, the
+start model. A row is its recipe's only where every flag has the recipe's value.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import re
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
 import curricula
-from reporting import recipes
-from reporting.recipes import Recipe
+from reporting.names import LOSS_NAMES, ZERO_SHOT, figure_order, is_balanced, row_name, table_name
+from reporting.recipes import SEEDS, Published, Recipe
 from runtime import runs
 from runtime.cli import UserError
 
-# Figures of results.json in a table's order; others follow in their own order. WE is WiSE-FT's weight ensembling.
-FIGURES = ("many", "medium", "few", "overall", "ood_f1", "id_f1", "ood_f1_we", "id_f1_we", "ood_acc", "id_acc")
-NAMES = {
-    "overall": "all",
-    "ood_f1": "OOD macro-F1",
-    "id_f1": "ID macro-F1",
-    "ood_f1_we": "OOD macro-F1 with WE",
-    "id_f1_we": "ID macro-F1 with WE",
-    "ood_acc": "OOD accuracy",
-    "id_acc": "ID accuracy",
-}
-ZERO_SHOT = "zero-shot"  # the row of a CLIP that is not tuned, which every run of it has tested
 NOT_FIGURES = ("epoch", "per_class")
-SHOWN = 3  # folders that a line names
-MAY_DIFFER = ("seed", "spectrum", "init_checkpoint")  # between the runs of a row, and a run and its recipe
+# Flags that never change a result (or only its rounding), and those whose content `inputs` of args.json compares.
+NEVER = {"seed", "spectrum", "init_checkpoint", "out", "overwrite", "device", "workers", "data_root",
+         "compile", "memory_format", "grad_checkpointing", "checkpoint_every", "help"}  # fmt: skip
+NAMED = {
+    "dataset",
+    "imb_ratio",
+    "model",
+    "loss",
+    "curriculum",
+    "balanced",
+    "fill",
+}  # what a row's and table's names say
+RENAMED = {"undersample": "keep_others"}  # flags of older runs
+# Flags that are read only with a curriculum, with one of the values of another flag, ...
+OF_CURRICULUM = {"levels", "level_shares", "curriculum_epochs", "hard_share", "balanced", "fill", "undersample",
+                 "keep_others", "per_hard_image", "real_weight"}  # fmt: skip
+READ_WITH = {
+    "fixed_level": ("curriculum", ("fixed",)),
+    "progress_images": ("curriculum", ("adaptive",)),
+    "real_pass_images": ("curriculum", ("adaptive",)),
+    "focal_gamma": ("loss", ("focal",)),
+    "ldam_margin": ("loss", ("ldam",)),
+    "la_tau": ("loss", ("la",)),
+    "prior": ("loss", ("bs", "la", "ldam")),
+    "drw_epoch": ("drw", (True,)),
+    "momentum": ("optimizer", ("sgd",)),
+    "step_epochs": ("schedule", ("steps",)),
+    "step_factor": ("schedule", ("steps",)),
+}
 
 
 @dataclass
 class Row:
-    """The runs of one row, by ascending seed; `recipe` is the one that asks for them, if any does."""
+    """The runs of one row, by ascending seed.
+
+    Attributes:
+        base: what the settings are called; `name` adds what differs from the recipe or the data set's defaults.
+        settings: what changes the result, by flag.
+        differences: flag -> (this row's value, the recipe's or default one).
+        recipe: the recipe whose flags these runs have.
+        like: the recipe of that name, also where the runs have other flags.
+        published: figures of a row that no recipe trains.
+    """
 
     name: str
     runs: list[dict]
+    base: str = ""
+    settings: dict = field(default_factory=dict)
+    differences: dict[str, tuple] = field(default_factory=dict)
     recipe: Recipe | None = None
+    like: Recipe | None = None
+    published: Published | None = None
 
     @property
     def args(self) -> dict:
-        return self.runs[0]["args"]
+        return self.runs[0]["args"] if self.runs else {}
+
+    @property
+    def expected(self) -> dict[str, float]:
+        known = self.recipe or self.published
+        return known.expected if known else {}
 
 
 @dataclass
 class Table:
-    """A table: its rows by name, and the recipes whose rows it would hold."""
+    """A table: its rows by name, the recipes whose rows it would hold, and what a reader has to know."""
 
     name: str
     rows: dict[str, Row] = field(default_factory=dict)
-    recipes: dict[str, Recipe] = field(default_factory=dict)
+    recipes: list[Recipe] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def figures(self) -> list[str]:
@@ -59,270 +97,382 @@ class Table:
         found = [
             name
             for row in self.rows.values()
+            if row.runs
             for name, value in row.runs[0]["results"]["last"].items()
             if name not in NOT_FIGURES and isinstance(value, int | float | None)
         ]
-        return sorted(dict.fromkeys(found), key=lambda name: FIGURES.index(name) if name in FIGURES else len(FIGURES))
+        return sorted(dict.fromkeys(found), key=figure_order)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run folders
 
 
 def run_folders(given: list[Path]) -> list[Path]:
-    """The run folders among and below those given, in their order; what is empty or unfinished is named."""
+    """The run folders among and below those given, in their order; empty and unfinished ones are named."""
     found = []
     for folder in given:
         below = sorted(path.parent for path in folder.rglob("args.json"))
         if not below:
             print(f"{folder}: not finished, left out (it holds no run)")
-        for one in below:
-            if (one / "results.json").is_file():
-                found.append(one)
+        for run in below:
+            if (run / "results.json").is_file():
+                found.append(run)
             else:
-                print(f"{one}: not finished, left out")
+                print(f"{run}: not finished, left out")
     return list(dict.fromkeys(found))
 
 
+def read_runs(folders: list[Path]) -> list[dict]:
+    """The runs of some folders; one that is damaged, or was written in another form, is named and left out."""
+    found = []
+    for folder in folders:
+        try:
+            found.append(read_run(folder))
+        except (UserError, OSError) as error:
+            print(f"{folder}: left out: {error}")
+    return found
+
+
 def read_run(folder: Path) -> dict:
-    """A finished run: `folder`, `args`, `commit`, `results`, and `history`, which is empty where none was kept."""
-    content = runs.read_json(folder / "args.json")
+    """A finished run: `folder`, `args`, `inputs`, `commit`, `results`, and `history`, empty where none was kept.
+
+    Raises:
+        UserError: a file is damaged or has another form than the trainers write today.
+    """
+    content, results = (runs.read_json(folder / name) for name in ("args.json", "results.json"))
     history = folder / "history.jsonl"
-    results = runs.read_json(folder / "results.json")
-    if "last_wise_ft" in results:
-        results["last"] |= {f"{name}_we": results["last_wise_ft"][name] for name in ("ood_f1", "id_f1")}
+    try:
+        records = runs.read_json_lines(history) if history.is_file() else []
+    except ValueError as error:
+        raise UserError(f"{history}: not valid JSON lines ({error})") from None
+    args = content.get("args") if isinstance(content, dict) else None
+    expect(isinstance(args, dict) and isinstance(args.get("dataset"), str), folder / "args.json", "args with a dataset")
+    expect("clip" in args or "model" in args, folder / "args.json", "a model or a clip among args")
+    expect(isinstance(args.get("seed"), int), folder / "args.json", "a whole number as seed")
+    expect(
+        isinstance(results, dict) and isinstance(results.get("last"), dict), folder / "results.json", "figures 'last'"
+    )
+    expect(
+        all(isinstance(record, dict) and isinstance(record.get("levels"), list) for record in records)
+        and all("epoch" in record for record in records),
+        history,
+        "an epoch and its levels in each line",
+    )
+    if isinstance(ensembled := results.get("last_wise_ft"), dict):
+        results["last"] |= {f"{name}_we": ensembled.get(name) for name in ("ood_f1", "id_f1")}
     return {
         "folder": folder,
-        "args": content["args"],
-        "commit": content.get("environment", {}).get("commit"),
+        "args": args,
+        "inputs": content.get("inputs") or {},
+        "commit": (content.get("environment") or {}).get("commit"),
         "results": results,
-        "history": runs.read_json_lines(history) if history.is_file() else [],
+        "history": records,
     }
 
 
-def read(folders: list[Path], wanted: list[Recipe]) -> list[Table]:
-    """The tables that run folders make, with the recipes that belong to them; rows in the tables' own order.
+def expect(holds: bool, path: Path, what: str) -> None:
+    if not holds:
+        raise UserError(f"{path}: expected {what}; damaged, or written by an older version of this code")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows
+
+
+def read(
+    folders: list[Path],
+    wanted: list[Recipe],
+    effective: Callable[[str, list[str]], dict],
+    published: list[Published] = (),
+) -> list[Table]:
+    """The tables that run folders make, with the recipes and published rows that belong to them.
+
+    Args:
+        effective: all arguments that a command line of a trainer comes to, as args.json would hold them.
 
     Raises:
-        UserError: two runs of one row that have the same seed, or differ in more than the seed.
+        UserError: two runs of one row have the same seed and different results.
     """
-    found: dict[str, Table] = {}
-    for folder in folders:
-        run = read_run(folder)
-        args = run["args"]
-        table = found.setdefault(recipes.table_name(args), Table(recipes.table_name(args)))
-        row = table.rows.setdefault(recipes.row_name(args), Row(recipes.row_name(args), []))
-        for other in row.runs:
-            different = [
-                name
-                for name in sorted(args.keys() | other["args"].keys())
-                if name not in MAY_DIFFER and args.get(name) != other["args"].get(name)
-            ]
-            if different:
-                raise UserError(
-                    f"{folder} and {other['folder']} are both '{row.name}', but differ in {', '.join(different)}; "
-                    "expected one setting a row"
-                )
-            if args["seed"] == other["args"]["seed"]:
-                raise UserError(
-                    f"{folder} and {other['folder']} are the same run with the same seed; expected one of them"
-                )
-        row.runs.append(run)
-    for table in found.values():
+    found: list[Table] = []
+    for name, some in split_by_data(read_runs(folders)).items():
+        table = Table(name)
+        title = table_name(some[0]["args"])
+        # Recipes are of the table's data; where runs stand on several versions of the data, each table has them.
+        table.recipes = [recipe for recipe in wanted if table_name(recipe.args) == title]
+        rows = group_runs(some, table.recipes, effective)
+        if common := name_rows(rows):
+            table.remarks.append(f"All rows without a recipe were run with {', '.join(common)}")
+        table.rows = {row.name: row for row in rows}
         add_zero_shot(table)
-    for recipe in wanted:
-        table = found.get(recipes.table_name(recipe.settings))
-        if table:
-            table.recipes[recipes.row_name(recipe.settings)] = recipe
-    for table in found.values():
-        for row in table.rows.values():
-            row.runs.sort(key=lambda run: run["args"]["seed"])
-            row.recipe = table.recipes.get(row.name)
-        table.rows = dict(sorted(table.rows.items(), key=lambda item: row_order(item[1].args)))
-    return list(found.values())
+        for entry in published:
+            if entry.table == title:
+                table.rows.setdefault(entry.row, Row(entry.row, [], entry.row, published=entry))
+        table.rows = dict(sorted(table.rows.items(), key=lambda item: row_order(item[1])))
+        found.append(table)
+    return found
+
+
+def split_by_data(found: list[dict]) -> dict[str, list[dict]]:
+    """Runs by table: those of one data set, ratio and model whose images are the same."""
+    by_data: dict[str, dict[object, list[dict]]] = {}
+    for run in found:
+        by_data.setdefault(table_name(run["args"]), {}).setdefault(run["inputs"].get("data"), []).append(run)
+    tables = {}
+    for name, versions in by_data.items():
+        for data, some in versions.items():
+            known = "not recorded" if data is None else str(data)[:8]
+            tables[name if len(versions) == 1 else f"{name} (data {known})"] = some
+    return tables
+
+
+def group_runs(found: list[dict], wanted: list[Recipe], effective: Callable[[str, list[str]], dict]) -> list[Row]:
+    """Runs of one table as rows; `name_rows` gives them names."""
+    groups: dict[str, Row] = {}
+    for run in found:
+        args = run["args"]
+        script = "train_iwildcam" if "clip" in args else "train_lt"
+        ratio = [] if args.get("imb_ratio") is None else ["--imb-ratio", f"{args['imb_ratio']:g}"]
+        try:
+            defaults = effective(script, ["--dataset", args["dataset"], *ratio])
+        except UserError as error:
+            print(f"{run['folder']}: left out: {error}")
+            continue
+        base = row_name(args)
+        like, differences = nearest_recipe(args, defaults, [one for one in wanted if row_name(one.args) == base])
+        settings = changing(defaults | args)
+        key = json.dumps([base, settings, run["inputs"]], sort_keys=True, default=str)
+        row = groups.setdefault(key, Row(base, [], base, settings, differences, None if differences else like, like))
+        add_run(row, run)
+    for row in groups.values():
+        row.runs.sort(key=lambda run: run["args"]["seed"])
+    return list(groups.values())
+
+
+def add_run(row: Row, run: dict) -> None:
+    """Put a run into its row; an exact copy counts once.
+
+    Raises:
+        UserError: the row has another run of that seed, with other results.
+    """
+    for other in row.runs:
+        if other["args"]["seed"] == run["args"]["seed"]:
+            if other["results"]["last"] != run["results"]["last"]:
+                raise UserError(
+                    f"{run['folder']} and {other['folder']} are the same run with the same seed, but have other "
+                    "results; expected one of them"
+                )
+            print(f"{run['folder']}: left out, the same run as {other['folder']}")
+            return
+    row.runs.append(run)
+
+
+def changing(args: dict, read_by: dict | None = None) -> dict:
+    """The flags that change a run's result: those that it reads, as `read_by` (or these arguments themselves) decides."""
+    args = {RENAMED.get(flag, flag): value for flag, value in args.items()}
+    decides = args if read_by is None else read_by
+    unread = {flag for flag, (other, values) in READ_WITH.items() if decides.get(other) not in values}
+    if decides.get("curriculum", "none") == "none":
+        unread |= OF_CURRICULUM
+    return {flag: value for flag, value in args.items() if flag not in unread | NEVER}
+
+
+def nearest_recipe(args: dict, defaults: dict, wanted: list[Recipe]) -> tuple[Recipe | None, dict[str, tuple]]:
+    """The recipe that a run is nearest to, and flag -> (the run's value, the recipe's); without one, the defaults'.
+
+    A flag that the run did not record, because its code had none, counts as left at its default.
+    """
+
+    def differences(base: dict) -> dict[str, tuple]:
+        run, other = (changing(defaults | some, defaults | args) for some in (args, base))
+        different = {
+            flag: (run.get(flag), other.get(flag))
+            for flag in sorted(run.keys() | other.keys())
+            if flag not in NAMED and not same(run.get(flag), other.get(flag))
+        }
+        if bool(args.get("init_checkpoint")) != bool(base.get("init_checkpoint")) and base is not defaults:
+            different["init_checkpoint"] = (args.get("init_checkpoint"), base.get("init_checkpoint"))
+        return different
+
+    options = [(recipe, differences(recipe.args)) for recipe in wanted]
+    if not options:
+        return None, differences(defaults)
+    return min(options, key=lambda option: len(option[1]))
+
+
+def same(value: object, wanted: object) -> bool:
+    """Whether two values of a flag are the same: numbers as numbers, unset as false, one value as a list of one."""
+    first, second = ([*some] if isinstance(some, list | tuple) else [some or None] for some in (value, wanted))
+    return first == second
+
+
+def name_rows(rows: list[Row]) -> list[str]:
+    """Give rows distinct names that say what is special: flags that differ, another spectrum, another start model.
+
+    Returns:
+        What all rows without a recipe have in common against the data set's defaults, as it would be typed.
+    """
+    own = [row for row in rows if row.like is None]
+    common: set[str] = set()
+    if len(own) > 1:  # what all rows without a recipe share is the table's remark, not each row's name
+        common = {
+            flag
+            for flag, (value, _) in own[0].differences.items()
+            if all(flag in row.differences and same(row.differences[flag][0], value) for row in own)
+        }
+    for row in rows:
+        special = [flag for flag in row.differences if not names_say(flag, row.args)]
+        if row.like is None:
+            special = [flag for flag in special if flag not in common]
+        row.name = row.base + (
+            f" ({', '.join(typed(flag, row.differences[flag][0]) for flag in special)})" if special else ""
+        )
+    for what in ("spectrum", "init_checkpoint"):
+        for name in {row.name for row in rows}:
+            sharing = [row for row in rows if row.name == name]
+            digests = {str(row.runs[0]["inputs"].get(what)) for row in sharing}
+            if len(digests) > 1:
+                for row in sharing:
+                    digest = str(row.runs[0]["inputs"].get(what) or "not recorded")[:8]
+                    row.name += f", {'spectrum' if what == 'spectrum' else 'start model'} {digest}"
+    for name in {row.name for row in rows}:
+        for number, row in enumerate([row for row in rows if row.name == name][1:], 2):
+            row.name += f", {number}"
+    return [typed(flag, own[0].differences[flag][0]) for flag in sorted(common) if not names_say(flag, own[0].args)]
+
+
+def names_say(flag: str, args: dict) -> bool:
+    """Whether a row's name already says what a flag is."""
+    return (
+        flag in ("fixed_level", "merge_same_class", "balanced", "fill")
+        or (flag == "prior" and args.get("loss") == "bs")
+        or (flag == "augment" and args.get("augment") == "cuda")
+        or (flag == "lr" and not args.get("lr"))
+    )
+
+
+def typed(flag: str, value: object) -> str:
+    """A flag as it would be typed; `--no-FLAG` where it was left out."""
+    name = flag.replace("_", "-")
+    if value is None or value is False:
+        return f"no --{name}"
+    if value is True:
+        return f"--{name}"
+    words = value if isinstance(value, list | tuple) else [value]
+    return f"--{name} " + " ".join(f"{word:g}" if isinstance(word, int | float) else str(word) for word in words)
 
 
 def add_zero_shot(table: Table) -> None:
     """Give a table of CLIPs the row of the untuned one: its figures of one run of each seed, which hold them."""
     by_seed = {run["args"]["seed"]: run for row in table.rows.values() for run in row.runs}
-    tested = [run for run in by_seed.values() if "zero_shot" in run["results"]]
+    tested = [run for run in by_seed.values() if isinstance(run["results"].get("zero_shot"), dict)]
     if tested and ZERO_SHOT not in table.rows:
         untuned = [
             run | {"args": run["args"] | {"lr": 0.0, "curriculum": "none"}, "history": [],
                    "results": {"last": run["results"]["zero_shot"]}}
-            for run in tested
+            for run in sorted(tested, key=lambda run: run["args"]["seed"])
         ]  # fmt: skip
-        table.rows[ZERO_SHOT] = Row(ZERO_SHOT, untuned)
+        recipe = next((recipe for recipe in table.recipes if row_name(recipe.args) == ZERO_SHOT), None)
+        table.rows[ZERO_SHOT] = Row(ZERO_SHOT, untuned, ZERO_SHOT, recipe=recipe, like=recipe)
 
 
-def row_order(args: dict) -> tuple:
-    """What rows are sorted by: the loss, then the curriculum, then what is special."""
+def row_order(row: Row) -> tuple:
+    """What rows are sorted by: the loss, then the curriculum, then what is special; published rows last."""
 
     def place(names: tuple[str, ...], name: str | None) -> int:
         return names.index(name) if name in names else len(names)
 
+    args = row.args
     return (
-        recipes.row_name(args) != ZERO_SHOT,
-        place(tuple(recipes.LOSS_NAMES), args.get("loss", "ce")),
+        not row.runs,
+        row.base != ZERO_SHOT,
+        place(tuple(LOSS_NAMES), args.get("loss", "ce")),
         args.get("prior") == "stage",
         place(curricula.CURRICULA, args.get("curriculum", "none")),
         bool(args.get("init_checkpoint")) and args.get("curriculum") == "none",
         args.get("augment") == "cuda",
         args.get("fixed_level", 0),
-        bool(args.get("balanced")),
-        recipes.row_name(args),
+        is_balanced(args),
+        row.name,
     )
-
-
-def summary(values: list[float | None]) -> tuple[float, float | None] | None:
-    """Mean and standard deviation over seeds, the latter None for one seed; None where a group has no class."""
-    known = [value for value in values if value is not None]
-    return (mean(known), stdev(known) if len(known) > 1 else None) if known else None
-
-
-def results_of(row: Row, figure: str, epoch: str = "last") -> tuple[float, float | None] | None:
-    return summary([run["results"].get(epoch, {}).get(figure) for run in row.runs])
-
-
-def heading(table: Table) -> list[str]:
-    """The words above a table's columns; those of what was published only where something was."""
-    words = ["test accuracy, %" if "overall" in table.figures else "test, %"]
-    words += [NAMES.get(name, name) for name in table.figures] + ["seeds"]
-    return words + (["published", "difference"] if published(table) else [])
-
-
-def published(table: Table) -> bool:
-    return any(row.recipe and row.recipe.expected for row in table.rows.values())
-
-
-def cells(table: Table, row: Row) -> list[str]:
-    """A row as text: its name, mean (standard deviation) of each figure, seeds, what was published, the difference."""
-    pairs = {name: results_of(row, name) for name in table.figures}
-    words = [row.name]
-    for pair in pairs.values():
-        spread = f" ({pair[1]:.1f})" if pair and pair[1] is not None else ""
-        words.append(f"{pair[0]:.1f}{spread}" if pair else "–")
-    words.append(str(len(row.runs)))
-    if published(table):
-        expected = row.recipe.expected if row.recipe else {}
-        shown = [f"{NAMES.get(name, name)} {value:g}" for name, value in expected.items()]
-        differences = [
-            f"{NAMES.get(name, name)} " + f"{pairs[name][0] - value:+.1f}".replace("-", "−")
-            for name, value in expected.items()
-            if pairs.get(name)
-        ]
-        words += [", ".join(shown) or "–", ", ".join(differences) or "–"]
-    return words
-
-
-def notes(table: Table) -> list[str]:
-    """What a reader has to know of a table: other settings than the recipes', mixed code, missing rows and seeds."""
-    lines = []
-    for row in table.rows.values():
-        if row.recipe and row.name != ZERO_SHOT:
-            different = [
-                f"--{flag.replace('_', '-')} {shown(row.args.get(flag))} (recipe: {shown(value)})"
-                for flag, value in row.recipe.settings.items()
-                if flag in row.args and flag not in MAY_DIFFER and not recipes.same(row.args[flag], value)
-            ]
-            if different:
-                lines.append(f"{row.name} was not run as {place(row.recipe)} says: {', '.join(different)}")
-    by_commit: dict[str, list[str]] = {}
-    for row in table.rows.values():
-        for run in row.runs:
-            if run["commit"]:
-                by_commit.setdefault(run["commit"], []).append(str(run["folder"]))
-    if len(by_commit) > 1:
-        parts = [
-            f"{commit} made {', '.join(folders[:SHOWN])}"
-            + (f" and {len(folders) - SHOWN} more" if len(folders) > SHOWN else "")
-            for commit, folders in by_commit.items()
-        ]
-        lines.append(f"Mixed code versions, comparable only if nothing between them matters: {'; '.join(parts)}")
-    waiting = missing(table)
-    some = [f"{name} (seed {', '.join(map(str, waiting[name][1]))})" for name in waiting if name in table.rows]
-    none = [name for name in waiting if name not in table.rows]
-    if some:
-        lines.append(f"Missing seeds: {'; '.join(some)}")
-    if none:
-        lines.append(f"Missing rows: {'; '.join(none)}")
-    return lines
 
 
 def missing(table: Table) -> dict[str, tuple[Recipe, list[int]]]:
     """Rows that recipes ask for, with the recipe and the seeds of which there is no run."""
     found = {}
-    for name, recipe in table.recipes.items():
-        there = {run["args"]["seed"] for run in table.rows[name].runs} if name in table.rows else set()
-        seeds = [seed for seed in recipes.SEEDS if seed not in there]
+    for recipe in table.recipes:
+        there = {run["args"]["seed"] for row in table.rows.values() if row.recipe is recipe for run in row.runs}
+        seeds = [seed for seed in SEEDS if seed not in there]
         if seeds:
-            found[name] = recipe, seeds
-    return dict(sorted(found.items(), key=lambda item: row_order(item[1][0].settings)))
+            found[row_name(recipe.args)] = recipe, seeds
+    order = {name: row_order(Row(name, [{"args": recipe.args}], name)) for name, (recipe, _) in found.items()}
+    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
 
 
-def place(recipe: Recipe) -> str:
-    return re.search(r"@(\S+)", recipe.command)[1]
+# ---------------------------------------------------------------------------------------------------------------------
+# statistics
 
 
-def shown(value: object) -> str:
-    """A flag's value as it would be typed."""
-    words = value if isinstance(value, list | tuple) else [value]
-    return " ".join(f"{word:g}" if isinstance(word, int | float) and word is not True else str(word) for word in words)
+def summary(values: list[float | None]) -> tuple[float, float | None] | None:
+    """Mean and standard deviation (n - 1) over seeds; the latter None for one seed; None where a group has no class."""
+    known = [value for value in values if value is not None]
+    return (mean(known), stdev(known) if len(known) > 1 else None) if known else None
 
 
-def markdown(found: list[Table]) -> str:
-    """The tables as Markdown; each has a heading where there are several."""
-    parts = []
-    for table in found:
-        words = heading(table)
-        lines = [f"### {table.name}", ""] if len(found) > 1 else []
-        lines += ["| " + " | ".join(words) + " |", "|---" * len(words) + "|"]
-        lines += ["| " + " | ".join(cells(table, row)) + " |" for row in table.rows.values()]
-        lines += [text for note in notes(table) for text in ("", note)]
-        parts.append("\n".join(lines) + "\n")
-    return "\n".join(parts)
+def results_of(row: Row, figure: str, epoch: str = "last") -> tuple[float, float | None] | None:
+    return summary([(run["results"].get(epoch) or {}).get(figure) for run in row.runs])
 
 
-def latex(found: list[Table]) -> str:
-    """The tables as LaTeX (booktabs)."""
-
-    def line(words: list[str]) -> str:
-        escaped = [re.sub(r"([%&_#$])", r"\\\1", word).replace("–", "--").replace("−", "$-$") for word in words]
-        return " & ".join(escaped) + r" \\"
-
-    parts = []
-    for table in found:
-        words = heading(table)
-        body = [line(cells(table, row)) for row in table.rows.values()]
-        parts.append(
-            "\n".join(
-                [f"% {table.name}; needs \\usepackage{{booktabs}}", rf"\begin{{tabular}}{{l{'r' * (len(words) - 1)}}}",
-                 r"\toprule", line(words), r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
-            )
-            + "\n"
-        )  # fmt: skip
-    return "\n".join(parts)
+def error_of_mean(row: Row, figure: str, epoch: str = "last") -> float | None:
+    """The standard error of a row's mean: standard deviation over the root of the number of seeds; None for one."""
+    values = [(run["results"].get(epoch) or {}).get(figure) for run in row.runs]
+    pair = summary(values)
+    known = sum(value is not None for value in values)
+    return pair[1] / known**0.5 if pair and pair[1] is not None else None
 
 
-def long_csv(found: list[Table]) -> str:
-    """All figures of all tables, one a line, after the last epoch and at the best by validation; 2 decimals."""
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(["table", "row", "epoch", "seeds", "figure", "mean", "std", "published", "difference", "source"])
-    for table in found:
-        for row in table.rows.values():
-            for epoch in ("last", "best_by_val"):
-                for name in table.figures:
-                    pair = results_of(row, name, epoch)
-                    expected = row.recipe.expected.get(name) if row.recipe and epoch == "last" else None
-                    out.writerow(
-                        [
-                            table.name,
-                            row.name,
-                            epoch,
-                            len(row.runs),
-                            NAMES.get(name, name),
-                            f"{pair[0]:.2f}" if pair else "",
-                            f"{pair[1]:.2f}" if pair and pair[1] is not None else "",
-                            f"{expected:.2f}" if expected is not None else "",
-                            f"{pair[0] - expected:+.2f}" if pair and expected is not None else "",
-                            row.recipe.source if expected is not None else "",
-                        ]
-                    )
-    return text.getvalue()
+def against_published(row: Row, figure: str, epoch: str = "last") -> tuple[float, float | None] | None:
+    """Ours minus the published figure, and our standard error (of the published one too little is known)."""
+    pair = results_of(row, figure, epoch)
+    if pair is None or figure not in row.expected:
+        return None
+    return pair[0] - row.expected[figure], error_of_mean(row, figure, epoch)
+
+
+def against_row(row: Row, other: Row, figure: str) -> tuple[float, float | None] | None:
+    """The figure of one row minus another's, and the standard error of that: the root of both errors' squares' sum."""
+    pairs = [results_of(some, figure) for some in (row, other)]
+    if None in pairs:
+        return None
+    errors = [error_of_mean(some, figure) for some in (row, other)]
+    error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+    return pairs[0][0] - pairs[1][0], error
+
+
+def verdict(difference: float, error: float | None) -> str:
+    """`better` or `worse` beyond two standard errors, otherwise nothing."""
+    if error is None or abs(difference) <= 2 * error:
+        return ""
+    return "better" if difference > 0 else "worse"
+
+
+def plain_row(table: Table, row: Row) -> Row | None:
+    """The row that a curriculum or CUDA is compared with: the same loss and start without either."""
+    if not row.runs or row.base == ZERO_SHOT:
+        return None
+    if row.args.get("curriculum", "none") == "none" and row.args.get("augment") != "cuda":
+        return None
+    options = [
+        other
+        for other in table.rows.values()
+        if other.runs
+        and other.base != ZERO_SHOT
+        and other.args.get("loss") == row.args.get("loss")
+        and other.args.get("curriculum", "none") == "none"
+        and other.args.get("augment") != "cuda"
+        and other.args.get("merge_same_class") == row.args.get("merge_same_class")
+    ]
+    # The paper compares with the model that was trained on real images alone, before its further epochs.
+    return next(
+        (other for other in options if not other.name.endswith(", trained on")), options[0] if options else None
+    )

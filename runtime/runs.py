@@ -220,8 +220,7 @@ def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bo
         UserError: the folder holds a run with other arguments or inputs.
     """
     path = folder / "args.json"
-    effective = {name: _portable(value) for name, value in vars(args).items() if name not in FREE}
-    wanted = {"args": effective, "inputs": inputs}
+    wanted = {"args": effective_arguments(args), "inputs": inputs}
     if overwrite:
         for name in ("args.json", "checkpoint.pt", "checkpoint.previous.pt", "results.json", "predictions.npz"):
             (folder / name).unlink(missing_ok=True)
@@ -232,6 +231,11 @@ def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bo
     else:
         write_json(path, wanted | {"environment": environment()})
     return (folder / "results.json").exists()
+
+
+def effective_arguments(args: Namespace) -> dict:
+    """Arguments as args.json has them, without those that change where and how fast a run goes."""
+    return {name: _portable(value) for name, value in vars(args).items() if name not in FREE}
 
 
 def _portable(value: Any) -> Any:

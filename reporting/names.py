@@ -1,0 +1,102 @@
+"""What tables, figures and run folders call the settings of a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+DATASET_NAMES = {
+    "cifar10_lt": "CIFAR10-LT",
+    "cifar100_lt": "CIFAR100-LT",
+    "imagenet_lt": "ImageNet-LT",
+    "iwildcam": "iWildCam",
+    "inat2018": "iNaturalist 2018",
+    "places_lt": "Places-LT",
+}
+LOSS_NAMES = {"ce": "CE", "bs": "BS", "focal": "focal", "ldam": "LDAM", "la": "LA", "lpft": "LP-FT", "flyp": "FLYP"}
+CURRICULUM_NAMES = {"text_only": "text only", "all": "all levels"}
+# Test figures of results.json in a table's order. WE is WiSE-FT's weight ensembling.
+FIGURES = ("many", "medium", "few", "overall", "ood_f1", "id_f1", "ood_f1_we", "id_f1_we", "ood_acc", "id_acc")
+FIGURE_NAMES = {
+    "overall": "all",
+    "ood_f1": "OOD macro-F1",
+    "id_f1": "ID macro-F1",
+    "ood_f1_we": "OOD macro-F1 with WE",
+    "id_f1_we": "ID macro-F1 with WE",
+    "ood_acc": "OOD accuracy",
+    "id_acc": "ID accuracy",
+}
+ZERO_SHOT = "zero-shot"  # the row of a CLIP that is not tuned
+
+
+def is_balanced(args: dict) -> bool:
+    """Whether a stage fills every hard class up to one size (`--fill balanced`; older runs: `--balanced`)."""
+    return bool(args.get("balanced")) or args.get("fill") == "balanced"
+
+
+def row_name(args: dict) -> str:
+    """What a table calls a run's settings."""
+    if "clip" in args and not args.get("lr"):
+        return ZERO_SHOT
+    loss = args.get("loss", "ce")
+    name = LOSS_NAMES.get(loss, loss)
+    curriculum = args.get("curriculum", "none")
+    if loss == "bs" and args.get("prior") == "stage":
+        name += " (stage prior)"
+    if args.get("augment") == "cuda":
+        name += " + CUDA"
+    if args.get("merge_same_class"):
+        name += " (classes merged)"
+    if curriculum == "fixed":
+        name += f" + level {args.get('fixed_level', 50)}"
+    elif curriculum != "none":
+        name += f" + {CURRICULUM_NAMES.get(curriculum, curriculum)}"
+    elif loss == "ce" and args.get("init_checkpoint"):
+        name += ", trained on"
+    if is_balanced(args):
+        name += ", balanced fill"
+    return name
+
+
+def table_name(args: dict) -> str:
+    """What the table of a run's settings is called: data set, imbalance ratio where it was chosen, model or CLIP."""
+    name = DATASET_NAMES.get(args["dataset"], args["dataset"])
+    if args.get("imb_ratio") is not None:
+        name += f" IR{float(args['imb_ratio']):g}"
+    if "clip" in args:
+        return f"{name}, {Path(str(args['clip']).removeprefix('hf-hub:').partition(':')[0]).name}"
+    return f"{name}, {re.sub(r'^resnet', 'ResNet-', str(args['model']))}"
+
+
+def folder_name(args: dict, shipped: dict[str, dict], script: str) -> str:
+    """The run folder of settings, without the seed: those that differ from the data set's defaults stand in it.
+
+    Args:
+        shipped: the data set's defaults: "data" or the script -> flag -> value.
+        script: the trainer, "train_lt" or "train_iwildcam".
+    """
+    words = [args["dataset"]]
+    if args["imb_ratio"] not in (None, shipped.get("data", {}).get("imb_ratio")):
+        words.append(f"ir{args['imb_ratio']:g}")
+    model = "clip" if "clip" in args else "model"
+    if args[model] != shipped[script][model]:
+        words.append(re.sub(r"\W", "-", Path(args[model]).name))
+    if args.get("init_checkpoint"):
+        words.append("init")
+    words.append(args["loss"])
+    if args.get("prior") == "stage":
+        words.append("stage")
+    if args.get("augment") == "cuda":
+        words.append("cuda")
+    if args.get("merge_same_class"):
+        words.append("merged")
+    if "clip" in args and not args["lr"]:
+        words.append("zero-shot")
+    words.append(f"fixed{args['fixed_level']}" if args["curriculum"] == "fixed" else args["curriculum"])
+    if is_balanced(args):
+        words.append("balanced")
+    return "_".join(words)
+
+
+def figure_order(name: str) -> int:
+    return FIGURES.index(name) if name in FIGURES else len(FIGURES)

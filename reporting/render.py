@@ -1,0 +1,236 @@
+"""Tables of results as text: cells, notes, Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from reporting import tables
+from reporting.names import FIGURE_NAMES, ZERO_SHOT
+from reporting.tables import Row, Table
+
+SHOWN = 3  # folders that a line names
+COMPARED = (("few", "overall"), ("ood_f1", "id_f1"))  # the figures that rows are compared by; the first pair there is
+RULE = (
+    "± is the standard error of the difference over seeds; 'better' and 'worse' are written only beyond two of them, "
+    "which chance alone passes in about one case in eight where both have three seeds; the spread of published figures "
+    "is not known and not counted"
+)
+
+
+def heading(table: Table) -> list[str]:
+    """The words above a table's columns; a comparison has one only where there is something to compare with."""
+    words = ["test accuracy, %" if "overall" in table.figures else "test, %"]
+    words += [FIGURE_NAMES.get(name, name) for name in table.figures] + ["seeds"]
+    if has_gains(table):
+        words.append("against the row without")
+    return words + (["published", "ours − published"] if has_published(table) else [])
+
+
+def has_published(table: Table) -> bool:
+    return any(row.expected for row in table.rows.values())
+
+
+def has_gains(table: Table) -> bool:
+    return any(tables.plain_row(table, row) for row in table.rows.values())
+
+
+def cells(table: Table, row: Row) -> list[str]:
+    """A row as text: its name, mean (standard deviation) of each figure, seeds, and its comparisons."""
+    words = [row.name]
+    for name in table.figures:
+        pair = tables.results_of(row, name)
+        spread = f" ({pair[1]:.1f})" if pair and pair[1] is not None else ""
+        words.append(f"{pair[0]:.1f}{spread}" if pair else "–")
+    words.append(str(len(row.runs)) if row.runs else "–")
+    if has_gains(table):
+        words.append(", ".join(gains(table, row)) or "–")
+    if has_published(table):
+        words.append(
+            ", ".join(f"{FIGURE_NAMES.get(name, name)} {value:g}" for name, value in row.expected.items()) or "–"
+        )
+        pairs = {name: tables.against_published(row, name) for name in row.expected}
+        words.append(", ".join(difference(name, pair) for name, pair in pairs.items() if pair) or "–")
+    return words
+
+
+def gains(table: Table, row: Row) -> list[str]:
+    """What a row's curriculum or CUDA adds over the same loss without, in points."""
+    plain = tables.plain_row(table, row)
+    if plain is None:
+        return []
+    names = next((pair for pair in COMPARED if set(pair) & set(table.figures)), ())
+    found = [(name, tables.against_row(row, plain, name)) for name in names]
+    return [difference(name, pair) for name, pair in found if pair]
+
+
+def difference(name: str, pair: tuple[float, float | None]) -> str:
+    """A figure's difference in points, with its standard error and what may be said of it."""
+    value, error = pair
+    words = [FIGURE_NAMES.get(name, name), f"{value:+.1f}".replace("-", "−")]
+    words += [f"± {error:.1f}"] if error is not None else []
+    return " ".join([*words, tables.verdict(value, error)]).strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# notes
+
+
+def notes(table: Table) -> list[str]:
+    """What a reader has to know of a table."""
+    lines = [f"{remark}." for remark in table.remarks]
+    if has_gains(table) or has_published(table):
+        lines.append(f"{RULE}.")
+    lines += recipe_notes(table) + input_notes(table) + published_notes(table) + code_notes(table)
+    waiting = tables.missing(table)
+    begun = {row.recipe.path for row in table.rows.values() if row.recipe and row.runs}
+    some = [f"{name} (seed {', '.join(map(str, seeds))})" for name, (recipe, seeds) in waiting.items()
+            if recipe.path in begun]  # fmt: skip
+    none = [name for name, (recipe, _) in waiting.items() if recipe.path not in begun]
+    if some:
+        lines.append(f"Missing seeds: {'; '.join(some)}")
+    if none:
+        lines.append(f"Missing rows: {'; '.join(none)}")
+    return lines
+
+
+def recipe_notes(table: Table) -> list[str]:
+    """A line for each row that has a recipe's name, but not its flags."""
+    lines = []
+    for row in table.rows.values():
+        if row.like and not row.recipe and row.name != ZERO_SHOT:
+            flags = [f"{tables.typed(flag, ours)} (recipe: {tables.typed(flag, theirs)})"
+                     for flag, (ours, theirs) in row.differences.items()]  # fmt: skip
+            figures = ", ".join(f"{FIGURE_NAMES.get(n, n)} {value:g}" for n, value in row.like.expected.items())
+            lines.append(
+                f"{row.name} was not run as {row.like.file} says and does not count as its row: {', '.join(flags)}"
+                + (f"; published for the recipe: {figures}" if figures else "")
+            )
+    return lines
+
+
+def input_notes(table: Table) -> list[str]:
+    """A line for each setting that was trained on several spectra or from several start models."""
+    lines = []
+    for what, name in (("spectrum", "spectra"), ("init_checkpoint", "start models")):
+        by_base: dict[str, dict[str, list[str]]] = {}
+        for row in table.rows.values():
+            for run in row.runs if row.name != ZERO_SHOT else []:
+                digest = str(run["inputs"].get(what) or "not recorded")[:8]
+                by_base.setdefault(row.base, {}).setdefault(digest, []).append(str(run["args"].get(what)))
+        for base, digests in by_base.items():
+            if len(digests) > 1:
+                parts = [f"{digest} ({', '.join(dict.fromkeys(paths))})" for digest, paths in digests.items()]
+                lines.append(f"{base} was trained with several {name}, each in a row of its own: {'; '.join(parts)}")
+    if " (data " in table.name:
+        lines.append("Runs on other images of this data set stand in a table of their own: they are not comparable")
+    return lines
+
+
+def published_notes(table: Table) -> list[str]:
+    """Where the published figures stand."""
+    by_source: dict[str, list[str]] = {}
+    for row in table.rows.values():
+        if row.expected:
+            by_source.setdefault((row.recipe or row.published).source, []).append(row.name)
+    parts = [f"{source} ({', '.join(rows)})" for source, rows in by_source.items()]
+    lines = [f"Published in: {'; '.join(parts)}"]
+    only = [row.name for row in table.rows.values() if not row.runs]
+    if only:
+        lines.append(f"Published only, trained by no recipe here: {'; '.join(only)}")
+    return lines if by_source else []
+
+
+def code_notes(table: Table) -> list[str]:
+    """Which code made which runs, where it was not one version."""
+    by_commit: dict[str, list[str]] = {}
+    for row in table.rows.values():
+        for run in row.runs if row.name != ZERO_SHOT else []:
+            if run["commit"]:
+                by_commit.setdefault(run["commit"], []).append(str(run["folder"]))
+    if len(by_commit) < 2:
+        return []
+    parts = [
+        f"{commit} made {', '.join(folders[:SHOWN])}"
+        + (f" and {len(folders) - SHOWN} more" if len(folders) > SHOWN else "")
+        for commit, folders in by_commit.items()
+    ]
+    return [f"Mixed code versions, comparable only if nothing between them matters: {'; '.join(parts)}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# formats
+
+
+def markdown(found: list[Table]) -> str:
+    """The tables as Markdown; each has a heading where there are several."""
+    parts = []
+    for table in found:
+        words = heading(table)
+        lines = [f"### {table.name}", ""] if len(found) > 1 else []
+        lines += ["| " + " | ".join(words) + " |", "|---" * len(words) + "|"]
+        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells(table, row)) + " |"
+                  for row in table.rows.values()]  # fmt: skip
+        lines += [text for note in notes(table) for text in ("", note)]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$",
+         "±": r"$\pm$", **{mark: f"\\{mark}" for mark in "%&_#${}"}}  # fmt: skip
+
+
+def latex(found: list[Table]) -> str:
+    """The tables as LaTeX (booktabs)."""
+
+    def line(words: list[str]) -> str:
+        escaped = ["".join(LATEX.get(letter, letter) for letter in word) for word in words]
+        return " & ".join(escaped) + r" \\"
+
+    parts = []
+    for table in found:
+        words = heading(table)
+        body = [line(cells(table, row)) for row in table.rows.values()]
+        parts.append(
+            "\n".join(
+                [f"% {table.name}; needs \\usepackage{{booktabs}}", rf"\begin{{tabular}}{{l{'r' * (len(words) - 1)}}}",
+                 r"\toprule", line(words), r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+            )
+            + "\n"
+        )  # fmt: skip
+    return "\n".join(parts)
+
+
+def long_csv(found: list[Table]) -> str:
+    """All figures of all tables, one a line, after the last epoch and at the best by validation; 2 decimals.
+
+    `error` is the standard error of `difference`, ours minus the published figure.
+    """
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    names = ["table", "row", "epoch", "seeds", "figure", "mean", "std", "published", "difference", "error", "source"]
+    out.writerow(names)
+    for table in found:
+        for row in table.rows.values():
+            for epoch in ("last", "best_by_val"):
+                for name in table.figures:
+                    pair = tables.results_of(row, name, epoch)
+                    expected = row.expected.get(name) if epoch == "last" else None
+                    against = tables.against_published(row, name) if epoch == "last" else None
+                    error = against[1] if against else None
+                    out.writerow(
+                        [
+                            table.name,
+                            row.name,
+                            epoch,
+                            len(row.runs),
+                            FIGURE_NAMES.get(name, name),
+                            f"{pair[0]:.2f}" if pair else "",
+                            f"{pair[1]:.2f}" if pair and pair[1] is not None else "",
+                            f"{expected:.2f}" if expected is not None else "",
+                            f"{against[0]:+.2f}" if against else "",
+                            f"{error:.2f}" if error is not None else "",
+                            (row.recipe or row.published).source if expected is not None else "",
+                        ]
+                    )
+    return text.getvalue()
