@@ -268,7 +268,7 @@ def add_run(row: Row, run: dict) -> None:
 
 
 def changing(args: dict, read_by: dict | None = None) -> dict:
-    """The flags that change a run's result: those that it reads, as `read_by` (or these arguments themselves) decides."""
+    """The flags that change a run's result: those that it reads, as `read_by`, or these arguments, decide."""
     args = {RENAMED.get(flag, flag): value for flag, value in args.items()}
     decides = args if read_by is None else read_by
     unread = {flag for flag, (other, values) in READ_WITH.items() if decides.get(other) not in values}
