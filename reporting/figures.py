@@ -32,12 +32,20 @@ def save_figure(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_acceptance(names: list[str], levels: list[int], made: np.ndarray, kept: np.ndarray, path: Path) -> None:
-    """The share of images that CLIPScore keeps: a row for each class or group, a column for each level.
+def draw_acceptance(
+    names: list[str],
+    levels: list,
+    made: np.ndarray,
+    kept: np.ndarray,
+    path: Path,
+    columns: str = "guidance level (%)",
+    title: str = "images that CLIPScore keeps",
+) -> None:
+    """The share of images that a filter keeps: a row for each class or group, a column for each level or domain.
 
     Args:
         names: what the R rows are.
-        levels: what the L columns are, percent.
+        levels: what the L columns are: levels in percent, or domains.
         made: images drawn, int (R, L).
         kept: images kept, int (R, L).
     """
@@ -56,8 +64,8 @@ def draw_acceptance(names: list[str], levels: list[int], made: np.ndarray, kept:
         )
     axis.set_xticks(range(len(levels)), levels)
     axis.set_yticks(range(len(names)), names)
-    axis.set_xlabel("guidance level (%)")
-    axis.set_title("images that CLIPScore keeps", fontsize=10)
+    axis.set_xlabel(columns)
+    axis.set_title(title, fontsize=10)
     save_figure(figure, path)
 
 
