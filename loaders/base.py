@@ -132,7 +132,7 @@ def long_tail_counts(largest: int, classes: int, imb_ratio: float) -> list[int]:
 
 
 def fold_of(source: str, folds: int) -> int:
-    """The part, 0 to folds - 1, that an image belongs to where a training set is cut into `folds` parts, by a digest."""
+    """The part, 0 to folds - 1, that an image belongs to where a training set is cut into `folds` parts."""
     return int.from_bytes(hashlib.blake2b(f"fold\0{source}".encode(), digest_size=8).digest(), "big") % folds
 
 

@@ -26,7 +26,7 @@ def semantic_rule(similarities: np.ndarray) -> np.ndarray:
 
 
 def own_text_rule(similarities: np.ndarray, own: np.ndarray, reason: str) -> np.ndarray:
-    """Reasons, object (N,): `reason` where another text than the image's own, int (N,), is nearest; none where own is -1.
+    """Reasons, object (N,): `reason` where another text than the image's own, int (N,), is nearest; none for own -1.
 
     With the classes' texts this is the class rule, with the domains' the domain rule.
     """

@@ -27,7 +27,7 @@ def group_accuracies(predicted: np.ndarray, labels: np.ndarray, domains: np.ndar
 
     Returns:
         `id` and `ood` (over the images of groups that training shows, and of the others), `balanced` (mean over the
-        groups that have test images), `worst_group`, `worst_group_name` (class index, domain index), `per_group` (C, D).
+        groups that have test images), `worst_group`, `worst_group_name` (class and domain index), `per_group` (C, D).
     """
     classes, count = seen.shape
     group = labels * count + domains
