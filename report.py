@@ -10,6 +10,7 @@ Writes: OUT/report.html (all of it on one page that needs no other file), table.
         after the last epoch, and in table.csv also at the best by validation); for each table curriculum.png (level and
         validation accuracy by epoch), groups.png, synthetic.png, frequency.png, gain.png, cuda.png; spectrum.png (rows:
         hard images; columns: levels), acceptance.png (kept share by class and level), distance.png
+        with --gallery: OUT/gallery/index.html and its thumbnails, to look through the spectrum and choose the threshold
 
     python report.py --runs runs/digits_* --spectrum runs/spectrum --out runs/report
 """
@@ -21,6 +22,7 @@ import importlib
 import io
 import json
 import re
+import shlex
 import shutil
 import traceback
 from collections.abc import Callable
@@ -31,7 +33,7 @@ import numpy as np
 import datasets
 from loaders.pictures import read_image
 from loaders.sources import read_sources
-from reporting import figures, names, page, recipes, render, tables
+from reporting import figures, gallery, names, page, recipes, render, tables
 from runtime import cli, runs
 from spectrum import folder as spectrum_folder
 
@@ -67,6 +69,11 @@ def build_parser() -> cli.Parser:
         metavar="FOLDER",
         help="folder of the data set that the spectrum was drawn from; digits and toycam need none (default: "
         "$DISCL_DATA/DATASET, where that variable is set)",
+    )
+    parser.add_argument(
+        "--gallery",
+        action="store_true",
+        help="write OUT/gallery/index.html, on which a person looks through --spectrum and chooses the threshold",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="FOLDER", help="where the report goes")
     return parser
@@ -229,6 +236,45 @@ def draw_acceptance(folder: Path, path: Path) -> None:
     figures.draw_acceptance([names[label] for label in labels], levels, made, kept, path)
 
 
+def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
+    """The page on which a person looks through a filtered spectrum; its index.html."""
+    plan, note = spectrum_folder.read_plan(folder), runs.read_json(folder / "scores.json")
+    scores = spectrum_folder.read_scores(folder / "scores.csv")
+    domains = {row["file_name"]: row["domain"] for row in spectrum_folder.read_rows(folder) if "domain" in row}
+    rows = [
+        row | ({"domain": domains[row["file_name"]]} if row["file_name"] in domains else {})
+        for row in spectrum_folder.read_made(folder)  # as filter_clipscore.py counts: also those whose image is gone
+    ]
+    train = datasets.load(plan["dataset"], plan["imb_ratio"], data_root, plan["data_seed"]).train
+    kept, threshold = sum(entry["kept"] for entry in scores.values()), note.get("threshold")
+    rule = f"--threshold {threshold:g}" if threshold is not None else f"--keep-share {note['keep_share']:g}"
+    if threshold is None:  # a kept share has none: begin at the lowest score that it kept
+        threshold = min((entry["text_score"] for entry in scores.values() if entry["kept"]), default=0.0)
+    return gallery.write_gallery(
+        rows,
+        scores,
+        threshold,
+        lambda names: (image for image, _ in read_sources(names, train, data_root)),
+        lambda name: read_image(folder / name),
+        f"{folder}: {len(rows):,} images of {plan['dataset']}. scores.csv keeps {kept:,} of them ({rule}), "
+        f"scored by the CLIP {note['clip']}.",
+        filter_command(folder, data_root, plan, note),
+        out / "gallery",
+    )
+
+
+def filter_command(folder: Path, data_root: Path | None, plan: dict, note: dict) -> str:
+    """The filter's command for this spectrum, without its threshold; a CLIP in a folder is the data set's own."""
+    words = ["python", "filter_clipscore.py", "--dataset", plan["dataset"], "--spectrum", str(folder)]
+    if plan["imb_ratio"] is not None:
+        words += ["--imb-ratio", f"{plan['imb_ratio']:g}"]
+    words += ["--data-seed", str(plan["data_seed"])]
+    words += ["--data-root", str(data_root)] if data_root else []
+    words += ["--clip", note["clip"]] if not note.get("clip_digest") else []
+    beside = folder.parent / "prompts.json"
+    return shlex.join(words + (["--prompts", str(beside)] if beside.is_file() else []))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the page
 
@@ -280,6 +326,10 @@ def decorate(what: str, draw: Callable[[], list[tuple[Path, str]]]) -> list[tupl
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.gallery and args.spectrum is None:
+        raise cli.UserError("--gallery: expected the --spectrum to look through")
+    if args.gallery and not (args.spectrum / "scores.json").is_file():
+        raise cli.UserError(f"--gallery: {args.spectrum} has no scores.json; expected a filtered spectrum folder")
     # Gather what recipes ask for and what was run.
     wanted, complaints = recipes.read_all(effective_arguments)
     print("".join(f"{line}\n" for line in complaints), end="")
@@ -306,6 +356,9 @@ def main(argv: list[str] | None = None) -> int:
         drawn = draw_spectrum_figures(args.spectrum, args.data_root, args.out)
         written += [path.name for path, _ in drawn]
         sections.append(("The spectrum", [page.figure(path, caption) for path, caption in drawn]))
+        if args.gallery:
+            data_root = args.data_root or cli.default_data_root(spectrum_folder.read_plan(args.spectrum)["dataset"])
+            written.append(str(draw_gallery(args.spectrum, data_root, args.out).relative_to(args.out)))
     # Put all of it on one page.
     begun = {names.table_name(row.args) for table in found for row in table.rows.values() if row.runs}
     waiting = sorted({names.table_name(recipe.args) for recipe in wanted} - begun)
