@@ -84,11 +84,23 @@ def build_parser() -> cli.Parser:
 
 
 def curves(row: tables.Row, name: str) -> np.ndarray | None:
-    """A figure of the history by epoch, mean over the seeds, (E,); None where it was not kept or has no class."""
+    """A figure of the history by seed and epoch, (S, E); None where it was not kept or has no class."""
     found = [[record.get(name) for record in run["history"]] for run in row.runs]
     if not all(found) or len({len(one) for one in found}) > 1 or any(value is None for one in found for value in one):
         return None
-    return np.array(found, dtype=float).mean(0)
+    return np.array(found, dtype=float)
+
+
+def join_equal(lines: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Lines that would cover each other as one, under all their names."""
+    joined: list[tuple[list[str], np.ndarray]] = []
+    for name, values in lines.items():
+        same = next((same_line for same_line, other in joined if np.array_equal(other, values)), None)
+        if same is None:
+            joined.append(([name], values))
+        else:
+            same.append(name)
+    return {"; ".join(same_line): values for same_line, values in joined}
 
 
 def per_class(row: tables.Row) -> np.ndarray | None:
@@ -106,42 +118,46 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
         drawn.extend(decorate(path.name, lambda: draw(*args, path) or [(path, caption)]))
 
     rows = [row for row in table.rows.values() if row.runs]
+    styles = figures.style_of([row.name for row in rows])
     points = {}
     for row in rows:
         history = row.runs[0]["history"]
-        curriculum = row.args.get("curriculum", "none")
         found = [(record["epoch"] + 1, level) for record in history for level in record["levels"]]
-        # Rows with the same curriculum share their points.
-        if history and curriculum != "none" and found not in points.values():
-            points[curriculum if curriculum not in points else row.name] = found
+        # Rows with the same levels, as CE and BS with one curriculum, share their points.
+        if history and row.args.get("curriculum", "none") != "none" and found not in points.values():
+            points[row.name] = found
     by_epoch = {name: {row.name: curves(row, name) for row in rows} for name in PANELS}
     by_epoch = {name: {k: v for k, v in lines.items() if v is not None} for name, lines in by_epoch.items()}
     by_epoch = {PANELS[name]: lines for name, lines in by_epoch.items() if lines}
     if by_epoch:
         add(
             "curriculum",
-            "Above: the guidance level of each epoch's synthetic images; 100 is the real image. Below: accuracy on the "
-            "validation set, mean over seeds; bold, over the last five epochs.",
-            figures.draw_curriculum, points, by_epoch,
+            "Above: the guidance level of each epoch's synthetic images; 100 is the real image. Markers are shifted "
+            "a little apart; rows with equal levels share the first one's. Below: accuracy on the validation set, mean "
+            "of five epochs; the band is one standard deviation over seeds.",
+            figures.draw_curriculum, points, by_epoch, styles,
         )  # fmt: skip
     by_group = {
         f"{group} (%)": {row.name: line for row in rows if (line := curves(row, f"val_{group}")) is not None}
         for group in GROUPS
+        if PANELS.get(f"val_{group}") not in by_epoch  # the figure above has that panel
     }
     by_group = {group: lines for group, lines in by_group.items() if lines}
     if by_group:
-        add("groups", "Validation accuracy of each group of classes by epoch, mean over seeds and five epochs.",
-            figures.draw_lines, by_group, figures.SMOOTHED)  # fmt: skip
+        add("groups", "Validation accuracy of each group of classes by epoch, mean of five epochs; the band is one "
+            "standard deviation over seeds.", figures.draw_lines, by_group, styles, figures.SMOOTHED)  # fmt: skip
     share = {row.name: 100 * line for row in rows
              if (line := curves(row, "synthetic_share")) is not None and line.any()}  # fmt: skip
+    share = join_equal(share)
+    styles |= {name: styles[name.split("; ")[0]] for name in share if name not in styles}
     if share:
-        add("synthetic", "Share of each epoch's training images that are synthetic.",
-            figures.draw_lines, {"synthetic images (%)": share}, 1)  # fmt: skip
+        add("synthetic", "Share of each epoch's training images that are synthetic; rows with equal shares are one "
+            "line.", figures.draw_lines, {"synthetic images (%)": share}, styles, 1)  # fmt: skip
     counts = next((row.runs[0]["results"].get("train_counts") for row in rows), None)
     known = {row.name: line for row in rows if (line := per_class(row)) is not None and counts}
     if known:
         add("frequency", "Test accuracy by how many training images a class has: classes in order, in groups of equal "
-            "size.", figures.draw_by_frequency, known, np.array(counts), "test accuracy (%)")  # fmt: skip
+            "size.", figures.draw_by_frequency, known, np.array(counts), styles, "test accuracy (%)")  # fmt: skip
         plain = {row.args.get("loss"): known[row.name] for row in reversed(rows)
                  if row.name in known and row.args.get("curriculum", "none") == "none"
                  and row.args.get("augment") != "cuda"}  # fmt: skip
@@ -150,7 +166,7 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
                 and row.args.get("loss") in plain}  # fmt: skip
         if gain:
             add("gain", "What a curriculum adds over the same loss without one, by how many training images a class "
-                "has.", figures.draw_by_frequency, gain, np.array(counts), "gain (points)")  # fmt: skip
+                "has.", figures.draw_by_frequency, gain, np.array(counts), styles, "gain (points)")  # fmt: skip
     learned = {
         f"level of learning, {names.FIGURE_NAMES.get(group, group)}": {
             row.name: line for row in rows if (line := curves(row, f"cuda_{group}")) is not None
@@ -159,7 +175,14 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
     }
     learned = {group: lines for group, lines in learned.items() if lines}
     if learned:
-        add("cuda", "CUDA's level of learning by epoch: 0 augments nothing, 10 most.", figures.draw_lines, learned, 1)
+        add(
+            "cuda",
+            "CUDA's level of learning by epoch: 0 augments nothing, 10 most.",
+            figures.draw_lines,
+            learned,
+            styles,
+            1,
+        )
     return drawn
 
 
