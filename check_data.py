@@ -20,27 +20,9 @@ from pathlib import Path
 import numpy as np
 
 import datasets
-from loaders import digits, fewshot
-from loaders.base import LongTailed
+from loaders import fewshot
+from loaders.base import DataSet
 from runtime import cli
-
-# Published numbers of images of each split and of classes; validation that is held out is counted in train.
-KNOWN = {
-    "imagenet_lt": {"train": 115846, "val": 20000, "test": 50000, "classes": 1000},
-    "places_lt": {"train": 62500, "val": 7300, "test": 36500, "classes": 365},
-    "inat2018": {"train": 437513, "test": 24426, "classes": 8142},
-    "cifar10_lt": {"test": 10000, "classes": 10},
-    "cifar100_lt": {"test": 10000, "classes": 100},
-    **fewshot.COUNTS,
-    "iwildcam": {"train": 129809, "val": 14961, "test": 42791, "id_val": 7314, "id_test": 8154, "classes": 182},
-}
-CIFAR100_LT_TRAIN = {10: 19573, 50: 12608, 100: 10847}  # by imbalance ratio
-# Beginnings of git's own checksums (git hash-object) of the list files. The test list is in use in two versions.
-CHECKSUMS = {
-    "ImageNet_LT_train.txt": ("a063f095fcd475db4cf8b0658c4b73955535bbf9",),
-    "ImageNet_LT_val.txt": ("3ed3188b",),
-    "ImageNet_LT_test.txt": ("76a2fb97", "0b447ac5"),
-}
 
 
 def build_parser() -> cli.Parser:
@@ -59,13 +41,14 @@ def git_checksum(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def problems_of(data: LongTailed, imb_ratio: float | None, decode: int) -> list[str]:
+def problems_of(data: DataSet, imb_ratio: float | None, decode: int) -> list[str]:
     """What is wrong with a data set that could be loaded, a line each."""
     problems = []
     parts = data.splits
-    known = dict(KNOWN.get(data.name, {}))
-    if data.name == "cifar100_lt" and imb_ratio in CIFAR100_LT_TRAIN:
-        known["train"] = CIFAR100_LT_TRAIN[imb_ratio]
+    entry = datasets.TABLE[data.name]
+    known = dict(entry.counts)
+    if imb_ratio in entry.train_counts:
+        known["train"] = entry.train_counts[imb_ratio]
     found = {name: len(part) for name, part in parts.items()} | {"classes": len(data.class_names)}
     found["train"] += int(np.sum(data.held_out))
     problems += [
@@ -75,19 +58,19 @@ def problems_of(data: LongTailed, imb_ratio: float | None, decode: int) -> list[
     ]
     for name, part in parts.items():
         empty = np.flatnonzero(np.bincount(part.labels, minlength=len(data.class_names)) == 0)
-        if len(empty) and name != "val" and data.name not in datasets.CAMERA_TRAPS:  # which miss some in each split
+        if len(empty) and name != "val" and not entry.camera_traps:  # which miss some in each split
             problems.append(f"{name}: {len(empty)} classes without an image, the first {data.class_names[empty[0]]}")
         if len(set(part.sources)) < len(part):
             problems.append(f"{name}: {len(part) - len(set(part.sources))} images are listed twice")
     for one, other in itertools.combinations(parts, 2):
         # CIFAR in arrays numbers train and test images each from 0.
         numbered = parts[one].sources[0].startswith("index:")
-        if "test" in (one, other) and numbered and data.name not in (*digits.LOOKS, "fewshot_digits"):
+        if "test" in (one, other) and numbered and not entry.shared_index:
             continue
         shared = set(parts[one].sources) & set(parts[other].sources)
         if shared:
             problems.append(f"{len(shared)} images are both in {one} and in {other}, the first {min(shared)}")
-    if data.name in datasets.CAMERA_TRAPS:
+    if entry.camera_traps:
         for name in ("val", "test"):
             shared = set(data.locations["train"].tolist()) & set(data.locations[name].tolist())
             if shared:
@@ -95,7 +78,7 @@ def problems_of(data: LongTailed, imb_ratio: float | None, decode: int) -> list[
                     f"{len(shared)} cameras of {name} (out of domain) are in train too, the first {min(shared)}"
                 )
     for path in data.files:
-        expected = CHECKSUMS.get(path.name)
+        expected = entry.checksums.get(path.name)
         if expected and not git_checksum(path).startswith(expected):
             problems.append(f"{path}: another file than the published one (checksum {git_checksum(path)[:8]})")
     for part in parts.values():
@@ -107,7 +90,7 @@ def problems_of(data: LongTailed, imb_ratio: float | None, decode: int) -> list[
     return problems
 
 
-def same_content(data: LongTailed) -> list[str]:
+def same_content(data: DataSet) -> list[str]:
     """A line for each shot whose file, or pixels, are those of a validation or test image of another name."""
     shots = {data.train.sha256(place): source for place, source in enumerate(data.train.sources)}
     problems = []

@@ -160,7 +160,7 @@ def clip_batches(args, data: LongTailed, places: list[int]):
 
     device = pick_device(args.device)
     clip = embeddings.Clip(models.load_clip(args.clip, device), device, args.batch_size, args.workers)
-    texts = [clip.texts([template.replace("{}", name) for name in data.class_names]) for template in args.templates]
+    texts = [clip.texts([template.replace("{}", name) for name in data.spoken_names]) for template in args.templates]
     head = F.normalize(torch.stack(texts).mean(0), dim=-1)
     scale = clip.model.logit_scale.exp().item()
     read = embeddings.read_training_images(data.train, args.data_root)

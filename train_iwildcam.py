@@ -37,6 +37,7 @@ from loaders.base import ImageSet, LongTailed
 from reporting import names
 from runtime import cli, runs
 from spectrum import folder as spectrum_folder
+from spectrum.kept import load_spectrum
 from training import distributed, loop, losses, optimization
 
 LOSSES = ("flyp", "ce", "lpft")
@@ -310,7 +311,7 @@ def spectrum_sheet(trainer: Trainer) -> np.ndarray:
         image.permute(1, 2, 0).cpu().numpy() for part in pool.images.evaluation(chosen, len(chosen)) for image in part
     ]
     names = ["real" if level == REAL else f"level {level}" for level in levels] * len(whole)
-    captions = [(name, data.class_names[pool.labels[place]]) for name, place in zip(names, chosen, strict=True)]
+    captions = [(name, data.spoken_names[pool.labels[place]]) for name, place in zip(names, chosen, strict=True)]
     return figures.sheet(images, captions, len(levels))
 
 
@@ -372,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.curriculum != "none":
         levels, _ = loop.prepare_spectrum(args)
         loop.stage_of(args, 0, levels)
-        synthetic = datasets.load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
+        synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
         inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
         hard = {row["source"] for row in spectrum_folder.read_rows(args.spectrum)}
         say_hard(args, len(hard), levels, synthetic)
@@ -408,7 +409,7 @@ def prepare(
     clip, _, tokenizer = models.load_clip(args.clip, device)
     size, mean, std = clip_tuning.input_of(clip, args.clip)
     data = dataclasses.replace(data, mean=mean, std=std)
-    tokens = tokenizer(clip_tuning.captions_of(data.class_names, args.templates)).to(device)
+    tokens = tokenizer(clip_tuning.captions_of(data.spoken_names, args.templates)).to(device)
 
     def store(sets: list[ImageSet], skip_unreadable: bool = False):
         paths = [path for one in sets for path in one.images]

@@ -33,6 +33,7 @@ from loaders.base import ImageSet, LongTailed
 from loaders.pictures import read_image
 from reporting import names
 from runtime import cli, runs
+from spectrum.kept import load_spectrum
 from training import distributed, loop, losses, optimization
 
 DRAWN = ("cifar10_lt", "cifar100_lt", "imagefolder")  # data sets that --imb-ratio draws a part of
@@ -372,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
                 "hard images"
             )
         loop.stage_of(args, 0, levels)
-        synthetic = datasets.load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
+        synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
         inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
         loop.print_gaps(hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:

@@ -44,7 +44,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
 import models
-from loaders import digits, toycam
+from loaders import cifar, digits, toycam
 from runtime import cli, runs
 from runtime.device import pick_device
 
@@ -278,10 +278,10 @@ class Cifar100:
 
     def __init__(self, data_root: Path | None, caption_noise: float = 0.0):
         data = datasets.load("cifar100_lt", 100, data_root)
-        everything = datasets.cifar_split("cifar100_lt", data_root, "train")
+        everything = cifar.read_split("cifar100_lt", data_root, "train")
         taken = {*data.train.sources, *data.val.sources}
         web = everything.take(np.array([i for i, source in enumerate(everything.sources) if source not in taken]))
-        self.class_names = [name.replace("_", " ") for name in data.class_names]
+        self.class_names = data.spoken_names
         self.asked, self.val = data.groups["few"].tolist(), data.val
         self.images, self.labels = torch.from_numpy(web.images).permute(0, 3, 1, 2).contiguous(), web.labels
         self.rng = np.random.default_rng(0)

@@ -62,7 +62,7 @@ def draw_data(root: Path, images: int) -> cameratraps.CameraTraps:
         split = "train" if i < images else cameratraps.SPLITS[1 + i - images]
         rows.append(f"{split},{label},{i}.jpg,{i}")
     (root / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return cameratraps.load("iwildcam", root)
+    return cameratraps.load("iwildcam", None, root, 0)
 
 
 def random_clip(architecture: str, folder: Path) -> str:

@@ -27,16 +27,16 @@ import numpy as np
 from PIL import Image, ImageFilter
 from timing import compare
 
-import datasets
 import models
 import train_lt
+from loaders import cifar
 from loaders.base import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailed
 from runtime import cli
 from runtime.device import pick_device
 from runtime.runs import StopSignals, environment
 from training import stores
 
-MEAN, STD = datasets.CIFAR_STATISTICS["cifar100_lt"]
+MEAN, STD = cifar.STATISTICS["cifar100_lt"]
 
 
 def build_parser() -> cli.Parser:

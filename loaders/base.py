@@ -1,12 +1,16 @@
-"""What every loader makes: sets of images, and a long-tailed data set of three of them."""
+"""What every loader makes, sets of images and a data set of three of them, and what is known of a data set beforehand.
+
+Each family of data sets has one file beside this one. It ends in DATASETS, its rows of the table in datasets.py.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -14,7 +18,47 @@ from PIL import Image
 from loaders.pictures import read_image_file, sha256_pixels
 from runtime.cli import UserError
 
+ASSETS = Path(__file__).resolve().parents[1] / "assets"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Prompts of photographs, for write_prompts.py.
+PHOTOS = [
+    "a photo of a {}",
+    "a 8k real photo: a {}",
+    "a 8k real photo: a {} in bright daylight",
+    "a 8k real photo: a {} in the evening",
+    "a 8k real photo: a {} seen from close by",
+    "a 8k real photo: a {} seen from afar",
+    "a 8k real photo: a {} seen from the side",
+    "a 8k real photo: a {} outdoors",
+    "a 8k real photo: a {} indoors",
+    "a 8k real photo: a {} against a plain background",
+]
+# The paper's CLIPScore filter, generator and guidance; generate_spectrum.py --score takes the filter too.
+CLIP_FILTER = {"clip": "ViT-B-32:openai", "threshold": 0.3}
+REFINER = {
+    "generator": "stabilityai/stable-diffusion-xl-refiner-1.0",
+    "levels": [0, 10, 30, 50],
+    "seeds": 8,
+    "steps": 50,
+    "text_guidance": 10.0,
+    **CLIP_FILTER,
+}
+TINY_FILTER = {"clip": str(ASSETS / "tiny_clip"), "threshold": 0.3}
+# The paper's training of a classifier on large images.
+LARGE = {
+    "model": "resnet10",
+    "epochs": 65,
+    "curriculum_epochs": 60,
+    "undersample": 0.3,
+    "batch_size": 128,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "weight_decay": 1e-5,
+    "augment": "resized_crop",
+    "color_jitter": 0.4,
+    "memory_format": "channels_last",
+}
 
 
 @dataclass(frozen=True)
@@ -73,10 +117,14 @@ class ImageSet:
             raise UserError(f"source {self.sources[place]}: {error.strerror}") from None
 
 
+def spoken_name(class_name: str) -> str:
+    """A class name as prompts and CLIP are told it, with blanks for underscores."""
+    return class_name.replace("_", " ")
+
+
 @dataclass(frozen=True)
-class LongTailed:
-    """A long-tailed data set: few-shot classes have fewer than `few_below` training images, many-shot ones more than
-    `many_above`.
+class DataSet:
+    """A data set: few-shot classes have fewer than `few_below` training images, many-shot ones more than `many_above`.
 
     Attributes:
         mean, std: of the three channels, for images in [0, 1]: what a classifier's input is normalised by.
@@ -103,6 +151,11 @@ class LongTailed:
     extra: ImageSet | None = None
 
     @property
+    def spoken_names(self) -> list[str]:
+        """The class names as prompts and CLIP are told them."""
+        return [spoken_name(name) for name in self.class_names]
+
+    @property
     def counts(self) -> np.ndarray:
         """Training images of each class, int64 (C,)."""
         return np.bincount(self.train.labels, minlength=len(self.class_names))
@@ -125,15 +178,50 @@ class LongTailed:
         return {"train": self.train, "val": self.val, "test": self.test}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A row of the table in datasets.py: a data set before any of its images is read.
+
+    Attributes:
+        load: from (name, imbalance ratio or None, data root or None, seed) to the data set.
+        defaults: "data" (the flags that all scripts share) or a script's name -> flag -> value.
+        layout: what lies below --data-root; said where the data are not as expected.
+        root: whether --data-root is needed, optional, or not used.
+        imb_ratio: whether --imb-ratio is needed, optional, or refused.
+        templates: prompts that write_prompts.py gives a class, whose name goes where {} stands.
+        score_prompt: the text that CLIPScore is taken against.
+        empty_prompts: prompts of the class of images that show nothing, by its name.
+        counts: published numbers of images of each split, and of classes; held-out validation is counted in train.
+        train_counts: published numbers of training images by imbalance ratio.
+        checksums: beginnings of git's own checksums (`git hash-object`) of list files, by name.
+        acceptance: by imbalance ratio (None: there is none), synthetic images made and kept in the paper.
+        camera_traps: whether it has cameras, and splits in and out of domain.
+        shared_index: whether `index:N` names one image in all splits.
+    """
+
+    load: Callable[[str, float | None, Path | None, int], DataSet]
+    defaults: dict[str, dict]
+    layout: str = ""
+    root: Literal["needed", "optional", "unused"] = "needed"
+    imb_ratio: Literal["needed", "optional", "refused"] = "refused"
+    templates: list[str] = field(default_factory=lambda: PHOTOS)
+    score_prompt: str = "a photo of a {}"
+    empty_prompts: dict[str, list[str]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    train_counts: dict[float, int] = field(default_factory=dict)
+    checksums: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    acceptance: dict[float | None, tuple[int, int]] = field(default_factory=dict)
+    camera_traps: bool = False
+    shared_index: bool = False
+
+
+LongTailed = DataSet  # its old name
+
+
 def long_tail_counts(largest: int, classes: int, imb_ratio: float) -> list[int]:
     """Class counts int(largest * imb_ratio^(-k / (classes - 1))): CIFAR-LT's exponential rule (Cao et al., 2019)."""
     # The small addend keeps 60 / 30 at 2 where the power comes out at 1.9999999999999998.
     return [int(largest * imb_ratio ** (-k / (classes - 1)) + 1e-9) for k in range(classes)]
-
-
-def fold_of(source: str, folds: int) -> int:
-    """The part, 0 to folds - 1, that an image belongs to where a training set is cut into `folds` parts."""
-    return int.from_bytes(hashlib.blake2b(f"fold\0{source}".encode(), digest_size=8).digest(), "big") % folds
 
 
 def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +240,7 @@ def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def with_validation(
     name: str, class_names: list[str], train: ImageSet, test: ImageSet, seed: int, files: list[Path], **further
-) -> LongTailed:
+) -> DataSet:
     """A data set without a validation set of its own: one is held out of the training set.
 
     Args:
@@ -163,7 +251,7 @@ def with_validation(
         raise UserError(
             f"{name}: no class has 5 training images or more, so none can be held out; expected a val folder"
         )
-    return LongTailed(
+    return DataSet(
         name,
         class_names,
         train.take(stays),
@@ -197,3 +285,26 @@ def missing_files(root: Path, names: list[str]) -> list[str]:
         if base not in listings[folder]:
             missing.append(name)
     return missing
+
+
+def is_below(name: str) -> bool:
+    """Whether a path relative to the data root stays below it."""
+    return not (Path(name).is_absolute() or ".." in Path(name).parts)
+
+
+def listed_set(root: Path, names: list[str], labels: Iterable[int], what: Path) -> ImageSet:
+    """The images that the list `what` names, relative to `root`, as files.
+
+    Raises:
+        UserError: a name that leads out of `root`, or images that are not there.
+    """
+    outside = next((name for name in names if not is_below(name)), None)
+    if outside is not None:
+        raise UserError(f"{what}: {outside}: expected a path below --data-root")
+    missing = missing_files(root, names)
+    if missing:
+        raise UserError(
+            f"{what}: lists {len(missing)} images of {len(names)} that are not below --data-root {root}, the first "
+            f"{missing[0]}"
+        )
+    return file_set(root, names, labels)

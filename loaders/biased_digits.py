@@ -7,16 +7,15 @@ right on val, and wrong on three quarters of test.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from loaders import digits
-from loaders.base import ImageSet, LongTailed
-from runtime.cli import UserError
+from loaders.base import ASSETS, TINY_FILTER, DataSet, Entry, ImageSet
 
 PAPERS = list(digits.PAPERS)
 TRAIN_PER_CLASS, BIASED_SHARE = 30, 0.95
-TEMPLATES = ["a photo of a {}"]
-LAYOUT = "needs no folder"
 
 
 def own_paper(label: int | np.ndarray) -> int | np.ndarray:
@@ -45,14 +44,8 @@ def biased_papers(labels: np.ndarray, share: float, rng: np.random.Generator) ->
     return papers
 
 
-def load(data_root=None) -> LongTailed:
-    """The benchmark. `extra` has, of scans that train leaves over, 25 a class on papers at random.
-
-    Raises:
-        UserError: a data root, which it has none of.
-    """
-    if data_root is not None:
-        raise UserError(f"--data-root {data_root}: biased_digits {LAYOUT}")
+def load(name: str, imb_ratio: None, data_root: Path | None, seed: int) -> DataSet:
+    """The benchmark. `extra` has, of scans that train leaves over, 25 a class on papers at random."""
     scans, labels = digits.read_scans()
     split = digits.split_scans()
     pool_labels = labels[split["pool"]]
@@ -70,7 +63,7 @@ def load(data_root=None) -> LongTailed:
         return image_set(indices, biased_papers(labels[indices], BIASED_SHARE, rng))
 
     extra = np.concatenate([scans_of[TRAIN_PER_CLASS : TRAIN_PER_CLASS + 25] for scans_of in by_class])
-    return LongTailed(
+    return DataSet(
         "biased_digits",
         digits.NAMES,
         biased(np.concatenate([scans_of[:TRAIN_PER_CLASS] for scans_of in by_class]), 0),
@@ -80,3 +73,29 @@ def load(data_root=None) -> LongTailed:
         domain_names=PAPERS,
         extra=image_set(extra, np.random.default_rng([digits.SPLIT_SEED, 4]).integers(len(PAPERS), size=len(extra))),
     )
+
+
+DATASETS = {
+    "biased_digits": Entry(
+        load=load,
+        root="unused",
+        templates=["a photo of a {}"],
+        defaults={
+            "find_hard": {"rule": "all"},
+            "describe_domains": {"captioner": str(ASSETS / "tiny_captioner"), "superclass": "digit", "batch_size": 100},
+            "generate_spectrum": digits.DEFAULTS["generate_spectrum"]
+            | {"levels": [10], "seeds": 1, "text_guidance": 3.0, "steps": 20},
+            "filter_clipscore": TINY_FILTER,
+            "train_lt": {
+                "model": "resnet8",
+                "epochs": 40,
+                "curriculum_epochs": 40,
+                "undersample": 1.0,
+                "batch_size": 32,
+                "lr": 3e-3,
+                "weight_decay": 0.05,
+                "augment": "none",
+            },
+        },
+    )
+}

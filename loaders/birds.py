@@ -13,23 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from loaders.base import (
+    CLIP_FILTER,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    DataSet,
+    Entry,
     ImageSet,
-    LongTailed,
-    file_set,
-    missing_files,
+    listed_set,
     with_validation,
 )
 from runtime.cli import UserError
 
-TEMPLATES = {
-    "cub": ["a photo of a {} bird"],
-    "waterbirds": ["a photo of a {}"],
-    "waterbirds_biased": ["a photo of a {}"],
-    "planes": ["a photo of an {} airplane"],
-    "iwildcam7": ["a camera trap photo of {} in the wild"],
-}
 LAYOUTS = {
     "cub": "expected CUB_200_2011: images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/",
     "waterbirds": "expected waterbird_complete95_forest2water2: metadata.csv and the folders of images",
@@ -89,18 +83,8 @@ def make_set(root: Path, rows: list[tuple], what: Path) -> ImageSet:
     Raises:
         UserError: a name that leads out of the folder, or an image that is not there.
     """
-    names = [row[0] for row in rows]
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{what}: {name}: expected a path below --data-root")
-    missing = missing_files(root, names)
-    if missing:
-        raise UserError(
-            f"{what}: lists {len(missing)} images of {len(names)} that are not below --data-root {root}, the first "
-            f"{missing[0]}"
-        )
-    plain = file_set(root, names, [row[1] for row in rows])
-    return ImageSet(plain.images, plain.labels, names, np.array([row[2] for row in rows], dtype=np.int64))
+    plain = listed_set(root, [row[0] for row in rows], [row[1] for row in rows], what)
+    return ImageSet(plain.images, plain.labels, plain.sources, np.array([row[2] for row in rows], dtype=np.int64))
 
 
 def data_set(name: str, class_names: list[str], domain_names: list[str], files: list[Path], note: str, **sets):
@@ -108,7 +92,7 @@ def data_set(name: str, class_names: list[str], domain_names: list[str], files: 
     for part in ("train", "val", "test"):
         if not len(sets[part]):
             raise UserError(f"{files[0]}: no {part} image in it; expected some in train, val and test")
-    return LongTailed(
+    return DataSet(
         name,
         class_names,
         mean=IMAGENET_MEAN,
@@ -150,7 +134,7 @@ def spoken_bird(folder: str) -> str:
     return {"Whip poor Will": "Eastern whip-poor-will", "Geococcyx": "Roadrunner"}.get(name, name)
 
 
-def load_cub(name: str, root: Path, seed: int) -> LongTailed:
+def load_cub(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet:
     """CUB-200-2011: train is the official one without the last five images a class, which are extra; the official test.
 
     ALIA chooses on the test set; here validation is held out of train.
@@ -181,7 +165,7 @@ def load_cub(name: str, root: Path, seed: int) -> LongTailed:
     return with_validation(name, names, plain[0], plain[1], seed, files, extra=plain[2])
 
 
-def load_waterbirds(name: str, root: Path, seed: int) -> LongTailed:
+def load_waterbirds(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet:
     """Waterbirds as it is, or as `waterbirds_biased` what ALIA trains on: a quarter, with the background of the class.
 
     There train is one in four, drawn by `seed`, of the 4,555 training images whose place is the class's; val has the
@@ -205,7 +189,7 @@ def load_waterbirds(name: str, root: Path, seed: int) -> LongTailed:
     return data_set(name, ["landbird", "waterbird"], ["land", "water"], [path], note, **sets)
 
 
-def load_planes(name: str, root: Path, seed: int) -> LongTailed:
+def load_planes(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet:
     """Airbus and Boeing in the air, on grass and on roads, by ALIA's planes_ext.csv; half of its val is extra."""
     path = root / "planes_ext.csv"
     grounds, planes = ["air", "grass", "road"], ["Airbus", "Boeing"]
@@ -224,7 +208,7 @@ def load_planes(name: str, root: Path, seed: int) -> LongTailed:
     return data_set(name, planes, grounds, [path], "validation: half of ALIA's, drawn by --data-seed", **sets)
 
 
-def load_iwildcam7(name: str, root: Path, seed: int) -> LongTailed:
+def load_iwildcam7(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet:
     """Seven classes of iWildCam: by ALIA's lists where they lie in `root`, else all of WILDS's train, id_val and test.
 
     ALIA's lists have 6,052 training, 2,826 validation and 8,483 test images (two cameras), and 2,224 extra ones.
@@ -268,10 +252,65 @@ def load_iwildcam7(name: str, root: Path, seed: int) -> LongTailed:
     return data_set(name, list(IWILDCAM7.values()), names, files, note, **sets)
 
 
-LOADERS = {
-    "cub": load_cub,
-    "waterbirds": load_waterbirds,
-    "waterbirds_biased": load_waterbirds,
-    "planes": load_planes,
-    "iwildcam7": load_iwildcam7,
+# ALIA (Dunlap et al., 2023): its code's settings; the image guidance of its editors is in recipes/.
+EDITS = {
+    "generator": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "levels": [50],
+    "seeds": 2,
+    "steps": 50,
+    "text_guidance": 7.5,
+    **CLIP_FILTER,
+}
+TRAINING = {
+    "model": "timm:resnet50.tv_in1k",
+    "epochs": 100,
+    "curriculum_epochs": 100,
+    "undersample": 1.0,
+    "batch_size": 128,
+    "optimizer": "sgd",
+    "lr": 1e-3,
+    "weight_decay": 1e-4,
+    "augment": "none",
+    "memory_format": "channels_last",
+}
+ALIA: dict[str, dict] = {
+    "find_hard": {"rule": "all"},
+    "generate_spectrum": EDITS,
+    "filter_clipscore": CLIP_FILTER,
+    "train_lt": TRAINING,
+}
+
+
+def entry(name: str, load, template: str, **defaults) -> Entry:
+    """A row of the table whose defaults are ALIA's but for these."""
+    return Entry(load=load, layout=LAYOUTS[name], templates=[template], score_prompt=template, defaults=ALIA | defaults)
+
+
+DATASETS = {
+    "cub": entry(
+        "cub",
+        load_cub,
+        "a photo of a {} bird",
+        describe_domains={"prefix": "a photo of a {} bird", "superclass": "bird"},
+        generate_spectrum=EDITS | {"levels": [40]},
+        train_lt=TRAINING | {"lr": 0.01},
+    ),
+    **{
+        name: entry(name, load_waterbirds, "a photo of a {}", describe_domains={"superclass": "bird"})
+        for name in ("waterbirds", "waterbirds_biased")
+    },
+    "planes": entry(
+        "planes",
+        load_planes,
+        "a photo of an {} airplane",
+        describe_domains={"prefix": "a photo of an {} airplane", "superclass": "airplane"},
+        generate_spectrum=EDITS | {"levels": [40]},
+        train_lt=TRAINING | {"model": "timm:resnet18.tv_in1k"},
+    ),
+    "iwildcam7": entry(
+        "iwildcam7",
+        load_iwildcam7,
+        "a camera trap photo of {} in the wild",
+        describe_domains={"prefix": "a camera trap photo of a {}", "superclass": "animal"},
+    ),
 }

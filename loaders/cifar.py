@@ -1,0 +1,223 @@
+"""CIFAR-10-LT and CIFAR-100-LT: CIFAR made long-tailed, in memory. The largest class keeps all of its images."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from loaders.base import CLIP_FILTER, REFINER, DataSet, Entry, ImageSet, long_tail_counts
+from loaders.folders import class_folders
+from runtime.cli import UserError
+
+LAYOUT = (
+    "expected train/CLASS/* and test/CLASS/* (a folder or a zip of them), Hugging Face's parquet files, or "
+    "torchvision's folder"
+)
+CLASSES = {"cifar10_lt": 10, "cifar100_lt": 100}
+# Means and standard deviations of each training set's own pixels, in [0, 1].
+STATISTICS = {
+    "cifar10_lt": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100_lt": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+VAL_PER_CLASS_LEFT_OVER = 20
+
+
+@dataclass(frozen=True)
+class Cifar:
+    """One split of CIFAR as it lies on the disk: labels, names of the images, and a way to decode some of them."""
+
+    class_names: list[str]
+    labels: np.ndarray
+    sources: list[str]
+    decode: object  # indices, int (n,) -> uint8 (n, 32, 32, 3)
+
+    def take(self, indices: np.ndarray) -> ImageSet:
+        return ImageSet(self.decode(indices), self.labels[indices], [self.sources[i] for i in indices])
+
+
+def load(name: str, imb_ratio: float, root: Path, seed: int) -> DataSet:
+    """CIFAR with int(n * imb_ratio^(-k / (classes - 1))) training images of class k, n those of the largest class.
+
+    Which images stay is decided by `seed` alone, and a larger ratio keeps a part of what a smaller one keeps. CIFAR has
+    no validation set, and published figures train on the whole long-tailed set: validation takes up to 20 images a
+    class of those that the draw leaves over. (The largest class leaves none.)
+    """
+    train, test = read_split(name, root, "train"), read_split(name, root, "test")
+    classes = CLASSES[name]
+    if train.class_names != test.class_names or len(train.class_names) != classes:
+        raise UserError(
+            f"--data-root {root}: {len(train.class_names)} classes in train, {len(test.class_names)} in test; "
+            f"expected the same {classes} of {name.removesuffix('_lt')} in both"
+        )
+    by_class = [np.flatnonzero(train.labels == label) for label in range(classes)]
+    counts = long_tail_counts(max(map(len, by_class)), classes, imb_ratio)
+    kept, left = [], []
+    for label, (indices, count) in enumerate(zip(by_class, counts, strict=True)):
+        if not 1 <= count <= len(indices):
+            raise UserError(
+                f"--imb-ratio {imb_ratio:g}: class {train.class_names[label]} would have {count} training images, "
+                f"of {len(indices)} there are"
+            )
+        order = np.random.default_rng([seed, label]).permutation(indices)
+        kept.append(np.sort(order[:count]))
+        left.append(np.sort(order[count:][-VAL_PER_CLASS_LEFT_OVER:]))
+    if not sum(map(len, left)):
+        raise UserError(f"--imb-ratio {imb_ratio:g}: leaves no image for validation; expected a larger ratio")
+    mean, std = STATISTICS[name]
+    return DataSet(
+        name,
+        train.class_names,
+        train.take(np.concatenate(kept)),
+        train.take(np.concatenate(left)),
+        test.take(np.arange(len(test.labels))),
+        mean=mean,
+        std=std,
+        note=f"validation: up to {VAL_PER_CLASS_LEFT_OVER} images a class that the long-tailed draw left over",
+    )
+
+
+def read_split(name: str, root: Path, part: str) -> Cifar:
+    """The split `part` (train or test) of CIFAR, in whichever of its forms lies at `root`.
+
+    Raises:
+        UserError: none of them does.
+    """
+    if root.is_file():
+        return read_zip(root, part)
+    if (root / part).is_dir():
+        return read_folder(root, part)
+    parquet = sorted([*root.glob(f"**/{part}-*.parquet"), *root.glob(f"**/{part}.parquet")])
+    if parquet:
+        return read_parquet(name, parquet)
+    if (root / {"cifar10_lt": "cifar-10-batches-py", "cifar100_lt": "cifar-100-python"}[name]).is_dir():
+        return read_torchvision(name, root, part)
+    raise UserError(f"--data-root {root}: no {part} images there; {LAYOUT}")
+
+
+def read_zip(path: Path, part: str) -> Cifar:
+    """A split from the images TRAIN_OR_TEST/CLASS/* of a zip file; class indices go by the alphabet."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"--data-root {path}: not a readable zip file ({error})") from None
+    names = sorted(
+        name
+        for name in archive.namelist()
+        if name.count("/") == 2 and name.startswith(f"{part}/") and not name.endswith("/")
+    )
+    return read_images(path, part, names, lambda name: io.BytesIO(archive.read(name)))
+
+
+def read_folder(root: Path, part: str) -> Cifar:
+    """A split from the images TRAIN_OR_TEST/CLASS/* of a folder; class indices go by the alphabet."""
+    names = [name for _, names in class_folders(root, part) for name in names]
+    return read_images(root, part, names, lambda name: root / name)
+
+
+def read_images(root: Path, part: str, names: list[str], place) -> Cifar:
+    classes = sorted({name.split("/")[1] for name in names})
+    index = {name: label for label, name in enumerate(classes)}
+    if not names:
+        raise UserError(f"--data-root {root}: no image {part}/CLASS/* there")
+
+    def decode(indices: np.ndarray) -> np.ndarray:
+        pixels = np.empty((len(indices), 32, 32, 3), dtype=np.uint8)
+        for at, i in enumerate(indices):
+            try:
+                with Image.open(place(names[i])) as image:
+                    pixels[at] = np.asarray(image.convert("RGB"))
+            except (OSError, ValueError, SyntaxError, KeyError, zipfile.BadZipFile) as error:
+                raise UserError(f"--data-root {root}: {names[i]}: not a readable 32x32 image ({error})") from None
+        return pixels
+
+    return Cifar(classes, np.array([index[name.split("/")[1]] for name in names]), names, decode)
+
+
+def read_parquet(name: str, paths: list[Path]) -> Cifar:
+    """A split from Hugging Face's parquet files: a column of PNGs (img) and one of labels (fine_label, or label)."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(
+            f"{paths[0]}: reading parquet needs pyarrow; expected it installed (pip install pyarrow)"
+        ) from None
+    images, labels = [], []
+    column = {"cifar10_lt": "label", "cifar100_lt": "fine_label"}[name]
+    for path in paths:
+        try:
+            table = parquet.read_table(path)
+        except Exception as error:  # pyarrow has classes of its own for what can be wrong with a file
+            raise UserError(f"{path}: not a readable parquet file ({error})") from None
+        if "img" not in table.column_names or column not in table.column_names:
+            raise UserError(f"{path}: columns {', '.join(table.column_names)}; expected img and {column}")
+        images += table.column("img").to_pylist()
+        labels += table.column(column).to_pylist()
+    meta = parquet.read_schema(paths[0]).metadata or {}
+    features = json.loads(meta.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    names = features.get(column, {}).get("names") or [str(label) for label in range(CLASSES[name])]
+
+    def decode(indices: np.ndarray) -> np.ndarray:
+        return np.stack([np.asarray(Image.open(io.BytesIO(images[i]["bytes"])).convert("RGB")) for i in indices])
+
+    return Cifar(names, np.array(labels), [f"index:{i}" for i in range(len(labels))], decode)
+
+
+def read_torchvision(name: str, root: Path, part: str) -> Cifar:
+    """A split from torchvision's own folder. torchvision reads its files after it has verified their checksums."""
+    from torchvision import datasets as theirs
+
+    kind = {"cifar10_lt": theirs.CIFAR10, "cifar100_lt": theirs.CIFAR100}[name]
+    try:
+        data = kind(root, train=part == "train", download=False)
+    except RuntimeError as error:
+        raise UserError(f"--data-root {root}: {str(error).splitlines()[0]}") from None
+    return Cifar(
+        list(data.classes),
+        np.array(data.targets, dtype=np.int64),
+        [f"index:{i}" for i in range(len(data.targets))],
+        lambda indices: data.data[indices],
+    )
+
+
+# Bag of Tricks' recipe (Zhang et al., 2021).
+TRAINING = {
+    "model": "resnet32",
+    "epochs": 200,
+    "curriculum_epochs": 160,
+    "undersample": 0.3,
+    "batch_size": 128,
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "weight_decay": 2e-4,
+    "schedule": "steps",
+    "warmup_epochs": 5,
+    "augment": "crop_flip",
+    "memory_format": "channels_last",
+}
+DEFAULTS = {
+    "data": {"imb_ratio": 100.0},
+    # Small images are drawn at the size that the generator was made for.
+    "generate_spectrum": REFINER | {"levels": [50, 70, 90], "size": (512, 512), "save_size": "source"},
+    "filter_clipscore": CLIP_FILTER,
+    "train_lt": TRAINING,
+}
+DATASETS = {
+    "cifar10_lt": Entry(
+        load=load, layout=LAYOUT, imb_ratio="needed", defaults=DEFAULTS, counts={"test": 10000, "classes": 10}
+    ),
+    "cifar100_lt": Entry(
+        load=load,
+        layout=LAYOUT,
+        imb_ratio="needed",
+        defaults=DEFAULTS,
+        counts={"test": 10000, "classes": 100},
+        train_counts={10: 19573, 50: 12608, 100: 10847},
+        acceptance={50: (2592, 809), 100: (2144, 668)},
+    ),
+}

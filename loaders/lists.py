@@ -1,0 +1,161 @@
+"""The large long-tailed sets, by their official lists: ImageNet-LT, Places-LT and iNaturalist 2018."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from loaders.base import (
+    CLIP_FILTER,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LARGE,
+    REFINER,
+    DataSet,
+    Entry,
+    is_below,
+    listed_set,
+    missing_files,
+    with_validation,
+)
+from runtime.cli import UserError
+
+LAYOUTS = {
+    "imagenet_lt": "expected ILSVRC2012's train and val folders and ImageNet_LT_train.txt, _val.txt and _test.txt",
+    "places_lt": "expected data_256, val_256 and so on, and Places_LT_train.txt, _val.txt and _test.txt",
+    "inat2018": "expected train2018.json, val2018.json and the folder train_val2018",
+}
+LIST_FILES = {"imagenet_lt": "ImageNet_LT_{}.txt", "places_lt": "Places_LT_{}.txt"}
+
+
+def read_list(path: Path, classes: int) -> tuple[list[str], list[int]]:
+    """The paths and labels of an official list file, one `PATH LABEL` a line.
+
+    Raises:
+        UserError: no such file, or a line that is no such pair.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected the official list of the data set there") from None
+    names, labels = [], []
+    for number, line in enumerate(lines, 1):
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.isdecimal() or int(label) >= classes:
+            raise UserError(f"{path} line {number}: {line[:80]!r}: expected a path and a label below {classes}")
+        if not is_below(name):
+            raise UserError(f"{path} line {number}: {name}: expected a path below --data-root")
+        names.append(name)
+        labels.append(int(label))
+    return names, labels
+
+
+def load_listed(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
+    """ImageNet-LT or Places-LT, by their official lists, which lie in `root` beside the images' folders.
+
+    ImageNet-LT's validation list names training images of ILSVRC2012, its test list the 50,000 validation images, by
+    `val/WNID/NAME` or flat `val/NAME`; either may be how they lie on the disk.
+    """
+    classes = {"imagenet_lt": 1000, "places_lt": 365}[name]
+    lists = {part: root / LIST_FILES[name].format(part) for part in ("train", "val", "test")}
+    read = {part: read_list(path, classes) for part, path in lists.items()}
+    folders = {}
+    for path, label in zip(*read["train"], strict=True):
+        folders.setdefault(label, Path(path).parts[1:-1])
+    class_names = ["/".join(folders.get(label, (str(label),))) for label in range(classes)]
+    if name == "imagenet_lt":
+        names, labels = read["test"]
+        read["test"] = (imagenet_val_layout(root, names, labels, class_names), labels)
+        class_names = imagenet_names(class_names)
+    else:
+        class_names = ["/".join(folders.get(label, ("", str(label)))[1:]).replace("_", " ") for label in range(classes)]
+    sets = {part: listed_set(root, *rows, lists[part]) for part, rows in read.items()}
+    return DataSet(
+        name,
+        class_names,
+        sets["train"],
+        sets["val"],
+        sets["test"],
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        note="validation: the official list",
+        files=list(lists.values()),
+    )
+
+
+def imagenet_val_layout(root: Path, names: list[str], labels: list[int], wnids: list[str]) -> list[str]:
+    """The paths of ImageNet's validation images as they lie below `root`, whichever way the list writes them."""
+    missing = set(missing_files(root, names[:1]))
+    if not missing:
+        return names
+    flat = [f"{Path(name).parts[0]}/{Path(name).name}" for name in names]
+    nested = [
+        f"{Path(name).parts[0]}/{wnids[label]}/{Path(name).name}" for name, label in zip(names, labels, strict=True)
+    ]
+    return next((other for other in (flat, nested) if not missing_files(root, other[:1])), names)
+
+
+def imagenet_names(wnids: list[str]) -> list[str]:
+    """English names of ImageNet classes; a folder that is no ImageNet id keeps its name."""
+    from timm.data import ImageNetInfo
+
+    info = ImageNetInfo("imagenet-1k")
+    known = set(info.label_names())
+    return [info.label_name_to_description(wnid).split(",")[0] if wnid in known else wnid for wnid in wnids]
+
+
+def load_inat2018(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
+    """iNaturalist 2018 by its official train2018.json and val2018.json; val2018 is the test set, as everywhere.
+
+    A validation set is held out of the training set; the groups go by the counts before.
+    """
+    paths = {part: root / f"{part}2018.json" for part in ("train", "val")}
+    sets, class_names = {}, []
+    for part, path in paths.items():
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            rows = [(files[row["image_id"]], int(row["category_id"])) for row in content["annotations"]]
+            class_names = class_names or [
+                row["name"] for row in sorted(content["categories"], key=lambda row: row["id"])
+            ]
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; {LAYOUTS[name]}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not an iNaturalist annotation file ({type(error).__name__}: {error})") from None
+        for file_name, label in rows:
+            if not 0 <= label < len(class_names):
+                raise UserError(f"{path}: {file_name} has category {label}; expected one below {len(class_names)}")
+        rows.sort()
+        sets[part] = listed_set(root, [file_name for file_name, _ in rows], (label for _, label in rows), path)
+    return with_validation(name, class_names, sets["train"], sets["val"], seed, list(paths.values()))
+
+
+DEFAULTS = {"generate_spectrum": REFINER, "filter_clipscore": CLIP_FILTER, "train_lt": LARGE}
+DATASETS = {
+    "imagenet_lt": Entry(
+        load=load_listed,
+        layout=LAYOUTS["imagenet_lt"],
+        defaults=DEFAULTS,
+        counts={"train": 115846, "val": 20000, "test": 50000, "classes": 1000},
+        checksums={
+            "ImageNet_LT_train.txt": ("a063f095fcd475db4cf8b0658c4b73955535bbf9",),
+            "ImageNet_LT_val.txt": ("3ed3188b",),
+            "ImageNet_LT_test.txt": ("76a2fb97", "0b447ac5"),  # two versions are in use
+        },
+        acceptance={None: (51917, 24141)},
+    ),
+    "places_lt": Entry(
+        load=load_listed,
+        layout=LAYOUTS["places_lt"],
+        defaults=DEFAULTS,
+        counts={"train": 62500, "val": 7300, "test": 36500, "classes": 365},
+    ),
+    "inat2018": Entry(
+        load=load_inat2018,
+        layout=LAYOUTS["inat2018"],
+        defaults=DEFAULTS | {"generate_spectrum": REFINER | {"seeds": 4}},
+        counts={"train": 437513, "test": 24426, "classes": 8142},
+        acceptance={None: (179824, 75234)},
+    ),
+}
