@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -199,6 +200,39 @@ def test_documented_commands_parse(command, tmp_path, monkeypatch):
     module = importlib.import_module(script.removesuffix(".py"))
     with cli.paths_unchecked(True):
         module.build_parser().parse_args(words)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def bench_commands() -> list[str]:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in PAGES)
+    return re.findall(r"^(python (?:bench|assets)/\w+\.py.*)$", text, re.M)
+
+
+@pytest.mark.parametrize("command", bench_commands())
+def test_documented_bench_commands_parse(command, monkeypatch):
+    _, script, *words = shlex.split(command, comments=True)
+    spec = importlib.util.spec_from_file_location(f"documented_{Path(script).stem}", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    spec.loader.exec_module(module)
+    with cli.paths_unchecked(True):
+        module.build_parser().parse_args(words)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_and_names_of_files_in_the_documents_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text) + re.findall(r"\bsh (recipes/\S+\.sh)", text)
+    assert [link for link in links if not ((path.parent / link).exists() or (ROOT / link).exists())] == []
+
+
+def test_the_readme_is_short_and_every_page_is_in_the_index():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert [path.name for path in PAGES if path.parent.name == "docs" and path.name not in ("README.md",)
+            and f"({path.name})" not in index] == []  # fmt: skip
 
 
 def test_all_folders_are_looked_into():

@@ -85,7 +85,8 @@ def test_the_command_line_is_split_at_scripts():
 
 
 def documented_commands() -> list[str]:
-    text = (ROOT / "README.md").read_text() + submit.__doc__.replace("\\\n", " ")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in pages) + submit.__doc__.replace("\\\n", " ")
     return [line.strip() for line in text.splitlines() if line.strip().startswith("python slurm/submit.py")]
 
 
