@@ -362,3 +362,68 @@ def replaced_epoch(
     position = np.arange(len(by_source)) - np.repeat(first, counts)
     bare = real & is_hard & ~held & ~np.isin(source_ids, source_ids[candidates])
     return np.concatenate([others, np.flatnonzero(bare), by_source[position < per_hard_image]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# additions: all real images, and edits of some of them besides (ALIA)
+
+
+def addition_counts(asked: str, labels: np.ndarray, classes: int, like: np.ndarray | None = None) -> np.ndarray | None:
+    """How many edits of each class an epoch adds, int (C,); None for one of every source that has any.
+
+    Args:
+        asked: `all`; a whole number of edits, or a share of the real images, both shared out by the classes' counts;
+            `like` for the counts of `like`.
+        labels: of the real images, int (N,).
+        like: counts of a further real data set, (C,).
+
+    Raises:
+        UserError: none of these.
+    """
+    if asked == "all":
+        return None
+    if asked == "like":
+        return like
+    try:
+        number = float(asked)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < float("inf") or (number > 1 and number != int(number)):
+        raise UserError(f"--add {asked}: expected all, a number of edits, a share of the real images, or like:FILE")
+    total = int(number) if "." not in asked else round(number * len(labels))
+    exact = total * np.bincount(labels, minlength=classes) / len(labels)
+    counts = exact.astype(int)
+    for label in np.argsort(counts - exact, kind="stable")[: total - counts.sum()]:  # largest remainders first
+        counts[label] += 1
+    return counts
+
+
+def choose_additions(
+    labels: np.ndarray, sources: list[str], wanted: np.ndarray | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Edits to add, as indices: one at random of each source; of these each class's share, drawn with replacement where
+    there are too few. A class without an edit is passed over (ALIA).
+
+    Args:
+        labels: class of each edit, int (M,).
+        sources: the real image that each edit was made from.
+        wanted: edits of each class, (C,); None for one of every source.
+    """
+    by_source: dict[str, list[int]] = {}
+    for place, source in enumerate(sources):
+        by_source.setdefault(source, []).append(place)
+    chosen = np.array([places[rng.integers(len(places))] for places in by_source.values()], dtype=int)
+    if wanted is None:
+        return chosen
+    parts = [np.zeros(0, dtype=int)]
+    for label in np.flatnonzero(wanted):
+        own = chosen[labels[chosen] == label]
+        if len(own):
+            parts.append(rng.choice(own, wanted[label], replace=len(own) < wanted[label]))
+    return np.concatenate(parts)
+
+
+def repeat_to(places: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """`size` of the places: all of them as often as possible, and the rest at random."""
+    rounds, rest = divmod(size, len(places))
+    return np.concatenate([np.tile(places, rounds), rng.permutation(places)[:rest]])

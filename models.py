@@ -132,6 +132,25 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(weights)
 
 
+def load_trained(run: Path, trained: dict, classes: int, image_size: int) -> nn.Module:
+    """The classifier of a run of train_lt.py after its last epoch, in evaluation mode, on the CPU.
+
+    Args:
+        trained: the run's arguments (args.json).
+
+    Raises:
+        UserError: the checkpoint is not readable, or of another architecture.
+    """
+    from runtime import runs
+
+    model = build_classifier(trained["model"], classes, image_size, cosine_head=trained["loss"] == "ldam")
+    try:
+        model.load_state_dict(runs.load_checkpoint(run / "checkpoint.pt", "cpu")["model"])
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{run / 'checkpoint.pt'}: does not fit the model {trained['model']} of args.json") from error
+    return model.eval()
+
+
 @dataclass(frozen=True)
 class KnownGenerator:
     """What a published generator was made for.

@@ -10,6 +10,7 @@ Writes: OUT/report.html (all of it on one page that needs no other file), table.
         after the last epoch, and in table.csv also at the best by validation); for each table curriculum.png (level and
         validation accuracy by epoch), groups.png, synthetic.png, frequency.png, gain.png, cuda.png; spectrum.png (rows:
         hard images; columns: levels), acceptance.png (kept share by class and level), distance.png
+        with --gallery: OUT/gallery/index.html and its thumbnails, to look through the spectrum and choose the threshold
 
     python report.py --runs runs/digits_* --spectrum runs/spectrum --out runs/report
 """
@@ -21,6 +22,7 @@ import importlib
 import io
 import json
 import re
+import shlex
 import shutil
 import traceback
 from collections.abc import Callable
@@ -31,7 +33,7 @@ import numpy as np
 import datasets
 from loaders.pictures import read_image
 from loaders.sources import read_sources
-from reporting import figures, names, page, recipes, render, tables
+from reporting import figures, gallery, names, page, recipes, render, tables
 from runtime import cli, runs
 from spectrum import folder as spectrum_folder
 
@@ -68,6 +70,11 @@ def build_parser() -> cli.Parser:
         help="folder of the data set that the spectrum was drawn from; digits and toycam need none (default: "
         "$DISCL_DATA/DATASET, where that variable is set)",
     )
+    parser.add_argument(
+        "--gallery",
+        action="store_true",
+        help="write OUT/gallery/index.html, on which a person looks through --spectrum and chooses the threshold",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="FOLDER", help="where the report goes")
     return parser
 
@@ -77,11 +84,23 @@ def build_parser() -> cli.Parser:
 
 
 def curves(row: tables.Row, name: str) -> np.ndarray | None:
-    """A figure of the history by epoch, mean over the seeds, (E,); None where it was not kept or has no class."""
+    """A figure of the history by seed and epoch, (S, E); None where it was not kept or has no class."""
     found = [[record.get(name) for record in run["history"]] for run in row.runs]
     if not all(found) or len({len(one) for one in found}) > 1 or any(value is None for one in found for value in one):
         return None
-    return np.array(found, dtype=float).mean(0)
+    return np.array(found, dtype=float)
+
+
+def join_equal(lines: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Lines that would cover each other as one, under all their names."""
+    joined: list[tuple[list[str], np.ndarray]] = []
+    for name, values in lines.items():
+        same = next((same_line for same_line, other in joined if np.array_equal(other, values)), None)
+        if same is None:
+            joined.append(([name], values))
+        else:
+            same.append(name)
+    return {"; ".join(same_line): values for same_line, values in joined}
 
 
 def per_class(row: tables.Row) -> np.ndarray | None:
@@ -99,42 +118,46 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
         drawn.extend(decorate(path.name, lambda: draw(*args, path) or [(path, caption)]))
 
     rows = [row for row in table.rows.values() if row.runs]
+    styles = figures.style_of([row.name for row in rows])
     points = {}
     for row in rows:
         history = row.runs[0]["history"]
-        curriculum = row.args.get("curriculum", "none")
         found = [(record["epoch"] + 1, level) for record in history for level in record["levels"]]
-        # Rows with the same curriculum share their points.
-        if history and curriculum != "none" and found not in points.values():
-            points[curriculum if curriculum not in points else row.name] = found
+        # Rows with the same levels, as CE and BS with one curriculum, share their points.
+        if history and row.args.get("curriculum", "none") != "none" and found not in points.values():
+            points[row.name] = found
     by_epoch = {name: {row.name: curves(row, name) for row in rows} for name in PANELS}
     by_epoch = {name: {k: v for k, v in lines.items() if v is not None} for name, lines in by_epoch.items()}
     by_epoch = {PANELS[name]: lines for name, lines in by_epoch.items() if lines}
     if by_epoch:
         add(
             "curriculum",
-            "Above: the guidance level of each epoch's synthetic images; 100 is the real image. Below: accuracy on the "
-            "validation set, mean over seeds; bold, over the last five epochs.",
-            figures.draw_curriculum, points, by_epoch,
+            "Above: the guidance level of each epoch's synthetic images; 100 is the real image. Markers are shifted "
+            "a little apart; rows with equal levels share the first one's. Below: accuracy on the validation set, mean "
+            "of five epochs; the band is one standard deviation over seeds.",
+            figures.draw_curriculum, points, by_epoch, styles,
         )  # fmt: skip
     by_group = {
         f"{group} (%)": {row.name: line for row in rows if (line := curves(row, f"val_{group}")) is not None}
         for group in GROUPS
+        if PANELS.get(f"val_{group}") not in by_epoch  # the figure above has that panel
     }
     by_group = {group: lines for group, lines in by_group.items() if lines}
     if by_group:
-        add("groups", "Validation accuracy of each group of classes by epoch, mean over seeds and five epochs.",
-            figures.draw_lines, by_group, figures.SMOOTHED)  # fmt: skip
+        add("groups", "Validation accuracy of each group of classes by epoch, mean of five epochs; the band is one "
+            "standard deviation over seeds.", figures.draw_lines, by_group, styles, figures.SMOOTHED)  # fmt: skip
     share = {row.name: 100 * line for row in rows
              if (line := curves(row, "synthetic_share")) is not None and line.any()}  # fmt: skip
+    share = join_equal(share)
+    styles |= {name: styles[name.split("; ")[0]] for name in share if name not in styles}
     if share:
-        add("synthetic", "Share of each epoch's training images that are synthetic.",
-            figures.draw_lines, {"synthetic images (%)": share}, 1)  # fmt: skip
+        add("synthetic", "Share of each epoch's training images that are synthetic; rows with equal shares are one "
+            "line.", figures.draw_lines, {"synthetic images (%)": share}, styles, 1)  # fmt: skip
     counts = next((row.runs[0]["results"].get("train_counts") for row in rows), None)
     known = {row.name: line for row in rows if (line := per_class(row)) is not None and counts}
     if known:
         add("frequency", "Test accuracy by how many training images a class has: classes in order, in groups of equal "
-            "size.", figures.draw_by_frequency, known, np.array(counts), "test accuracy (%)")  # fmt: skip
+            "size.", figures.draw_by_frequency, known, np.array(counts), styles, "test accuracy (%)")  # fmt: skip
         plain = {row.args.get("loss"): known[row.name] for row in reversed(rows)
                  if row.name in known and row.args.get("curriculum", "none") == "none"
                  and row.args.get("augment") != "cuda"}  # fmt: skip
@@ -143,7 +166,7 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
                 and row.args.get("loss") in plain}  # fmt: skip
         if gain:
             add("gain", "What a curriculum adds over the same loss without one, by how many training images a class "
-                "has.", figures.draw_by_frequency, gain, np.array(counts), "gain (points)")  # fmt: skip
+                "has.", figures.draw_by_frequency, gain, np.array(counts), styles, "gain (points)")  # fmt: skip
     learned = {
         f"level of learning, {names.FIGURE_NAMES.get(group, group)}": {
             row.name: line for row in rows if (line := curves(row, f"cuda_{group}")) is not None
@@ -152,7 +175,14 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
     }
     learned = {group: lines for group, lines in learned.items() if lines}
     if learned:
-        add("cuda", "CUDA's level of learning by epoch: 0 augments nothing, 10 most.", figures.draw_lines, learned, 1)
+        add(
+            "cuda",
+            "CUDA's level of learning by epoch: 0 augments nothing, 10 most.",
+            figures.draw_lines,
+            learned,
+            styles,
+            1,
+        )
     return drawn
 
 
@@ -229,6 +259,45 @@ def draw_acceptance(folder: Path, path: Path) -> None:
     figures.draw_acceptance([names[label] for label in labels], levels, made, kept, path)
 
 
+def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
+    """The page on which a person looks through a filtered spectrum; its index.html."""
+    plan, note = spectrum_folder.read_plan(folder), runs.read_json(folder / "scores.json")
+    scores = spectrum_folder.read_scores(folder / "scores.csv")
+    domains = {row["file_name"]: row["domain"] for row in spectrum_folder.read_rows(folder) if "domain" in row}
+    rows = [
+        row | ({"domain": domains[row["file_name"]]} if row["file_name"] in domains else {})
+        for row in spectrum_folder.read_made(folder)  # as filter_clipscore.py counts: also those whose image is gone
+    ]
+    train = datasets.load(plan["dataset"], plan["imb_ratio"], data_root, plan["data_seed"]).train
+    kept, threshold = sum(entry["kept"] for entry in scores.values()), note.get("threshold")
+    rule = f"--threshold {threshold:g}" if threshold is not None else f"--keep-share {note['keep_share']:g}"
+    if threshold is None:  # a kept share has none: begin at the lowest score that it kept
+        threshold = min((entry["text_score"] for entry in scores.values() if entry["kept"]), default=0.0)
+    return gallery.write_gallery(
+        rows,
+        scores,
+        threshold,
+        lambda names: (image for image, _ in read_sources(names, train, data_root)),
+        lambda name: read_image(folder / name),
+        f"{folder}: {len(rows):,} images of {plan['dataset']}. scores.csv keeps {kept:,} of them ({rule}), "
+        f"scored by the CLIP {note['clip']}.",
+        filter_command(folder, data_root, plan, note),
+        out / "gallery",
+    )
+
+
+def filter_command(folder: Path, data_root: Path | None, plan: dict, note: dict) -> str:
+    """The filter's command for this spectrum, without its threshold; a CLIP in a folder is the data set's own."""
+    words = ["python", "filter_clipscore.py", "--dataset", plan["dataset"], "--spectrum", str(folder)]
+    if plan["imb_ratio"] is not None:
+        words += ["--imb-ratio", f"{plan['imb_ratio']:g}"]
+    words += ["--data-seed", str(plan["data_seed"])]
+    words += ["--data-root", str(data_root)] if data_root else []
+    words += ["--clip", note["clip"]] if not note.get("clip_digest") else []
+    beside = folder.parent / "prompts.json"
+    return shlex.join(words + (["--prompts", str(beside)] if beside.is_file() else []))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the page
 
@@ -280,6 +349,10 @@ def decorate(what: str, draw: Callable[[], list[tuple[Path, str]]]) -> list[tupl
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.gallery and args.spectrum is None:
+        raise cli.UserError("--gallery: expected the --spectrum to look through")
+    if args.gallery and not (args.spectrum / "scores.json").is_file():
+        raise cli.UserError(f"--gallery: {args.spectrum} has no scores.json; expected a filtered spectrum folder")
     # Gather what recipes ask for and what was run.
     wanted, complaints = recipes.read_all(effective_arguments)
     print("".join(f"{line}\n" for line in complaints), end="")
@@ -306,6 +379,9 @@ def main(argv: list[str] | None = None) -> int:
         drawn = draw_spectrum_figures(args.spectrum, args.data_root, args.out)
         written += [path.name for path, _ in drawn]
         sections.append(("The spectrum", [page.figure(path, caption) for path, caption in drawn]))
+        if args.gallery:
+            data_root = args.data_root or cli.default_data_root(spectrum_folder.read_plan(args.spectrum)["dataset"])
+            written.append(str(draw_gallery(args.spectrum, data_root, args.out).relative_to(args.out)))
     # Put all of it on one page.
     begun = {names.table_name(row.args) for table in found for row in table.rows.values() if row.runs}
     waiting = sorted({names.table_name(recipe.args) for recipe in wanted} - begun)

@@ -1,8 +1,9 @@
 """Step 2: text prompts for each class that has hard images.
 
 --source template takes the data set's own phrasings; scenes writes descriptions offline, from a grammar; llm has any
-text-generation model of transformers write them; file takes yours. Descriptions by scenes and llm have 15 words or
-more and stand in the paper's frame, "a 8k real photo: {}" (DisCL).
+text-generation model of transformers write them; file takes yours; domains puts each class into the domains of
+describe_domains.py (ALIA). Descriptions by scenes and llm have 15 words or more and stand in the paper's frame, "a 8k
+real photo: {}" (DisCL).
 
 Reads:  hard.csv
 Writes: prompts.json: for each class index its name, the prompt that CLIPScore is taken against, and the prompts that
@@ -22,6 +23,7 @@ from pathlib import Path
 import datasets
 from loaders.base import spoken_name
 from runtime import cli, runs
+from spectrum import domains as summary
 from spectrum import folder as spectrum_folder
 from spectrum import scenes
 from spectrum.language_model import ask
@@ -42,10 +44,10 @@ def build_parser() -> cli.Parser:
     )
     parser.add_argument(
         "--source",
-        choices=["template", "scenes", "llm", "file"],
+        choices=["template", "scenes", "llm", "file", "domains"],
         default="template",
         help="template: the data set's own phrasings, with the class name in them; scenes: an offline grammar; "
-        "llm: a language model; file: your own prompts",
+        "llm: a language model; file: your own prompts; domains: the data set's domains (ALIA)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/prompts.json"), metavar="FILE", help="the file to write")
     group = parser.add_argument_group("scenes and llm")
@@ -66,6 +68,11 @@ def build_parser() -> cli.Parser:
         metavar="FILE",
         help="CSV with columns class and prompt, or JSON with a list of prompts for each class; a class is an index or "
         "a name",
+    )
+    group = parser.add_argument_group("domains")
+    group.add_argument("--domains", type=cli.existing_file, metavar="FILE", help="domains.json of describe_domains.py")
+    group.add_argument(
+        "--instructions", action="store_true", help="take the domains' instructions, for editors that want one"
     )
     return parser
 
@@ -177,7 +184,9 @@ def read_own(path: Path, names: dict[int, str]) -> dict[int, list[str]]:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    for source in ("llm", "file"):
+    if args.instructions and args.source != "domains":
+        raise cli.UserError("--instructions: expected with --source domains only")
+    for source in ("llm", "file", "domains"):
         if (args.source == source) != (getattr(args, source) is not None):
             raise cli.UserError(f"--source {args.source}: expected --{source} with --source {source}, and only with it")
     if args.frame.count("{}") != 1:
@@ -216,6 +225,12 @@ def main(argv: list[str] | None = None) -> int:
             add(label, [args.frame.replace("{}", text) for text in described], "scenes")
     elif args.source == "llm" and new:
         write_by_llm(new, spoken, args, add_described)
+    elif args.source == "domains":
+        domains = summary.read_domains(args.domains)["domains"]
+        form = "instruction" if args.instructions else "prompt"
+        for label in new:
+            texts = [domain[form].replace("{}", spoken[label]) for domain in domains]
+            add(label, texts, f"domains {args.domains.name}", domains=[domain["name"] for domain in domains])
     elif args.source == "file":
         own = read_own(args.file, names)
         missing = [label for label in new if label not in own]

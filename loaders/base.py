@@ -224,6 +224,11 @@ def long_tail_counts(largest: int, classes: int, imb_ratio: float) -> list[int]:
     return [int(largest * imb_ratio ** (-k / (classes - 1)) + 1e-9) for k in range(classes)]
 
 
+def fold_of(source: str, folds: int) -> int:
+    """The part, 0 to folds - 1, that an image belongs to where a training set is cut into `folds` parts."""
+    return int.from_bytes(hashlib.blake2b(f"fold\0{source}".encode(), digest_size=8).digest(), "big") % folds
+
+
 def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split a training set that has no validation set: indices of what stays, and of what is held out.
 

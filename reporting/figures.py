@@ -14,6 +14,25 @@ SMOOTHED = 5  # epochs that a bold line is the mean of
 COLUMNS, TILE, LINE = 8, 72, 24  # of a sheet: images a row; sides of an image and its text in pixels
 
 
+def style_of(names: list[str]) -> dict[str, dict]:
+    """The look of each row in all figures of a table: its colour, and a dash once the colours are used up."""
+    dashes = ("-", "--", ":")
+    return {
+        name: {"color": COLOURS[k % len(COLOURS)], "linestyle": dashes[k // len(COLOURS) % len(dashes)]}
+        for k, name in enumerate(names)
+    }
+
+
+def add_legend(figure, axes) -> None:
+    """One legend for all of a figure's axes, below them, where a narrow screen shows it too."""
+    found = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    if found:
+        figure.legend(found.values(), found, fontsize=9, loc="upper left", bbox_to_anchor=(0.08, 0), ncols=3)
+
+
 def new_figure(*args, **kwargs):
     """A matplotlib figure that needs no display."""
     import matplotlib
@@ -32,12 +51,20 @@ def save_figure(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def draw_acceptance(names: list[str], levels: list[int], made: np.ndarray, kept: np.ndarray, path: Path) -> None:
-    """The share of images that CLIPScore keeps: a row for each class or group, a column for each level.
+def draw_acceptance(
+    names: list[str],
+    levels: list,
+    made: np.ndarray,
+    kept: np.ndarray,
+    path: Path,
+    columns: str = "guidance level (%)",
+    title: str = "images that CLIPScore keeps",
+) -> None:
+    """The share of images that a filter keeps: a row for each class or group, a column for each level or domain.
 
     Args:
         names: what the R rows are.
-        levels: what the L columns are, percent.
+        levels: what the L columns are: levels in percent, or domains.
         made: images drawn, int (R, L).
         kept: images kept, int (R, L).
     """
@@ -56,8 +83,8 @@ def draw_acceptance(names: list[str], levels: list[int], made: np.ndarray, kept:
         )
     axis.set_xticks(range(len(levels)), levels)
     axis.set_yticks(range(len(names)), names)
-    axis.set_xlabel("guidance level (%)")
-    axis.set_title("images that CLIPScore keeps", fontsize=10)
+    axis.set_xlabel(columns)
+    axis.set_title(title, fontsize=10)
     save_figure(figure, path)
 
 
@@ -114,76 +141,93 @@ def draw_confusion(counts: np.ndarray, hard: np.ndarray, class_names: list[str],
 
 
 def draw_curriculum(
-    levels: dict[str, list[tuple[int, int]]], panels: dict[str, dict[str, np.ndarray]], path: Path
+    levels: dict[str, list[tuple[int, int]]],
+    panels: dict[str, dict[str, np.ndarray]],
+    styles: dict[str, dict],
+    path: Path,
 ) -> None:
     """Guidance levels by epoch, and below it curves by epoch.
 
     Args:
-        levels: curriculum -> pairs of epoch, from 1, and level in percent; several of an epoch that mixes levels.
-        panels: what a panel shows -> row -> values by epoch, (E,).
+        levels: row -> pairs of epoch, from 1, and level in percent; several of an epoch that mixes levels.
+        panels: what a panel shows -> row -> values by seed and epoch, (S, E).
+        styles: of `style_of`.
     """
     figure, (top, *others) = new_figure(
-        1 + len(panels), 1, figsize=(8, 3 + 3 * len(panels)), sharex=True, height_ratios=(2, *[3] * len(panels))
+        1 + len(panels), 1, figsize=(6, 3 + 3 * len(panels)), sharex=True, height_ratios=(2, *[3] * len(panels))
     )
     for number, (name, points) in enumerate(levels.items()):
-        marker, colour = MARKERS[number % len(MARKERS)], COLOURS[number % len(COLOURS)]
-        top.plot(*zip(*points, strict=True), marker, color=colour, markersize=4, label=name)
+        # Rows at one level would hide each other: each has its own small shift and an open marker.
+        shift = 2.5 * (number - (len(levels) - 1) / 2)
+        epochs, values = zip(*points, strict=True)
+        marker, colour = MARKERS[number % len(MARKERS)], styles[name]["color"]
+        top.plot(epochs, np.array(values) + shift, marker, color=colour, markersize=4, fillstyle="none", label=name)
     top.set_ylabel("guidance level (%)\n100 = real images only")
-    top.set_ylim(-5, 105)
+    top.set_ylim(-5 - 1.25 * len(levels), 105 + 1.25 * len(levels))
     top.grid(alpha=0.3)
-    if levels:
-        top.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    _draw_panels(others, panels)
+    _draw_panels(others, panels, styles)
+    add_legend(figure, (*others, top))
     save_figure(figure, path)
 
 
-def draw_lines(panels: dict[str, dict[str, np.ndarray]], smoothed: int, path: Path) -> None:
-    """Curves by epoch: what a panel shows -> row -> values, (E,). `smoothed`: epochs that a line is the mean of."""
-    figure, axes = new_figure(len(panels), 1, figsize=(8, 3 * len(panels)), sharex=True, squeeze=False)
-    _draw_panels(axes[:, 0], panels, smoothed)
+def draw_lines(panels: dict[str, dict[str, np.ndarray]], styles: dict[str, dict], smoothed: int, path: Path) -> None:
+    """Curves by epoch.
+
+    Args:
+        panels: what a panel shows -> row -> values by seed and epoch, (S, E).
+        styles: of `style_of`.
+        smoothed: epochs that a line is the mean of.
+    """
+    figure, axes = new_figure(len(panels), 1, figsize=(6, 3 * len(panels)), sharex=True, squeeze=False)
+    _draw_panels(axes[:, 0], panels, styles, smoothed)
+    add_legend(figure, axes[:, 0])
     save_figure(figure, path)
 
 
-def _draw_panels(axes, panels: dict[str, dict[str, np.ndarray]], smoothed: int = SMOOTHED) -> None:
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+def _draw_panels(axes, panels: dict, styles: dict[str, dict], smoothed: int = SMOOTHED) -> None:
+    """A line for the mean over seeds, and a band of one standard deviation to either side."""
     for (label, lines), axis in zip(panels.items(), axes, strict=True):
         for name, values in lines.items():
-            number = names.index(name)
-            style = {"color": COLOURS[number % len(COLOURS)], "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3]}
-            epochs = np.arange(1, len(values) + 1)
-            if smoothed > 1:
-                # Few validation images make a jagged line: show it faintly, under its mean over some epochs.
-                axis.plot(epochs, values, alpha=0.2, linewidth=1, **style)
-            means = [values[max(0, i - smoothed + 1) : i + 1].mean() for i in range(len(values))]
-            axis.plot(epochs, means, linewidth=2, label=name, **style)
+            epochs = np.arange(1, values.shape[1] + 1)
+            means = smooth(values, smoothed)
+            axis.plot(epochs, means.mean(0), linewidth=2, label=name, **styles[name])
+            if len(means) > 1:
+                low, high = means.mean(0) - means.std(0, ddof=1), means.mean(0) + means.std(0, ddof=1)
+                axis.fill_between(epochs, low, high, color=styles[name]["color"], alpha=0.15, linewidth=0)
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-    axes[-1].set_xlabel("epoch")
-    axes[0].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if len(axes):
+        axes[-1].set_xlabel("epoch")
 
 
-def draw_by_frequency(lines: dict[str, np.ndarray], counts: np.ndarray, label: str, path: Path) -> None:
+def smooth(values: np.ndarray, epochs: int) -> np.ndarray:
+    """Each value's mean with those of the epochs before it, up to `epochs` of them: (S, E) -> (S, E)."""
+    means = [values[:, max(0, i - epochs + 1) : i + 1].mean(1) for i in range(values.shape[1])]
+    return np.stack(means, axis=1)
+
+
+def draw_by_frequency(
+    lines: dict[str, np.ndarray], counts: np.ndarray, styles: dict[str, dict], label: str, path: Path
+) -> None:
     """A figure of each class by how many training images it has: classes in order of that, in up to 10 groups.
 
     Args:
         lines: row -> figure of each class, (C,), NaN where it has none.
         counts: training images of each class, (C,).
+        styles: of `style_of`.
         label: what the figure is, with its unit.
     """
     groups = [group for group in np.array_split(np.argsort(-counts, kind="stable"), 10) if len(group)]
-    figure, axis = new_figure(figsize=(8, 4))
-    for number, (name, values) in enumerate(lines.items()):
+    figure, axis = new_figure(figsize=(6, 4))
+    for name, values in lines.items():
         found = [values[group][~np.isnan(values[group])] for group in groups]
         means = [group.mean() if len(group) else np.nan for group in found]
-        axis.plot(
-            range(len(groups)), means, linewidth=2, marker=".", label=name, color=COLOURS[number % len(COLOURS)],
-            linestyle=("-", "--", ":")[number // len(COLOURS) % 3],
-        )  # fmt: skip
+        axis.plot(range(len(groups)), means, linewidth=2, marker=".", label=name, **styles[name])
     ranges = [(counts[group].max(), counts[group].min()) for group in groups]
     axis.set_xticks(range(len(groups)), [f"{most}" if most == least else f"{most}–{least}" for most, least in ranges])
     axis.tick_params(axis="x", labelsize=8)
     axis.set(xlabel="training images of a class", ylabel=label)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    add_legend(figure, [axis])
     save_figure(figure, path)

@@ -37,7 +37,7 @@ SCRIPTS = (
 )  # fmt: skip
 SHARDED = ("tune_generator.py", "generate_spectrum.py")
 FOLDERS = ("loaders", "spectrum", "generation", "training", "reporting", "runtime")
-SNAPSHOT = ("*.py", *(f"{name}/*.py" for name in FOLDERS), "assets/*", "slurm/*")
+SNAPSHOT = ("*.py", *(f"{name}/*.py" for name in FOLDERS), "reporting/gallery.*", "assets/*", "slurm/*")
 MAX_TIMEOUTS = 100  # a job that only ran out of time is requeued this often
 
 

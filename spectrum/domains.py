@@ -249,6 +249,16 @@ def read_domains(path: Path) -> dict:
     return content
 
 
+def domain_of_prompt(entry: dict, prompt: str) -> str:
+    """The domain that a prompt of prompts.json asks for, empty where it has none.
+
+    Args:
+        entry: a class of prompts.json, with `prompts` and perhaps `domains`, a name for each.
+    """
+    pairs = zip(entry["prompts"], entry.get("domains", []), strict=False)
+    return next((name for text, name in pairs if text == prompt), "")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # sources.csv: the domain that each training image has already
 

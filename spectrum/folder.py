@@ -167,6 +167,13 @@ def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
         texts = entry.get("prompts")
         if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
             raise UserError(f"{path} class {key}: expected a list prompts of texts that are not empty")
+        domains = entry.get("domains", texts)
+        if not isinstance(domains, list) or not all(isinstance(name, str) for name in domains):
+            raise UserError(f"{path} class {key}: expected a list domains of names")
+        if len(domains) != len(texts):
+            raise UserError(
+                f"{path} class {key}: {len(domains)} domains for {len(texts)} prompts; expected one for each"
+            )
         prompts[int(key)] = entry
     missing = sorted(label for label in set(labels) if not prompts.get(label, {}).get("prompts"))
     if missing:

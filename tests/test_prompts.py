@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import write_prompts
 from runtime.cli import UserError
+from spectrum import domains as summary
 from spectrum import folder as spectrum_folder
 from spectrum import scenes
 
@@ -262,3 +263,44 @@ def test_an_existing_file_is_completed(hard, tmp_path):
     content = run(hard, "--source", "scenes")
     assert content["0"] == mine and len(content["4"]["prompts"]) == 10
     assert SimpleNamespace(**content["7"]).class_name == "fox"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# domains
+
+DOMAINS = [
+    {"name": "on snow", "prompt": "a photo of a {} on snow", "instruction": "put the {} on snow"},
+    {"name": "at night", "prompt": "a dark photo of a {}", "instruction": "make it night"},
+]
+
+
+def test_every_class_is_put_into_every_domain(hard, tmp_path):
+    path = tmp_path / "domains.json"
+    path.write_text(json.dumps({"domains": DOMAINS}))
+    content = run(hard, "--source", "domains", "--domains", path)
+    assert content["4"]["prompts"] == ["a photo of a bow/arrow on snow", "a dark photo of a bow/arrow"]
+    assert all(entry["domains"] == ["on snow", "at night"] for entry in content.values())
+    read = spectrum_folder.read_prompts(tmp_path / "prompts.json", [0, 4, 7])
+    assert summary.domain_of_prompt(read[4], "a dark photo of a bow/arrow") == "at night"
+    assert (
+        summary.domain_of_prompt(read[4], "another") == "" and summary.domain_of_prompt({"prompts": ["x"]}, "x") == ""
+    )
+    (tmp_path / "prompts.json").unlink()
+    content = run(hard, "--source", "domains", "--domains", path, "--instructions")
+    assert content["0"]["prompts"] == ["put the fox on snow", "make it night"]
+    content["0"]["domains"].pop()
+    (tmp_path / "prompts.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="class 0: 1 domains for 2 prompts; expected one for each"):
+        spectrum_folder.read_prompts(tmp_path / "prompts.json", [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--source", "domains"], "--source domains: expected --domains"),
+        (["--instructions"], "--instructions: expected with --source domains only"),
+    ],
+)
+def test_domain_flags_go_together(hard, arguments, message):
+    with pytest.raises(UserError, match=message):
+        write_prompts.main(["--hard", str(hard), "--out", str(hard.with_name("p.json")), *arguments])

@@ -22,7 +22,7 @@ import models
 import report
 import train_iwildcam
 import train_lt
-from reporting import names, recipes
+from reporting import names, recipes, tables
 from runtime import cli, runs
 from runtime.cli import UserError
 from training import augmentations
@@ -87,6 +87,71 @@ def test_no_two_recipes_share_a_run_folder_or_a_row():
     assert len(set(named)) == len(named)
 
 
+TRAINED = [path for path in WITH_COMMAND if "\n# python train_" in path.read_text(encoding="utf-8")]
+UNSTATED = {"memory_format", "spectrum"}  # speed; a place
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=name_of)
+def test_a_recipe_states_every_number_that_the_data_set_has_a_default_for(path):
+    """So that no published row changes by an edit elsewhere."""
+    script, _ = command_of(path)
+    words = [word for word, _ in cli.expand_files([f"@{path}"])]
+    stated = {word[2:].replace("-", "_") for word in words if word.startswith("--")}
+    args = parse(path)
+    shipped = datasets.DEFAULTS[args.dataset]
+    needed = set(shipped.get("data", {}) | shipped[script]) | {"epochs", "optimizer", "lr", "schedule", "precision"}
+    if args.curriculum == "none":
+        needed -= tables.OF_CURRICULUM | {"progress_images", "real_pass_images"}
+    assert needed - stated - UNSTATED == set()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "own"),
+    [
+        ("imagenet_lt/r10_ce_d2s", {"curriculum", "levels", "init_checkpoint", "spectrum"}),
+        ("inat2018/r10_ce_d2s", {"curriculum", "levels", "init_checkpoint", "spectrum"}),
+        ("cifar100_lt/ir100_r32_ce", {"levels", "spectrum"}),
+        ("iwildcam/b16_flyp", {"levels", "spectrum"}),
+    ],
+)
+def test_the_numbers_of_a_recipe_are_the_data_sets_defaults(recipe, own):
+    """What differs is named here; of the rest a recipe and a command without it are the same run."""
+    path = ROOT / f"recipes/{recipe}.args"
+    script, words = command_of(path)
+    stated = report.effective_arguments(script, words)
+    default = report.effective_arguments(script, ["--dataset", parse(path).dataset])
+    assert {flag for flag in stated if stated[flag] != default[flag]} == own
+
+
+def test_the_papers_schedule_of_imagenet_lt_is_in_its_recipe():
+    """DisCL v4, Table 9: 60 of 65 epochs on levels 0, 0.1, 0.3, 0.5 and 1.0, twelve each."""
+    args = parse(ROOT / "recipes/imagenet_lt/r10_bs_d2s.args")
+    assert (args.epochs, args.curriculum_epochs, args.levels) == (65, 60, [0, 10, 30, 50, 100])
+    assert (args.optimizer, args.lr, args.weight_decay, args.batch_size) == ("adam", 1e-3, 1e-5, 128)
+    assert parse(ROOT / "recipes/iwildcam/b16_flyp_adaptive.args").levels == [50, 70, 90, 100]
+
+
+def test_published_figures_name_version_and_table():
+    found, complaints = recipes.read_all(report.effective_arguments)
+    assert complaints == [] and sum(bool(recipe.expected) for recipe in found) > 40
+    sources = {recipe.source for recipe in found if recipe.expected} | {row.source for row in recipes.read_published()}
+    assert [
+        source for source in sources if source.startswith("DisCL") and not re.match(r"DisCL v[14], [Tt]able", source)
+    ] == []
+    by_name = {recipe.file: recipe.expected for recipe in found}
+    for name, value in {
+        "cifar100_lt/ir50_r10_ce_cuda": 33.13, "cifar100_lt/ir50_r10_bs_cuda": 36.21, "inat2018/r10_ce_cuda": 43.18,
+        "inat2018/r10_bs_cuda": 50.23, "imagenet_lt/r34_ce": 42.98, "imagenet_lt/r34_ce_d2s": 44.26,
+        "imagenet_lt/r34_bs_cuda": 47.33, "imagenet_lt/r34_bs_d2s": 48.42,
+    }.items():  # fmt: skip
+        assert by_name[f"recipes/{name}.args"]["overall"] == value
+    titles = {names.table_name(recipe.args) for recipe in found}
+    assert {row.table for row in recipes.read_published()} <= titles
+    # Table 5 of v4: what the filter kept at ratio 100 and 50.
+    texts = [(ROOT / f"recipes/cifar100_lt/ir{ratio}_filter.args").read_text() for ratio in (100, 50)]
+    assert "809 of 2,592" in texts[0] and "668 of 2,144" in texts[1]
+
+
 def test_recipes_start_from_the_runs_that_they_need():
     for path in WITH_COMMAND:
         script, _ = command_of(path)
@@ -99,7 +164,7 @@ def test_recipes_start_from_the_runs_that_they_need():
         assert (args.model, args.dataset) == (needed.model, needed.dataset) and not needed.init_checkpoint
 
 
-@pytest.mark.parametrize("model", ["resnet10", "resnet32", "resnet50"])
+@pytest.mark.parametrize("model", ["resnet10", "resnet32", "resnet34", "resnet50"])
 def test_every_model_of_the_recipes_is_built(model):
     assert model in {getattr(parse(path), "model", None) for path in WITH_COMMAND}
     with torch.device("meta"):

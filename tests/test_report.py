@@ -369,7 +369,7 @@ def test_gain_is_over_the_same_loss_without_a_curriculum(tmp_path, monkeypatch):
     ]
     drawn = {}
     monkeypatch.setattr(
-        report.figures, "draw_by_frequency", lambda lines, counts, label, path: drawn.update({label: lines})
+        report.figures, "draw_by_frequency", lambda lines, counts, styles, label, path: drawn.update({label: lines})
     )
     [table] = tables.read(tables.run_folders([tmp_path / folder for folder in folders]), [], report.effective_arguments)
     report.draw_table(table, tmp_path, "")
@@ -383,11 +383,12 @@ def test_classes_are_grouped_by_their_training_images(tmp_path, monkeypatch):
     for name in ("set_xticks", "tick_params", "set", "axhline", "grid", "legend"):
         setattr(axis, name, lambda *_, **__: None)
     monkeypatch.setattr(report.figures, "new_figure", lambda **_: (None, axis))
-    monkeypatch.setattr(report.figures, "save_figure", lambda *_: None)
+    for name in ("save_figure", "add_legend"):
+        monkeypatch.setattr(report.figures, name, lambda *_: None)
     counts = np.array([1, 2] * 10)  # the ten classes of two images come first, two of them in each group
     values = np.where(counts == 2, 80.0, 10.0)
     values[1] = np.nan
-    report.figures.draw_by_frequency({"a": values}, counts, "", tmp_path / "x.png")
+    report.figures.draw_by_frequency({"a": values}, counts, {"a": {}}, "", tmp_path / "x.png")
     assert plotted == [[80.0] * 5 + [10.0] * 5]
 
 

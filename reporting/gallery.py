@@ -1,0 +1,140 @@
+"""A page on which a person looks through a spectrum, source beside its levels or domains, and chooses the threshold.
+
+The page holds all rows and scores; the pictures are beside it, a strip of thumbnails for each source, which the browser
+loads when the source comes into view. gallery.html, gallery.css and gallery.js make the page; it needs no network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from runtime import cli, runs
+from runtime.cli import UserError
+
+HERE = Path(__file__).resolve().parent
+THUMB = 96  # pixels of a thumbnail's side, at most; smaller pictures keep their size
+QUALITY = 85  # of the strips' JPEG
+
+
+def write_gallery(
+    rows: list[dict],
+    scores: dict[str, dict],
+    threshold: float,
+    read_source: Callable[[list[str]], object],
+    read_image: Callable[[str], Image.Image],
+    about: str,
+    command: str,
+    out: Path,
+) -> Path:
+    """Write OUT/index.html and OUT/strips/.
+
+    Args:
+        rows: the images of a spectrum or a set of edits, as in metadata.jsonl; those with a `domain` stand under it,
+            others under their `level`.
+        scores: text_score, image_score, kept and reason by file name.
+        threshold: where the slider starts.
+        read_source: sources' names -> an iterator over their RGB images.
+        read_image: a row's file_name -> RGB; UserError where it cannot be read, which leaves its tile grey.
+        about: a line on what the page shows.
+        command: the command that filters, without --threshold.
+    """
+    rows = sorted(rows, key=lambda row: (row["label"], row["source"], column_key(row), row["seed"]))
+    by_source: dict[str, list[dict]] = {}
+    for row in rows:
+        by_source.setdefault(row["source"], []).append(row)
+    # Grey stands for a picture that does not decode: its score says why.
+    with cli.progress(len(by_source), "thumbnails", "source") as bar:
+        for number, (real, own) in enumerate(zip(read_source(list(by_source)), by_source.values(), strict=True)):
+            write_strip(real, own, read_image, out / strip_name(number))
+            bar.update(1)
+    path = out / "index.html"
+    runs.write_text(path, fill_page(describe(by_source, scores, threshold, about, command)))
+    return path
+
+
+def column_key(row: dict) -> tuple:
+    """What an image stands under: its domain or, without one, its level."""
+    return (row["domain"],) if "domain" in row else (row["level"],)
+
+
+def strip_name(number: int) -> str:
+    return f"strips/{number:06d}.jpg"
+
+
+def write_strip(real: Image.Image, rows: list[dict], read_image: Callable, path: Path) -> None:
+    """A source's thumbnails side by side, the source first."""
+    side = min(THUMB, max(real.size))
+    strip = Image.new("RGB", (side * (1 + len(rows)), side), "grey")
+    strip.paste(thumbnail(real, side), (0, 0))
+    for place, row in enumerate(rows, 1):
+        try:
+            strip.paste(thumbnail(read_image(row["file_name"]), side), (side * place, 0))
+        except UserError:
+            continue
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    strip.save(beside, "JPEG", quality=QUALITY, subsampling=0)
+    beside.replace(path)
+
+
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """The whole picture in a square of `side` pixels."""
+    return ImageOps.pad(image, (side, side), color="grey")
+
+
+def describe(by_source: dict[str, list[dict]], scores: dict, threshold: float, about: str, command: str) -> dict:
+    """All that the page's script reads: tables of words, and for the images one list a column."""
+    rows = [row for own in by_source.values() for row in own]
+    domains = any("domain" in row for row in rows)
+    columns = [key for (key,) in sorted({column_key(row) for row in rows}, key=str if domains else None)]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    prompt_of, column_of = {p: k for k, p in enumerate(prompts)}, {c: k for k, c in enumerate(columns)}
+    entries = [scores.get(row["file_name"]) or {} for row in rows]
+    finite = [math.isfinite(entry.get("text_score", math.nan)) for entry in entries]
+    lost = {entry.get("reason") or "no score" for entry, known in zip(entries, finite, strict=True) if not known}
+    return {
+        "about": about,
+        "command": command,
+        "threshold": threshold,
+        "column_name": "domain" if domains else "level",
+        "columns": columns,
+        "classes": {row["label"]: row["class_name"] for row in rows},
+        "labels": sorted({row["label"] for row in rows}),
+        "prompts": prompts,
+        "reasons": ["kept", "low text score", *sorted(lost)],
+        "sources": [
+            {"name": name, "label": own[0]["label"], "file": strip_name(number), "count": 1 + len(own)}
+            for number, (name, own) in enumerate(by_source.items())
+        ],
+        "images": {
+            "source": [number for number, own in enumerate(by_source.values()) for _ in own],
+            "place": [place for own in by_source.values() for place in range(1, 1 + len(own))],
+            "column": [column_of[column_key(row)[0]] for row in rows],
+            "seed": [row["seed"] for row in rows],
+            "prompt": [prompt_of[row["prompt"]] for row in rows],
+            "file": [row["file_name"] for row in rows],
+            "text": [entry["text_score"] if known else None for entry, known in zip(entries, finite, strict=True)],
+            "image": [entry["image_score"] if known else None for entry, known in zip(entries, finite, strict=True)],
+            "kept": [bool(entry.get("kept")) for entry in entries],
+            "reason": [entry.get("reason", "") for entry in entries],
+        },
+    }
+
+
+def fill_page(data: dict) -> str:
+    """The page's text. `<` is written as an escape in the data, which so cannot end its script element."""
+    text = (HERE / "gallery.html").read_text(encoding="utf-8")
+    content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    for mark, part in (
+        ("/*CSS*/", (HERE / "gallery.css").read_text(encoding="utf-8")),
+        ("/*JS*/", (HERE / "gallery.js").read_text(encoding="utf-8")),
+        ("/*DATA*/", content),
+    ):
+        text = text.replace(mark, part, 1)
+    return text
