@@ -30,10 +30,9 @@ from pathlib import Path
 import numpy as np
 
 import datasets
-from runtime import cli, runs
+from runtime import cli, files, runs
 from spectrum import captions as captioning
 from spectrum import domains as summary
-from spectrum import folder as spectrum_folder
 
 CAPTIONER = "Salesforce/blip-image-captioning-large"  # the paper's
 LEAST_DOMAINS = 3  # a language model's answer with fewer usable ones is filled up from count
@@ -172,7 +171,7 @@ def caption_shard(args, data, stop: runs.StopSignals) -> None:
         label_of = dict(zip(data.train.sources, data.train.labels.tolist(), strict=True))
         loaded = models.load_captioner(args.captioner, pick_device(args.device), args.revision)
         captioner = captioning.Captioner(loaded, args.caption_prompt, args.max_new_tokens)
-        writer = spectrum_folder.RowWriter(folder, "captions.jsonl")
+        writer = files.RowWriter(folder, "captions.jsonl")
         with cli.progress(len(todo), "captioning", "image") as bar:
             for start in range(0, len(todo), args.batch_size):
                 names = todo[start : start + args.batch_size]

@@ -26,7 +26,7 @@ import numpy as np
 import datasets
 from loaders.base import LongTailed
 from runtime import cli, runs
-from spectrum import folder as spectrum_folder
+from spectrum import tables
 
 SHOWN = 20  # classes or images that are listed one by one
 
@@ -191,7 +191,7 @@ def probabilities(args, data: LongTailed) -> np.ndarray:
     else:
         path.unlink(missing_ok=True)
         runs.write_json(note, made_by)
-    found = spectrum_folder.read_probabilities(path) if path.exists() else {}
+    found = tables.read_probabilities(path) if path.exists() else {}
     # Those that could not be read are tried again.
     places = [place for place, name in enumerate(data.train.sources) if found.get(name) is None]
     batches = (checkpoint_batches if args.checkpoint else clip_batches)(args, data, places) if places else ()
@@ -206,7 +206,7 @@ def probabilities(args, data: LongTailed) -> np.ndarray:
                         "not finite; expected another checkpoint"
                     )
                 rows.append((data.train.sources[places[i]], value))
-            spectrum_folder.append_probabilities(path, rows)
+            tables.append_probabilities(path, rows)
             found |= rows
             bar.update(len(rows))
     print(f"{path}: the probability of {len(data.train)} images, {len(places)} newly scored")
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         for place in places
     ]
-    spectrum_folder.write_hard(args.out, hard)
+    tables.write_hard(args.out, hard)
     classes = {row["label"] for row in hard}
     print(f"{args.out}: {len(hard)} hard images of {len(data.train)}, in {len(classes)} classes of {len(data.counts)}")
     print_counts(hard, data)

@@ -36,6 +36,7 @@ from loaders.sources import read_sources
 from reporting import figures, gallery, names, page, recipes, render, tables
 from runtime import cli, runs
 from spectrum import folder as spectrum_folder
+from spectrum.tables import read_scores
 
 GROUPS = ("many", "medium", "few")
 TRAINERS = ("train_lt", "train_iwildcam")  # the scripts whose runs make tables
@@ -190,7 +191,7 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
     """A sheet: a row for each of some hard images, a column for each level and the source; rejected ones framed red."""
     plan = spectrum_folder.read_plan(folder)
     rows = spectrum_folder.read_rows(folder)
-    scores = spectrum_folder.read_scores(folder / "scores.csv") if (folder / "scores.csv").exists() else {}
+    scores = read_scores(folder / "scores.csv") if (folder / "scores.csv").exists() else {}
     by_label: dict[int, list[str]] = {}
     for source, label in {row["source"]: row["label"] for row in rows}.items():
         by_label.setdefault(label, []).append(source)
@@ -248,7 +249,7 @@ def draw_spectrum_figures(folder: Path, data_root: Path | None, out: Path) -> li
 
 def draw_acceptance(folder: Path, path: Path) -> None:
     """The kept share of each class and level, with the number kept."""
-    rows, scores = spectrum_folder.read_rows(folder), spectrum_folder.read_scores(folder / "scores.csv")
+    rows, scores = spectrum_folder.read_rows(folder), read_scores(folder / "scores.csv")
     labels, levels = sorted({row["label"] for row in rows}), sorted({row["level"] for row in rows})
     names = {row["label"]: row["class_name"] for row in rows}
     made, kept = np.zeros((len(labels), len(levels)), int), np.zeros((len(labels), len(levels)), int)
@@ -262,7 +263,7 @@ def draw_acceptance(folder: Path, path: Path) -> None:
 def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
     """The page on which a person looks through a filtered spectrum; its index.html."""
     plan, note = spectrum_folder.read_plan(folder), runs.read_json(folder / "scores.json")
-    scores = spectrum_folder.read_scores(folder / "scores.csv")
+    scores = read_scores(folder / "scores.csv")
     domains = {row["file_name"]: row["domain"] for row in spectrum_folder.read_rows(folder) if "domain" in row}
     rows = [
         row | ({"domain": domains[row["file_name"]]} if row["file_name"] in domains else {})

@@ -29,7 +29,7 @@ import numpy as np
 import datasets
 from loaders import fewshot
 from runtime import cli, runs
-from spectrum import folder as tables
+from spectrum import tables
 
 HELD_OUT = {"cls": 8, "dset": 64}  # validation images that it is taken on
 

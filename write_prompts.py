@@ -24,8 +24,7 @@ import datasets
 from loaders.base import spoken_name
 from runtime import cli, runs
 from spectrum import domains as summary
-from spectrum import folder as spectrum_folder
-from spectrum import scenes
+from spectrum import scenes, tables
 from spectrum.language_model import ask
 
 MOST_WORDS = 50  # CLIP reads 77 tokens
@@ -191,8 +190,8 @@ def main(argv: list[str] | None = None) -> int:
             raise cli.UserError(f"--source {args.source}: expected --{source} with --source {source}, and only with it")
     if args.frame.count("{}") != 1:
         raise cli.UserError(f"--frame {args.frame!r}: expected a text with one {{}}, where the description goes")
-    names = {row.label: row.class_name for row in spectrum_folder.read_hard(args.hard)}
-    prompts = spectrum_folder.read_prompts(args.out, []) if args.out.exists() else {}
+    names = {row.label: row.class_name for row in tables.read_hard(args.hard)}
+    prompts = tables.read_prompts(args.out, []) if args.out.exists() else {}
     for label in names.keys() & prompts.keys():
         if prompts[label]["class_name"] != names[label]:
             raise cli.UserError(

@@ -1,9 +1,9 @@
 """CLIPScore filtering against the plain loop, on a ViT-B/32 with random weights.
 
 The plain loop scores one image at a time and embeds its source and its text again each time. Ours is
-filter_clipscore.score: each text and each source once, images in batches, decoded by worker processes. Both get the
-same images; neither time holds the loading of the model. The decode rate alone is measured too: it is the limit where
-the model is faster.
+filter_clipscore.score_images: each text and each source once, images in batches, decoded by worker processes. Both get
+the same images; neither time holds the loading of the model. The decode rate alone is measured too: it is the
+limit where the model is faster.
 
 Writes: OUT, a JSON with both rates, the largest difference between the scores, and the machine
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         def ours(some: list[dict]) -> dict:
             scores: dict[str, dict] = {}
             arguments = Namespace(clip="random", spectrum=folder, data_root=folder)
-            filter_clipscore.score(some, prompts, train, clip, arguments, scores, save=lambda: None)
+            filter_clipscore.score_images(some, prompts, train, clip, arguments, scores, save=lambda: None)
             return scores
 
         def seconds(what) -> tuple[float, float]:

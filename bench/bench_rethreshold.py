@@ -21,7 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from runtime import cli, runs
-from spectrum import folder as spectrum_folder
+from spectrum import tables
+from spectrum.units import Unit
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS, SEEDS, CLASSES = [0, 10, 30, 50], 8, 136
@@ -59,9 +60,7 @@ def make_spectrum(folder: Path, rows: int) -> None:
         for number in range(rows):
             source, place = divmod(number, len(LEVELS) * SEEDS)
             label = source % CLASSES
-            unit = spectrum_folder.Unit(
-                f"train/n{label:08d}/n{label:08d}_{source}.JPEG", LEVELS[place // SEEDS], place % SEEDS
-            )
+            unit = Unit(f"train/n{label:08d}/n{label:08d}_{source}.JPEG", LEVELS[place // SEEDS], place % SEEDS)
             row = {
                 "file_name": unit.file_name,
                 "source": unit.source,
@@ -92,7 +91,7 @@ def make_spectrum(folder: Path, rows: int) -> None:
                     "reason": "low text score",
                 }
             )
-    spectrum_folder.write_scores(folder / "scores.csv", scores)
+    tables.write_scores(folder / "scores.csv", scores)
 
 
 def main(argv: list[str] | None = None) -> int:

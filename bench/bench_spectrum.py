@@ -32,11 +32,13 @@ from PIL import Image  # noqa: E402
 import generate_spectrum  # noqa: E402
 import models  # noqa: E402
 from generation import generator as generators  # noqa: E402
+from generation.sizes import round_size  # noqa: E402
 from generation.worklist import steps_at  # noqa: E402
-from generation.writer import round_size  # noqa: E402
 from runtime import runs  # noqa: E402
 from runtime.device import pick_device  # noqa: E402
 from spectrum import folder as spectrum_folder  # noqa: E402
+from spectrum import tables  # noqa: E402
+from spectrum.units import Unit  # noqa: E402
 
 # Published with stabilityai/stable-diffusion-xl-refiner-1.0. Of its text encoders it has the second alone.
 REFINER = {
@@ -186,7 +188,7 @@ def make_inputs(folder: Path, sources: int, size: tuple[int, int]) -> tuple[list
     for name in names:
         coarse = Image.fromarray(rng.integers(0, 256, (9, 16, 3), dtype=np.uint8))
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / name)
-    spectrum_folder.write_hard(
+    tables.write_hard(
         folder / "hard.csv",
         (
             {"source": name, "label": n % 10, "class_name": "x", "reason": "few", "score": 1}
@@ -212,7 +214,7 @@ def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], step
     (folder / "plain").mkdir()
     began = time.perf_counter()
     for number, row in enumerate(rows):
-        unit = spectrum_folder.Unit(row["source"], row["level"], row["seed"])
+        unit = Unit(row["source"], row["level"], row["seed"])
         image = Image.open(folder / unit.source).convert("RGB").resize(size, Image.Resampling.LANCZOS)
         image = pipe(
             row["prompt"],

@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from spectrum.folder import Unit
+from spectrum.units import Unit
 
 # Sources that pass through all levels and seeds before the next ones are begun: what is encoded once and kept
 # (1 GB for this many sources at 1024x1024) stays bounded however many there are.

@@ -1,4 +1,4 @@
-"""Pictures in and out of a spectrum: sources of any kind as RGB, sizes, and files written whole in the background."""
+"""Images of a spectrum and their rows, written whole in the background."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from loaders.base import ImageSet
-from loaders.sources import read_sources
+from generation.sizes import resize
+from runtime import files
 from runtime.cli import UserError
-from spectrum import folder as spectrum_folder
 
 # How each format is saved. Chroma is not subsampled in JPEG: small coloured things (digits, birds) would lose colour.
 SAVE_OPTIONS = {
@@ -27,137 +25,6 @@ SAVE_OPTIONS = {
 # Bytes a pixel of photographs, for estimates before there are images to go by.
 BYTES_PER_PIXEL = {"png": 1.7, "jpg": 0.6, "webp": 0.4}
 AHEAD = 4  # batches that may wait to be written before drawing waits for the disk
-
-
-def round_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Width and height, each rounded to the nearest multiple (halves down), at least one: 480x270 to 480x272 for 8."""
-    width, height = (max(multiple, (2 * side + multiple - 1) // (2 * multiple) * multiple) for side in size)
-    return width, height
-
-
-def draw_size(source: tuple[int, int], asked: str | tuple[int, int], native: int, multiple: int) -> tuple[int, int]:
-    """The size at which a source is drawn.
-
-    Args:
-        source: the source's own width and height.
-        asked: `source` (its own size), `native` (scaled, shape kept, to the area of native x native), or width and
-            height.
-        native: side in pixels that the generator was made for.
-        multiple: what the generator's sides must divide by.
-    """
-    if asked == "native":
-        scale = native / (source[0] * source[1]) ** 0.5
-        return round_size((round(source[0] * scale), round(source[1] * scale)), multiple)
-    return round_size(source if asked == "source" else asked, multiple)
-
-
-class Sources:
-    """The source images by name, read one at a time.
-
-    Args:
-        train: the training set that `index:N` names refer to.
-        data_root: the folder that other names lie below.
-    """
-
-    def __init__(self, train: ImageSet, data_root: Path | None):
-        self.train, self.data_root = train, data_root
-        self.places = {source: place for place, source in enumerate(train.sources)}
-
-    def read(self, name: str) -> tuple[Image.Image, str]:
-        """A source as RGB, upright, and its sha256.
-
-        Raises:
-            UserError: no such image, or one that does not decode.
-        """
-        place = [self.places[name]] if name in self.places else []
-        return next(read_sources([name], self.train.take(np.array(place, dtype=int)), self.data_root))
-
-    def sha256(self, name: str) -> str:
-        """The sha256 that `read` gives, without decoding a file.
-
-        Raises:
-            UserError: it cannot be read.
-        """
-        if name in self.places:
-            return self.train.sha256(self.places[name])
-        return self.read(name)[1]
-
-    def size(self, name: str) -> tuple[int, int]:
-        """Width and height of a source, upright. Only the head of a file is read.
-
-        Raises:
-            UserError: no such image, or none that can be opened.
-        """
-        if name in self.places or self.data_root is None or name.startswith("index:"):
-            return self.read(name)[0].size
-        if Path(name).is_absolute() or ".." in Path(name).parts or not (self.data_root / name).is_file():
-            return self.read(name)[0].size  # which says what is wrong with it
-        try:
-            with Image.open(self.data_root / name) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-                return image.size[::-1] if turned else image.size
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"source {name}: not a readable image ({error})") from None
-
-
-class Reader:
-    """Reads the sources of a batch in the background, at the size at which they are drawn.
-
-    Args:
-        prepare: what else to make of each source at its own size, if anything.
-
-    Attributes:
-        sha256: of each source that was read.
-        prepared: what `prepare` made of the sources that `finish` gave, until it is taken away.
-        unreadable: why, for each source that could not be read.
-    """
-
-    def __init__(self, sources: Sources, unreadable: dict[str, str], prepare: Callable | None = None):
-        self.sources, self.unreadable, self.pool = sources, dict(unreadable), ThreadPoolExecutor(4)
-        self.prepare = prepare
-        self.sha256: dict[str, str] = {}
-        self.prepared: dict = {}
-        self.begun: dict[tuple, object] = {}
-
-    def begin(self, names: list[str], size: tuple[int, int]) -> None:
-        """Begin to read."""
-        for name in names:
-            if name not in self.unreadable and (name, size) not in self.begun:
-                self.begun[name, size] = self.pool.submit(self._read, name, size)
-
-    def finish(self, names: list[str], size: tuple[int, int]) -> dict:
-        """The images of these sources, but for the unreadable ones."""
-        self.begin(names, size)
-        found = {}
-        for name in names:
-            if name not in self.unreadable:
-                image, about, prepared = self.begun.pop((name, size)).result()
-                if image is None:
-                    self.unreadable[name] = about
-                else:
-                    found[name], self.sha256[name] = image, about
-                    if self.prepare:
-                        self.prepared[name] = prepared
-        return found
-
-    def digest(self, name: str) -> str:
-        """The sha256 of a source, which is read for it alone where nothing else needed it."""
-        if name not in self.sha256:
-            self.sha256[name] = self.sources.sha256(name)
-        return self.sha256[name]
-
-    def _read(self, name: str, size: tuple[int, int]) -> tuple:
-        """The image, its sha256, and what `prepare` makes of it; None, why not, and None where it cannot be read."""
-        try:
-            image, sha256 = self.sources.read(name)
-        except UserError as error:
-            return None, str(error), None
-        return resize(image, size), sha256, self.prepare(image) if self.prepare else None
-
-
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """An image at this width and height, by the Lanczos filter; itself where it has them."""
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def save_image(pixels: np.ndarray, path: Path, size: tuple[int, int] | None = None) -> None:
@@ -188,7 +55,7 @@ class ImageWriter:
         self.shard = shard
         for unfinished in shard.glob(".*.tmp"):  # what a killed run was writing
             unfinished.unlink()
-        self.rows = spectrum_folder.RowWriter(shard)
+        self.rows = files.RowWriter(shard)
         self.rejected: list[dict] = []
         self.seen = self.saved = 0
         self.waited = 0.0

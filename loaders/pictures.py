@@ -56,3 +56,18 @@ def read_image(path: Path) -> Image.Image:
             return image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path}: not a readable image ({error}); run generate_spectrum.py again") from None
+
+
+def decodes(path: Path) -> bool:
+    """Whether an image file is whole."""
+    return image_size(path) is not None
+
+
+def image_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of an image file that is whole, else None."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.size
+    except (OSError, ValueError, SyntaxError):
+        return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from loaders.base import ImageSet
@@ -36,3 +37,52 @@ def read_sources(names: list[str], train: ImageSet, data_root: Path | None) -> I
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise UserError(f"source {name}: lies outside --data-root {data_root}")
             yield read_image_file(data_root / name, f"source {name}")
+
+
+class Sources:
+    """The source images by name, read one at a time.
+
+    Args:
+        train: the training set that `index:N` names refer to.
+        data_root: the folder that other names lie below.
+    """
+
+    def __init__(self, train: ImageSet, data_root: Path | None):
+        self.train, self.data_root = train, data_root
+        self.places = {source: place for place, source in enumerate(train.sources)}
+
+    def read(self, name: str) -> tuple[Image.Image, str]:
+        """A source as RGB, upright, and its sha256.
+
+        Raises:
+            UserError: no such image, or one that does not decode.
+        """
+        place = [self.places[name]] if name in self.places else []
+        return next(read_sources([name], self.train.take(np.array(place, dtype=int)), self.data_root))
+
+    def sha256(self, name: str) -> str:
+        """The sha256 that `read` gives, without decoding a file.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        if name in self.places:
+            return self.train.sha256(self.places[name])
+        return self.read(name)[1]
+
+    def size(self, name: str) -> tuple[int, int]:
+        """Width and height of a source, upright. Only the head of a file is read.
+
+        Raises:
+            UserError: no such image, or none that can be opened.
+        """
+        if name in self.places or self.data_root is None or name.startswith("index:"):
+            return self.read(name)[0].size
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (self.data_root / name).is_file():
+            return self.read(name)[0].size  # which says what is wrong with it
+        try:
+            with Image.open(self.data_root / name) as image:
+                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
+                return image.size[::-1] if turned else image.size
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"source {name}: not a readable image ({error})") from None

@@ -42,6 +42,10 @@ class Parser(argparse.ArgumentParser):
         self.default_root: Callable[[str], Path | None] = lambda dataset: None  # where a data set lies: as shipped
         self._read: list[tuple[str, Path | None]] = []  # words, and the files that they stand in
 
+    def accept_old(self, old: str, flag: str) -> None:
+        """Take a flag's old spelling too, which no help shows."""
+        self._option_string_actions[old] = self._option_string_actions[flag]
+
     def error(self, message: str) -> None:
         """Say in one line what is wrong, and in which @file, and leave with exit code 2."""
         named = set(re.split(r"[\s'\":,]+", message.partition("(choose from")[0]))

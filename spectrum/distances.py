@@ -5,9 +5,18 @@ Written out here because the metric classes of torchmetrics embed images themsel
 
 from __future__ import annotations
 
+import math
+import random
+from pathlib import Path
+
 import numpy as np
 
+from loaders.base import ImageSet
+from runtime.cli import UserError
+from runtime.runs import digest_int
+
 ROWS_AT_ONCE = 2048
+DISTANCE_IMAGES = 5000  # a set of more is drawn from at random: the distances need no more, and MMD is quadratic
 
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -73,3 +82,63 @@ def square_root(matrix: np.ndarray) -> np.ndarray:
     """The symmetric square root of a symmetric positive semidefinite matrix (D, D)."""
     values, vectors = np.linalg.eigh(matrix)
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+
+
+def draw_some(items: list, most: int, *seed) -> list:
+    """At most `most` of the items, in their order, the same ones each time."""
+    chosen = random.Random(digest_int(*seed)).sample(range(len(items)), min(most, len(items)))
+    return [items[place] for place in sorted(chosen)]
+
+
+def measure_levels(
+    rows: list[dict], scores: dict[str, dict], train: ImageSet, data_root: Path | None, clip, folder: Path
+) -> list[dict]:
+    """MMD and Fréchet distance of each level to the real images of the same classes, in the CLIP's feature space.
+
+    Each level has two rows, one for all images made and one for those kept; a row is left out where there are fewer
+    than two images.
+
+    Args:
+        rows: of all images in the spectrum folder `folder`.
+        scores: of scores.csv, by file name.
+        clip: an embeddings.Clip.
+
+    Raises:
+        UserError: a real image that cannot be read.
+    """
+    from spectrum.embeddings import read_files, read_training_images
+
+    # Embed the real images of the same classes.
+    labels = {row["label"] for row in rows}
+    real = [name for name, label in zip(train.sources, train.labels.tolist(), strict=True) if label in labels]
+    real = draw_some(real, DISTANCE_IMAGES, "real")
+    vectors, wrong = clip.all_images(real, read_training_images(train, data_root), "embedding real images")
+    if wrong:
+        raise UserError(wrong[min(wrong)])
+    vectors = vectors.double().numpy()
+    bandwidth, real_moments = median_distance(vectors), moments(vectors)
+    # Measure each level, all images and those kept.
+    table = []
+    for level in sorted({row["level"] for row in rows}):
+        found = [
+            row for row in rows if row["level"] == level and not math.isnan(scores[row["file_name"]]["text_score"])
+        ]
+        found = draw_some([row["file_name"] for row in found], DISTANCE_IMAGES, "level", level)
+        features, _ = clip.all_images(found, read_files(folder), f"embedding level {level}")
+        features = features.double().numpy()
+        kept = np.array([scores[name]["kept"] for name in found], bool)
+        for what, part in (("made", features), ("kept", features[kept])):
+            if len(part) < 2:
+                continue
+            table.append(
+                {
+                    "level": level,
+                    "images": what,
+                    "count": len(part),
+                    "real_count": len(real),
+                    "mmd": mmd(part, vectors, bandwidth),
+                    "frechet": frechet(real_moments, moments(part)),
+                    "frechet_floor": frechet_floor(real_moments, len(part)),
+                }
+            )
+    return table

@@ -16,8 +16,9 @@ from PIL import Image
 import datasets
 import filter_clipscore
 from loaders.defaults import ASSETS
-from runtime import runs
+from runtime import files, runs
 from runtime.cli import UserError
+from spectrum import acceptance, quotas, tables
 from spectrum import folder as spectrum_folder
 
 
@@ -40,7 +41,7 @@ def test_scores_are_the_cosines_of_a_plain_computation(road):
     model.eval()
     tokenizer = open_clip.get_tokenizer(name)
     data = datasets.load("digits", 30)
-    scores = spectrum_folder.read_scores(road.spectrum / "scores.csv")
+    scores = tables.read_scores(road.spectrum / "scores.csv")
     for row in spectrum_folder.read_rows(road.spectrum)[::20]:
         with torch.no_grad():
             image = model.encode_image(preprocess(Image.open(road.spectrum / row["file_name"]))[None])
@@ -54,7 +55,7 @@ def test_scores_are_the_cosines_of_a_plain_computation(road):
 
 
 def test_images_come_closer_to_their_source_as_the_level_rises(road):
-    scores = spectrum_folder.read_scores(road.spectrum / "scores.csv")
+    scores = tables.read_scores(road.spectrum / "scores.csv")
     by_level = {level: [] for level in (0, 50, 90)}
     for row in spectrum_folder.read_rows(road.spectrum):
         by_level[row["level"]].append(scores[row["file_name"]]["image_score"])
@@ -63,9 +64,9 @@ def test_images_come_closer_to_their_source_as_the_level_rises(road):
 
 
 def test_another_threshold_scores_nothing_anew(road, copy, capsys):
-    before = spectrum_folder.read_scores(copy / "scores.csv")
+    before = tables.read_scores(copy / "scores.csv")
     assert run(copy, road, "--threshold", "0.5") == 0
-    after = spectrum_folder.read_scores(copy / "scores.csv")
+    after = tables.read_scores(copy / "scores.csv")
     assert "0 newly scored" in capsys.readouterr().out
     for name, row in after.items():
         assert row["text_score"] == before[name]["text_score"]
@@ -93,7 +94,7 @@ def test_an_unreadable_image_is_marked_and_the_run_goes_on(road, copy, capsys):
     broken.write_bytes(b"not an image")
     (copy / "scores.csv").unlink()
     assert run(copy, road) == 1
-    row = spectrum_folder.read_scores(copy / "scores.csv")[f"shard-00000/{broken.name}"]
+    row = tables.read_scores(copy / "scores.csv")[f"shard-00000/{broken.name}"]
     assert not row["kept"] and row["reason"] == "unreadable"
     assert broken.name in capsys.readouterr().out
 
@@ -102,7 +103,7 @@ def test_an_image_that_vanished_is_marked_and_the_run_goes_on(road, copy, capsys
     gone = next(copy.glob("shard-*/*.png"))
     gone.unlink()
     assert run(copy, road, "--threshold", "0.1") == 1
-    scores = spectrum_folder.read_scores(copy / "scores.csv")
+    scores = tables.read_scores(copy / "scores.csv")
     row = scores[f"shard-00000/{gone.name}"]
     assert not row["kept"] and row["reason"] == "missing" and math.isnan(row["text_score"])
     assert len(scores) == 165 and sum(score["reason"] == "missing" for score in scores.values()) == 1
@@ -114,7 +115,7 @@ def test_worker_processes_change_no_score(road, copy):
     broken.write_bytes(b"not an image")
     (copy / "scores.csv").unlink()
     assert run(copy, road, "--threshold", "0.1", "--workers", "2", "--batch-size", "7") == 1
-    found, expected = (spectrum_folder.read_scores(folder / "scores.csv") for folder in (copy, road.spectrum))
+    found, expected = (tables.read_scores(folder / "scores.csv") for folder in (copy, road.spectrum))
     assert found.pop(f"shard-00000/{broken.name}")["reason"] == "unreadable"
     for name, row in found.items():
         assert row["text_score"] == pytest.approx(expected[name]["text_score"], abs=2e-6)
@@ -157,7 +158,7 @@ def kept(scores: dict[str, dict]) -> str:
 
 def test_a_threshold_is_inclusive():
     rows, scores = made_rows(a=(1, 0, 0.3), b=(1, 0, 0.2999), c=(2, 50, 0.9))
-    filter_clipscore.decide(rows, scores, 0.3)
+    acceptance.decide_kept(rows, scores, 0.3)
     assert kept(scores) == "ac"
     assert [scores[name]["reason"] for name in "abc"] == ["", "low text score", ""]
 
@@ -177,7 +178,7 @@ def test_a_threshold_is_inclusive():
 )
 def test_a_share_keeps_the_best_of_each_group(share, per, expected):
     rows, scores = made_rows(a=(1, 0, 0.3), b=(1, 0, 0.1), c=(1, 0, 0.2), d=(1, 50, 0.4), e=(2, 0, 0.05), f=(2, 0, 0.5))
-    filter_clipscore.decide(rows, scores, 0.3, share, per)
+    acceptance.decide_kept(rows, scores, 0.3, share, per)
     assert kept(scores) == expected
 
 
@@ -185,7 +186,7 @@ def test_a_share_keeps_the_best_of_each_group(share, per, expected):
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=40), st.floats(0, 1))
 def test_a_share_keeps_its_number_and_none_better_is_left_out(texts, share):
     rows, scores = made_rows(**{f"n{i:02d}": (1, 0, text) for i, text in enumerate(texts)})
-    filter_clipscore.decide(rows, scores, None, share, "class-level")
+    acceptance.decide_kept(rows, scores, None, share, "class-level")
     inside = [entry["text_score"] for entry in scores.values() if entry["kept"]]
     outside = [entry["text_score"] for entry in scores.values() if not entry["kept"]]
     assert share * len(texts) - 1e-6 <= len(inside) < share * len(texts) + 1
@@ -194,8 +195,8 @@ def test_a_share_keeps_its_number_and_none_better_is_left_out(texts, share):
 
 def test_images_without_a_score_are_never_kept():
     rows, scores = made_rows(a=(1, 0, 0.3), b=(1, 0, 0.1))
-    scores["b"] = filter_clipscore.no_score("unreadable")
-    filter_clipscore.decide(rows, scores, None, 1.0, "all")
+    scores["b"] = acceptance.no_score("unreadable")
+    acceptance.decide_kept(rows, scores, None, 1.0, "all")
     assert kept(scores) == "a" and scores["b"]["reason"] == "unreadable"
 
 
@@ -203,24 +204,24 @@ def test_the_acceptance_table_by_hand():
     rows, scores = made_rows(
         a=(1, 0, 0.3), b=(1, 0, 0.1), c=(1, 50, 0.4), d=(2, 0, 0.05), e=(2, 50, 0.5), f=(3, 50, 0.2)
     )
-    filter_clipscore.decide(rows, scores, 0.3)
+    acceptance.decide_kept(rows, scores, 0.3)
     names = {row["label"]: row["class_name"] for row in rows}
-    counted = filter_clipscore.count(rows, scores)
-    table = filter_clipscore.acceptance(*counted, names, {1: "few", 2: "few", 3: "medium"})
+    counted = acceptance.count_kept(rows, scores)
+    table = acceptance.tabulate(*counted, names, {1: "few", 2: "few", 3: "medium"})
     assert table[0] == ["class 1", "class 2", "class 3", "all medium-shot", "all few-shot", "all"]
     assert table[1] == [0, 50]
     assert table[2].tolist() == [[2, 1], [1, 1], [0, 1], [0, 1], [3, 2], [3, 3]]
     assert table[3].tolist() == [[1, 1], [0, 1], [0, 0], [0, 0], [1, 2], [1, 2]]
-    last = filter_clipscore.table_text(*table).splitlines()[-1].split()
+    last = acceptance.format_table(*table).splitlines()[-1].split()
     assert last == ["all", "1/3", "2/3", "50.0%"]
 
 
 def test_the_papers_rate_stands_beside_ours():
-    line = filter_clipscore.paper_line("imagenet_lt", None, 1000, 400)
+    line = acceptance.paper_line("imagenet_lt", None, 1000, 400)
     assert "46.5% on this data set (24,141 of 51,917)" in line and "40.0% (400 of 1,000)" in line
-    assert "31.2%" in filter_clipscore.paper_line("cifar100_lt", 100.0, 10, 1)
-    assert filter_clipscore.paper_line("cifar100_lt", 10.0, 10, 1) == ""
-    assert filter_clipscore.paper_line("digits", 30.0, 10, 1) == ""
+    assert "31.2%" in acceptance.paper_line("cifar100_lt", 100.0, 10, 1)
+    assert acceptance.paper_line("cifar100_lt", 10.0, 10, 1) == ""
+    assert acceptance.paper_line("digits", 30.0, 10, 1) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,13 +233,13 @@ def test_a_top_up_plan_by_hand():
     rows, scores = made_rows(a=(1, 50, 0.4), b=(1, 50, 0.1), c=(1, 50, 0.1), d=(1, 50, 0.1))
     for row, prompt in zip(rows, ("p0", "p0", "p1", "p1"), strict=True):
         row["prompt"] = prompt
-    filter_clipscore.decide(rows, scores, 0.3)
-    made, counted = filter_clipscore.count(rows, scores)
+    acceptance.decide_kept(rows, scores, 0.3)
+    made, counted = acceptance.count_kept(rows, scores)
     plan = {"hard_classes": [1], "levels": [0, 50]}
-    short = filter_clipscore.find_short(plan, {1: "class 1"}, made, counted, 3)
+    short = quotas.find_short(plan, {1: "class 1"}, made, counted, 3)
     assert [(gap["level"], gap["made"], gap["kept"], gap["short"]) for gap in short] == [(0, 0, 0, 3), (50, 4, 1, 2)]
     prompts = {1: {"prompts": ["p0", "p1", "p2", "p3"]}}
-    found = filter_clipscore.plan_top_up(rows, prompts, short[1:], first_seed=2)
+    found = quotas.plan_top_up(rows, prompts, short[1:], first_seed=2)
     assert [tuple(row.values()) for row in found] == [
         ("s10", 50, 2, "p2"),
         ("s11", 50, 2, "p3"),
@@ -248,20 +249,20 @@ def test_a_top_up_plan_by_hand():
         ("s11", 50, 4, "p1"),
     ]
     # Nothing was drawn at level 0: half is taken to be accepted, and seeds begin where the plan's own end.
-    first = filter_clipscore.plan_top_up(rows, prompts, short[:1], first_seed=2)
+    first = quotas.plan_top_up(rows, prompts, short[:1], first_seed=2)
     assert [(row["level"], row["seed"]) for row in first] == [(0, 2), (0, 2), (0, 3), (0, 3), (0, 4), (0, 4)]
 
 
 def test_a_class_that_nearly_always_fails_gets_at_most_ten_times_what_is_missing():
     rows, _ = made_rows(**{f"n{i:03d}": (1, 50, 0.1) for i in range(100)})
     short = [{"label": 1, "level": 50, "made": 100, "kept": 0, "short": 4}]
-    assert len(filter_clipscore.plan_top_up(rows, {1: {"prompts": ["p"]}}, short, 0)) == 40
+    assert len(quotas.plan_top_up(rows, {1: {"prompts": ["p"]}}, short, 0)) == 40
 
 
 def test_rounds_are_counted_once_drawn_and_given_up_at_the_limit(road, copy, capsys):
     quota = ("--threshold", "0.9", "--min-per-class-level", "2", "--max-rounds", "1")
     assert run(copy, road, *quota) == 0
-    asked = spectrum_folder.read_top_up(copy / "top_up.csv")
+    asked = tables.read_top_up(copy / "top_up.csv")
     there = {(row["source"], row["level"], row["seed"]) for row in spectrum_folder.read_rows(copy)}
     assert asked and not {(unit.source, unit.level, unit.seed) for unit, _ in asked} & there
     assert "in round 1 of 1" in capsys.readouterr().out
@@ -272,7 +273,7 @@ def test_rounds_are_counted_once_drawn_and_given_up_at_the_limit(road, copy, cap
     unit, prompt = asked[0]  # as the generator would draw it
     row = next(row for row in spectrum_folder.read_rows(copy) if row["source"] == unit.source)
     Image.new("RGB", (16, 16), "red").save(copy / "shard-00000" / unit.file_name)
-    writer = spectrum_folder.RowWriter(copy / "shard-00000")
+    writer = files.RowWriter(copy / "shard-00000")
     writer.append([row | {"file_name": unit.file_name, "level": unit.level, "seed": unit.seed, "prompt": prompt}])
     writer.close()
     capsys.readouterr()
@@ -375,10 +376,10 @@ def test_a_missing_source_is_named_before_anything_is_scored(road, copy):
 def test_an_empty_class_name_is_named(road, tmp_path, name):
     (tmp_path / "hard.csv").write_text(f"source,label,class_name,reason,score\na,3,{name},few,1\n")
     with pytest.raises(UserError, match="hard.csv row 2: the class name of class 3 is empty"):
-        spectrum_folder.read_hard(tmp_path / "hard.csv")
+        tables.read_hard(tmp_path / "hard.csv")
     runs.write_json(tmp_path / "p.json", {"3": {"class_name": name, "score_prompt": "a", "prompts": ["a"]}})
     with pytest.raises(UserError, match="p.json class 3: class_name or score_prompt is empty"):
-        spectrum_folder.read_prompts(tmp_path / "p.json", [3])
+        tables.read_prompts(tmp_path / "p.json", [3])
 
 
 def test_bad_input_names_the_flag(road, copy, tmp_path):

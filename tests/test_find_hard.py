@@ -17,8 +17,7 @@ from loaders.defaults import ASSETS
 from models import build_classifier
 from runtime import runs
 from runtime.cli import UserError
-from spectrum import embeddings
-from spectrum import folder as spectrum_folder
+from spectrum import embeddings, tables
 
 CLIP = ["--rule", "confidence", "--clip", str(ASSETS / "tiny_clip")]
 
@@ -57,7 +56,7 @@ def test_a_clips_lowest_tenth_is_hard(clip_probabilities, tmp_path, capsys):
     assert {row["reason"] for row in rows} == {"confidence"}
     assert (tmp_path / "hard.png").is_file()
     assert "19 hard images of 184" in capsys.readouterr().out
-    assert len(spectrum_folder.read_hard(out)) == 19
+    assert len(tables.read_hard(out)) == 19
 
 
 def test_a_few_shot_class_is_one_of_the_tables_few(tmp_path, capsys):
@@ -113,7 +112,7 @@ def test_a_killed_run_goes_on_and_another_model_is_refused(tmp_path, capsys):
     capsys.readouterr()
     assert find_hard.main([*CLIP, "--out", str(out)]) == 0
     assert "84 newly scored" in capsys.readouterr().out and out.read_bytes() == whole
-    assert len(spectrum_folder.read_probabilities(sidecar)) == 184
+    assert len(tables.read_probabilities(sidecar)) == 184
     with pytest.raises(UserError, match="templates is .*Expected the same.*or delete"):
         find_hard.main([*CLIP, "--templates", "a {} in blue ink", "--out", str(out)])
 

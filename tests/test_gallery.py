@@ -14,6 +14,7 @@ import filter_clipscore
 import report
 from reporting import gallery
 from runtime.cli import UserError
+from spectrum.tables import read_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -85,7 +86,7 @@ def test_counts_are_the_filters_own_at_any_threshold(road, tmp_path, browser):
         assert filter_clipscore.main(inputs) == 0
         kept, made = Counter(), Counter()
         rows = {line["file_name"]: line for line in report.spectrum_folder.read_made(spectrum)}
-        for name, score in report.spectrum_folder.read_scores(spectrum / "scores.csv").items():
+        for name, score in read_scores(spectrum / "scores.csv").items():
             key = f"{rows[name]['label']}", sorted({r["level"] for r in rows.values()}).index(rows[name]["level"])
             made[key] += 1
             kept[key] += score["kept"]

@@ -24,6 +24,8 @@ from generation import worklist
 from loaders.defaults import ASSETS
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
+from spectrum import tables
+from spectrum.units import ROW_FIELDS, Unit
 
 TINY = str(ASSETS / "tiny_sd")
 
@@ -41,8 +43,8 @@ def test_rows_describe_what_was_drawn(road):
     rows = spectrum_folder.read_rows(road.spectrum, decode=True)
     assert len(rows) == 55 * 3
     for row in rows:
-        assert set(row) == set(spectrum_folder.ROW_FIELDS)
-        assert all(isinstance(row[name], kind) for name, kind in spectrum_folder.ROW_FIELDS.items())
+        assert set(row) == set(ROW_FIELDS)
+        assert all(isinstance(row[name], kind) for name, kind in ROW_FIELDS.items())
         assert row["steps"] == {0: 4, 50: 2, 90: 1}[row["level"]]
         assert row["prompt"] in [text.replace("{}", row["class_name"]) for text in datasets.TEMPLATES["digits"]]
     starts = {row["level"]: row["start_timestep"] for row in rows}
@@ -60,7 +62,7 @@ def test_executed_steps_are_rounded_not_cut(level, steps, expected):
 def draw_nines(pipe, level: int, **settings) -> tuple[torch.Tensor, list, list, list]:
     """Three of digits' nines at a level, in one batch: float (3, 3, 16, 16), and their units, sources and texts."""
     data = datasets.load("digits", 30)
-    units = [spectrum_folder.Unit(source, level, 1) for source in data.train.sources[-3:]]
+    units = [Unit(source, level, 1) for source in data.train.sources[-3:]]
     sources = [Image.fromarray(image) for image in data.train.images[-3:]]
     texts = ["a photo of a nine", "a nine in red ink", "a nine in blue ink"]
     generator = generators.Generator(pipe, steps=10, text_guidance=3.0, **settings)
@@ -70,7 +72,7 @@ def draw_nines(pipe, level: int, **settings) -> tuple[torch.Tensor, list, list, 
     return generator.draw(batch, 0, texts, dict(zip(names, sources, strict=True))), units, sources, texts
 
 
-def plain(pipe, unit: spectrum_folder.Unit, source, text: str, **call) -> torch.Tensor:
+def plain(pipe, unit: Unit, source, text: str, **call) -> torch.Tensor:
     """One image a call, as diffusers' documentation has it, with the generator of the work unit: float (3, H, W)."""
     level = unit.level
     settings = {"strength": 1 if level == 0 else 1 - level / 100 + 1e-6, "num_inference_steps": 10}
@@ -190,7 +192,7 @@ def test_a_generator_that_draws_nothing_but_black_fails_the_job_and_keeps_nothin
 
 
 def write_hard(path: Path, names: list[tuple[str, int, str]]) -> None:
-    spectrum_folder.write_hard(
+    tables.write_hard(
         path,
         [{"source": source, "label": label, "class_name": name, "reason": "few", "score": 1}
          for source, label, name in names],
@@ -218,7 +220,7 @@ def test_sources_may_be_files_of_any_size_and_hostile_class_names_survive(tmp_pa
         (0, 20, 16), (1, 20, 18), (2, 20, 18), (3, 20, 20), (4, 20, 20)
     }  # fmt: skip
     assert filter_clipscore.main(["--spectrum", str(out), *root]) == 0
-    assert len(spectrum_folder.read_scores(out / "scores.csv")) == 15
+    assert len(tables.read_scores(out / "scores.csv")) == 15
 
 
 def test_an_unreadable_source_is_named_before_the_model_loads(road, tmp_path):

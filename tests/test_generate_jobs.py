@@ -21,9 +21,12 @@ import models
 from bench import bench_spectrum as bench
 from generation import generator as generators
 from generation import loras, worklist
-from generation.writer import Sources, save_image
+from generation.writer import save_image
+from loaders.sources import Sources
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
+from spectrum import tables
+from spectrum.units import Unit
 
 HEADER = "source,level,seed,prompt\n"
 
@@ -205,7 +208,7 @@ def test_odd_and_broken_sources(tmp_path, road):
 
 
 def test_sources_of_another_data_set_stop_the_job(few, tmp_path):
-    names = [*(row.source for row in spectrum_folder.read_hard(Path(few[0][1]))), "index:99999"]
+    names = [*(row.source for row in tables.read_hard(Path(few[0][1]))), "index:99999"]
     write_hard(tmp_path / "hard.csv", [(name, 3, "three") for name in names])
     with pytest.raises(UserError, match="source index:99999: not a training image of this data set"):
         draw(few, tmp_path / "s", "--hard", tmp_path / "hard.csv")
@@ -247,7 +250,7 @@ def test_nan_from_the_model_is_never_saved_and_listed(few, tmp_path, monkeypatch
 
     monkeypatch.setattr(generators.Generator, "draw", spoil)
     out = draw(few, tmp_path / "s", code=1)
-    assert [spectrum_folder.Unit(row["source"], row["level"], row["seed"]) for row in failures(out)] == [spoilt["unit"]]
+    assert [Unit(row["source"], row["level"], row["seed"]) for row in failures(out)] == [spoilt["unit"]]
     expected = {name: image for name, image in contents(few[1]).items() if name != spoilt["unit"].file_name}
     assert contents(out) == expected
     assert "1 images stayed blank or not finite after 3 redraws" in capsys.readouterr().out
@@ -255,7 +258,7 @@ def test_nan_from_the_model_is_never_saved_and_listed(few, tmp_path, monkeypatch
 
 def test_a_model_that_gives_nothing_but_nan_is_noticed_early(few, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(generate_spectrum, "TRIAL", 5)
+    monkeypatch.setattr("generation.job.TRIAL", 5)
     monkeypatch.setattr(
         generators.Generator,
         "draw",
@@ -273,10 +276,10 @@ def test_a_model_that_gives_nothing_but_nan_is_noticed_early(few, tmp_path, monk
 def test_further_units_are_drawn_once_and_belong_to_the_plan_from_then_on(few, tmp_path):
     out = tmp_path / "s"
     shutil.copytree(few[1], out)
-    first, second = [row.source for row in spectrum_folder.read_hard(Path(few[0][1]))[:2]]
+    first, second = [row.source for row in tables.read_hard(Path(few[0][1]))[:2]]
     more = tmp_path / "more.csv"
     more.write_text(HEADER + f"{first},90,7,a nine in red ink\n{second},30,0,\n{second},90,1,\n")
-    draw(few, out, "--plan", more)
+    draw(few, out, "--also-draw", more)
     rows = {(row["source"], row["level"], row["seed"]): row for row in rows_of(out).values()}
     assert len(rows) == 26  # the third is in the plan already
     assert rows[first, 90, 7]["prompt"] == "a nine in red ink"
@@ -284,9 +287,9 @@ def test_further_units_are_drawn_once_and_belong_to_the_plan_from_then_on(few, t
     before = contents(out)
     for name in set(before) - set(contents(few[1])):
         next(out.glob(f"shard-*/{name}")).unlink()
-    draw(few, out)  # without --plan: the folder remembers
+    draw(few, out)  # without --also-draw: the folder remembers
     assert contents(out) == before
-    draw(few, out, "--plan", more)
+    draw(few, out, "--also-draw", more)
     assert len(list(out.glob("extra-*.csv"))) == 1
 
 
@@ -301,10 +304,10 @@ def test_further_units_are_drawn_once_and_belong_to_the_plan_from_then_on(few, t
     ],
 )
 def test_bad_further_units_are_named(few, tmp_path, row, message):
-    (tmp_path / "more.csv").write_text(HEADER + row.format(source=spectrum_folder.read_hard(Path(few[0][1]))[0].source))
+    (tmp_path / "more.csv").write_text(HEADER + row.format(source=tables.read_hard(Path(few[0][1]))[0].source))
     with pytest.raises(UserError, match=message):
         generate_spectrum.main(
-            [*few[0], "--out", str(tmp_path / "s"), "--plan", str(tmp_path / "more.csv"), "--dry-run"]
+            [*few[0], "--out", str(tmp_path / "s"), "--also-draw", str(tmp_path / "more.csv"), "--dry-run"]
         )
 
 
@@ -362,15 +365,15 @@ def test_the_check_names_what_is_wrong(few, tmp_path, capsys):
     rows[6]["file_name"] = "renamed.png"
     Image.new("RGB", (16, 16)).save(shard / "orphan.png")
     (shard / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert generate_spectrum.main(["--out", str(out), "--check"]) == 1
+    assert generate_spectrum.main(["--out", str(out), "--validate"]) == 1
     text = capsys.readouterr().out
     for part in ("row 1: prompt is None", "is 16x16, its row has 17x16", "row 3: level is '90'", "row 4: revision is",
                  "row 5: level 50 of class 0 is not", "does not decode", "row 7: shard-00000/renamed.png should be",
                  "orphan.png: has no row"):  # fmt: skip
         assert part in text, part
-    assert generate_spectrum.main(["--out", str(few[1]), "--check"]) == 0
+    assert generate_spectrum.main(["--out", str(few[1]), "--validate"]) == 0
     with pytest.raises(UserError, match="no plan.json"):
-        generate_spectrum.main(["--out", str(tmp_path), "--check"])
+        generate_spectrum.main(["--out", str(tmp_path), "--validate"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,7 +411,7 @@ def test_sdxl_batches_equal_plain_calls(build, level, tmp_path):
     pipe = models.load_generator(str(tmp_path / "xl"), "cpu")
     assert pipe.watermark is None and models.latent_multiple(str(tmp_path / "xl")) == 8
     rng = np.random.default_rng(0)
-    units = [spectrum_folder.Unit(name, level, 0) for name in "abc"]
+    units = [Unit(name, level, 0) for name in "abc"]
     sources = {name: Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)) for name in "abc"}
     texts = ["a nine", "a nine in red ink", "a zero"]
     generator = generators.Generator(pipe, steps=4, text_guidance=5.0)
@@ -424,7 +427,7 @@ def test_sdxl_batches_equal_plain_calls(build, level, tmp_path):
 
 
 def draw_one(generator, level: int, source: Image.Image, pad_to: int = 0) -> torch.Tensor:
-    batch = worklist.Batch(level, (16, 16), None, [spectrum_folder.Unit("a", level, 0)])
+    batch = worklist.Batch(level, (16, 16), None, [Unit("a", level, 0)])
     generator.cache.entries.clear()
     return generator.draw(batch, 0, ["a nine"], {"a": source}, pad_to)
 
@@ -443,7 +446,7 @@ def test_pure_noise_leaves_no_trace_of_the_source_and_is_text_to_image(scheduler
     assert not torch.equal(draw_one(paper, 0, black), draw_one(paper, 0, white))
 
     # The same start handed to the text-to-image pipeline.
-    noise = torch.Generator().manual_seed(spectrum_folder.Unit("a", 0, 0).noise_seed())
+    noise = torch.Generator().manual_seed(Unit("a", 0, 0).noise_seed())
     first, second = (randn_tensor((1, 4, 8, 8), generator=noise) for _ in range(2))
     pipe.scheduler.set_timesteps(4)
     start = pipe.scheduler.add_noise(first, second, pipe.scheduler.timesteps[:1])
@@ -492,7 +495,7 @@ def test_without_text_guidance_images_equal_plain_calls_too():
     drawn = draw_one(generators.Generator(pipe, steps=4, text_guidance=0.0), 50, source)
     plain = pipe(
         "a nine", image=source, strength=0.5, num_inference_steps=4, guidance_scale=0.0, output_type="pt",
-        generator=torch.Generator().manual_seed(spectrum_folder.Unit("a", 50, 0).noise_seed()),
+        generator=torch.Generator().manual_seed(Unit("a", 50, 0).noise_seed()),
     ).images  # fmt: skip
     assert (drawn - plain).abs().max() < 1e-4
 
@@ -522,7 +525,7 @@ def test_latents_of_another_number_of_channels_are_no_images():
     drawn = draw_one(generators.Generator(pipe, steps=4, text_guidance=3.0), 50, source)
     plain = pipe(
         "a nine", image=source, strength=0.5, num_inference_steps=4, guidance_scale=3.0, output_type="pt",
-        generator=torch.Generator().manual_seed(spectrum_folder.Unit("a", 50, 0).noise_seed()),
+        generator=torch.Generator().manual_seed(Unit("a", 50, 0).noise_seed()),
     ).images  # fmt: skip
     assert (drawn - plain).abs().max() < 1e-4
     with pytest.raises(UserError, match="--pure-noise: not possible with StableDiffusionImg2ImgPipeline"):
@@ -605,7 +608,7 @@ def test_a_missing_lora_is_named(few, tmp_path):
 
 def test_each_class_is_drawn_with_its_own_lora(road, tmp_path):
     """Two classes, of which one has hardly any adapter at all: its images stay as they were, the other's do not."""
-    hard = [row for row in spectrum_folder.read_hard(road.hard) if row.label in (8, 9)]
+    hard = [row for row in tables.read_hard(road.hard) if row.label in (8, 9)]
     assert {row.label for row in hard} == {8, 9}
     write_hard(tmp_path / "hard.csv", [(row.source, row.label, row.class_name) for row in hard])
     command = ["--hard", str(tmp_path / "hard.csv"), "--prompts", str(road.prompts), "--steps", "4", "--seeds", "1"]
@@ -641,7 +644,7 @@ def test_the_benchmark_compares_the_same_images(tmp_path, monkeypatch, capsys):
 def test_the_benchmark_times_the_unet_and_counts_its_operations():
     pipe = bench.build_refiner(TINY_REFINER)
     generator = generators.Generator(pipe, steps=4, text_guidance=5.0)
-    batch = worklist.Batch(50, (64, 64), None, [spectrum_folder.Unit("a", 50, 0)])
+    batch = worklist.Batch(50, (64, 64), None, [Unit("a", 50, 0)])
     with bench.UnetTimer(pipe.unet) as timer:
         generator.draw(batch, 0, ["a nine"], {"a": Image.new("RGB", (64, 64))})
     assert timer.calls == 2 and timer.seconds > 0

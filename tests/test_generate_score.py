@@ -22,11 +22,14 @@ import filter_clipscore
 import generate_spectrum
 import models
 from generation import generator as generators
+from generation.plan import choose_prompt
 from generation.worklist import Batch
-from generation.writer import Sources
 from loaders.defaults import ASSETS
+from loaders.sources import Sources
 from runtime import runs
 from spectrum import folder as spectrum_folder
+from spectrum import tables
+from spectrum.units import Unit
 
 CLIP = str(ASSETS / "tiny_clip")
 HIGH = ["--score", "--threshold", "0.5", "--max-redraws", "3"]  # higher than about half of the images score
@@ -64,7 +67,7 @@ def test_scores_are_those_of_the_files_and_the_filter_embeds_nothing_again(score
         patched.setattr(models, "load_clip", None)  # not even loaded
         assert filter_clipscore.main(["--spectrum", str(out), "--prompts", str(road.prompts)]) == 0
     assert "0 newly scored, 24 scored when they were drawn" in capsys.readouterr().out
-    found = spectrum_folder.read_scores(out / "scores.csv")
+    found = tables.read_scores(out / "scores.csv")
     assert {name: (row["text_score"], row["image_score"]) for name, row in rows.items()} == {
         name: (score["text_score"], score["image_score"]) for name, score in found.items()
     }
@@ -95,10 +98,10 @@ def test_the_best_of_all_drawings_is_kept_and_no_more_are_made_than_needed(score
     generator = generators.Generator(models.load_generator(str(ASSETS / "tiny_sd"), "cpu"), 4, 3.0)
     kept = []
     for name, row in list(rows_of(scored[1]).items())[::3]:
-        unit = spectrum_folder.Unit(row["source"], row["level"], row["seed"])
+        unit = Unit(row["source"], row["level"], row["seed"])
         texts, scores, drawings = [], [], []
         for redraw in range(4):
-            text = generate_spectrum.choose_prompt(unit, prompts[row["label"]]["prompts"], redraw)
+            text = choose_prompt(unit, prompts[row["label"]]["prompts"], redraw)
             picture = {unit.source: Image.fromarray(sources[unit.source])}
             image = generator.draw(Batch(unit.level, (16, 16), None, [unit]), redraw, [text], picture)
             pixels, good, _ = generators.to_host(image)
@@ -189,7 +192,7 @@ def test_scoring_belongs_to_the_plan(few, scored, tmp_path):  # noqa: F811
 def test_blank_images_are_redrawn_and_listed_if_they_stay_so(few, tmp_path, monkeypatch):  # noqa: F811
     """One source gives nothing but NaN, another one NaN at first."""
     real = generators.Generator.draw
-    sources = [row.source for row in spectrum_folder.read_hard(Path(few[0][1]))][:2]
+    sources = [row.source for row in tables.read_hard(Path(few[0][1]))][:2]
 
     def some_nan(self, batch, redraw, *more):
         images = real(self, batch, redraw, *more).clone()
@@ -225,11 +228,11 @@ def test_a_dry_run_says_that_redraws_come_on_top(few, tmp_path, capsys):  # noqa
 
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=8, unique=True), st.integers(0, 5))
 def test_redraws_take_every_other_prompt_before_any_comes_again(texts, seed):
-    unit = spectrum_folder.Unit("a", 10, seed)
-    first = generate_spectrum.choose_prompt(unit, texts)
-    others = [generate_spectrum.choose_prompt(unit, texts, number) for number in range(1, len(texts))]
+    unit = Unit("a", 10, seed)
+    first = choose_prompt(unit, texts)
+    others = [choose_prompt(unit, texts, number) for number in range(1, len(texts))]
     assert sorted([first, *others]) == sorted(texts)
     if len(texts) > 1:
-        assert generate_spectrum.choose_prompt(unit, texts, len(texts)) == others[0]
+        assert choose_prompt(unit, texts, len(texts)) == others[0]
     else:
-        assert generate_spectrum.choose_prompt(unit, texts, 1) == first
+        assert choose_prompt(unit, texts, 1) == first

@@ -22,6 +22,8 @@ from loaders import digits
 from loaders.defaults import ASSETS
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
+from spectrum import tables
+from spectrum.units import Unit
 from training import lora
 
 LABELS = (2, 3, 4)
@@ -42,7 +44,7 @@ def tune(out: Path, mode: str) -> Path:
         }
         for place, label in zip(places, train.labels[places].tolist(), strict=True)
     ]
-    spectrum_folder.write_hard(out / "few.csv", rows)
+    tables.write_hard(out / "few.csv", rows)
     flags = ["--dataset", "fewshot_digits", "--hard", str(out / "few.csv"), "--mode", mode, "--epochs", "8"]
     flags += ["--warmup-steps", "1", "--samples", "0", "--rank", "2", "--lr", "0.02", "--together", "3"]
     assert tune_generator.main([*flags, "--out", str(out)]) == 0
@@ -78,7 +80,7 @@ def test_each_class_has_its_images_shared_out_among_its_sources(drawn):
         own = sorted((row["source"], row["seed"]) for row in rows if row["label"] == label)
         assert sorted(seed for _, seed in own) == [0, 0, 1] and len({source for source, _ in own}) == 2
         assert {row["prompt"] for row in rows if row["label"] == label} == {f"a photo of a {digits.NAMES[label]}"}
-    assert generate_spectrum.main(["--out", str(drawn), "--check"]) == 0
+    assert generate_spectrum.main(["--out", str(drawn), "--validate"]) == 0
 
 
 def test_an_image_is_what_plain_diffusers_draws_with_that_adapter(drawn, cls):
@@ -89,9 +91,7 @@ def test_an_image_is_what_plain_diffusers_draws_with_that_adapter(drawn, cls):
         row = next(row for row in rows_of(drawn) if row["label"] == label)
         pipe = AutoPipelineForText2Image.from_pipe(models.load_generator(TINY, "cpu"))
         pipe.load_lora_weights(cls / str(label))
-        generator = torch.Generator().manual_seed(
-            spectrum_folder.Unit(row["source"], row["level"], row["seed"]).noise_seed()
-        )
+        generator = torch.Generator().manual_seed(Unit(row["source"], row["level"], row["seed"]).noise_seed())
         # image-to-image draws the sample of a source's latent first, and then what is added; both are of variance one
         first, added = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
         pipe.scheduler.set_timesteps(3)

@@ -19,8 +19,10 @@ from conftest import ROOT
 
 import find_hard
 import write_prompts
-from runtime import cli
+from runtime import cli, files
 from spectrum import folder as spectrum_folder
+from spectrum import tables
+from spectrum.units import Unit
 
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 # By the name that it is imported by: `cli` in the folder `runtime` is runtime.cli.
@@ -398,19 +400,19 @@ def odd_hard(tmp_path) -> Path:
         {"source": f"{name}/{label}.png", "label": label, "class_name": name, "reason": "few", "score": 1}
         for label, name in enumerate(CLASS_NAMES)
     ]
-    spectrum_folder.write_hard(tmp_path / "hard.csv", rows)
+    tables.write_hard(tmp_path / "hard.csv", rows)
     return tmp_path / "hard.csv"
 
 
 def test_odd_class_names_survive_hard_csv(odd_hard):
-    found = [(row.source, row.label, row.class_name) for row in spectrum_folder.read_hard(odd_hard)]
+    found = [(row.source, row.label, row.class_name) for row in tables.read_hard(odd_hard)]
     assert found == [(f"{name}/{label}.png", label, name) for label, name in enumerate(CLASS_NAMES)]
 
 
 def test_odd_class_names_survive_prompts_json(odd_hard, tmp_path):
     out = tmp_path / "prompts.json"
     assert write_prompts.main(["--hard", str(odd_hard), "--out", str(out)]) == 0
-    prompts = spectrum_folder.read_prompts(out, range(len(CLASS_NAMES)))
+    prompts = tables.read_prompts(out, range(len(CLASS_NAMES)))
     assert [prompts[label]["class_name"] for label in range(len(CLASS_NAMES))] == CLASS_NAMES
     assert list(json.loads(out.read_text(encoding="utf-8"))) == [str(label) for label in range(len(CLASS_NAMES))]
     for label, name in enumerate(CLASS_NAMES):
@@ -424,10 +426,10 @@ def test_odd_class_names_survive_metadata(tmp_path):
     (tmp_path / "shard-00000").mkdir()
     rows = []
     for label, name in enumerate(CLASS_NAMES):
-        unit = spectrum_folder.Unit(f"{name}/{label}.png", 50, 0)
+        unit = Unit(f"{name}/{label}.png", 50, 0)
         rows.append({"file_name": unit.file_name, "source": unit.source, "label": label, "class_name": name})
         Image.new("RGB", (2, 2)).save(tmp_path / "shard-00000" / unit.file_name)
-    writer = spectrum_folder.RowWriter(tmp_path / "shard-00000")
+    writer = files.RowWriter(tmp_path / "shard-00000")
     writer.append(rows)
     writer.close()
     found = spectrum_folder.read_rows(tmp_path, decode=True)
@@ -436,12 +438,7 @@ def test_odd_class_names_survive_metadata(tmp_path):
 
 def test_file_names_are_safe_and_distinct_whatever_the_source():
     sources = [f"{name}/{label}.png" for label, name in enumerate(CLASS_NAMES)] + ["index:1", "index:11", "a/b", "a_b"]
-    units = [
-        spectrum_folder.Unit(source, level, seed)
-        for source in sources
-        for level in (0, 5, 50, 99)
-        for seed in (0, 1, 120)
-    ]
+    units = [Unit(source, level, seed) for source in sources for level in (0, 5, 50, 99) for seed in (0, 1, 120)]
     names = [unit.file_name for unit in units]
     assert all(re.fullmatch(r"[A-Za-z0-9_]+\.png", name) for name in names)
     assert len({name.lower() for name in names}) == len(units)
@@ -449,11 +446,11 @@ def test_file_names_are_safe_and_distinct_whatever_the_source():
 
 def test_classes_that_share_a_name_stay_two_classes(odd_hard, tmp_path):
     write_prompts.main(["--hard", str(odd_hard), "--out", str(tmp_path / "prompts.json")])
-    prompts = spectrum_folder.read_prompts(tmp_path / "prompts.json", [0, 1])
+    prompts = tables.read_prompts(tmp_path / "prompts.json", [0, 1])
     assert prompts[0] == prompts[1] and len(prompts) == len(CLASS_NAMES)
 
 
 def test_find_hard_writes_what_write_prompts_reads(tmp_path):
     find_hard.main(["--out", str(tmp_path / "hard.csv")])
     write_prompts.main(["--hard", str(tmp_path / "hard.csv"), "--out", str(tmp_path / "prompts.json")])
-    assert sorted(spectrum_folder.read_prompts(tmp_path / "prompts.json", range(3, 10))) == list(range(3, 10))
+    assert sorted(tables.read_prompts(tmp_path / "prompts.json", range(3, 10))) == list(range(3, 10))

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 import write_prompts
 from runtime.cli import UserError
 from spectrum import domains as summary
-from spectrum import folder as spectrum_folder
-from spectrum import scenes
+from spectrum import scenes, tables
 
 FOX = [
     f"A red fox {doing} {where} while thin mist rises slowly from the valley far behind it at dawn"
@@ -30,7 +29,7 @@ FOX = [
 def hard(tmp_path):
     rows = [(0, "fox"), (4, "bow/arrow"), (7, "fox")]
     path = tmp_path / "hard.csv"
-    spectrum_folder.write_hard(
+    tables.write_hard(
         path,
         [
             {"source": f"{label}.jpg", "label": label, "class_name": name, "reason": "few", "score": 1}
@@ -167,7 +166,7 @@ def test_a_model_with_random_weights_leaves_a_whole_file(hard, tmp_path):
     llm = save_llm(tmp_path / "llm", [])
     content = run(hard, "--source", "llm", "--llm", llm, "--tries", 2, "--max-new-tokens", 4)
     assert content["0"]["prompts"] == [f"a 8k real photo: {text}" for text in scenes.describe("fox", 10)]
-    assert spectrum_folder.read_prompts(tmp_path / "prompts.json", [0, 4, 7])
+    assert tables.read_prompts(tmp_path / "prompts.json", [0, 4, 7])
 
 
 def test_classes_that_are_done_are_not_asked_for_again(hard, tmp_path, monkeypatch):
@@ -280,7 +279,7 @@ def test_every_class_is_put_into_every_domain(hard, tmp_path):
     content = run(hard, "--source", "domains", "--domains", path)
     assert content["4"]["prompts"] == ["a photo of a bow/arrow on snow", "a dark photo of a bow/arrow"]
     assert all(entry["domains"] == ["on snow", "at night"] for entry in content.values())
-    read = spectrum_folder.read_prompts(tmp_path / "prompts.json", [0, 4, 7])
+    read = tables.read_prompts(tmp_path / "prompts.json", [0, 4, 7])
     assert summary.domain_of_prompt(read[4], "a dark photo of a bow/arrow") == "at night"
     assert (
         summary.domain_of_prompt(read[4], "another") == "" and summary.domain_of_prompt({"prompts": ["x"]}, "x") == ""
@@ -291,7 +290,7 @@ def test_every_class_is_put_into_every_domain(hard, tmp_path):
     content["0"]["domains"].pop()
     (tmp_path / "prompts.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="class 0: 1 domains for 2 prompts; expected one for each"):
-        spectrum_folder.read_prompts(tmp_path / "prompts.json", [])
+        tables.read_prompts(tmp_path / "prompts.json", [])
 
 
 @pytest.mark.parametrize(

@@ -266,13 +266,14 @@ def test_a_generation_array_killed_and_requeued_draws_the_images_of_a_run_withou
     wait_for_jobs(folder)
     assert any("Caught signal SIGUSR2" in log.read_text() for log in (folder / "logs").glob(f"{first}_*log.*"))
     from spectrum import folder as spectrum_folder
+    from spectrum import tables
 
     expected = {row["file_name"].split("/")[1]: row for row in spectrum_folder.read_rows(road.spectrum, decode=True)}
     found = {row["file_name"].split("/")[1]: row for row in spectrum_folder.read_rows(tmp_path / "s", decode=True)}
     assert found.keys() == expected.keys()
     for name, row in found.items():
         assert {**row, "file_name": ""} == {**expected[name], "file_name": ""}
-    scores = spectrum_folder.read_scores(tmp_path / "s/scores.csv")  # the dependent job ran after the array
+    scores = tables.read_scores(tmp_path / "s/scores.csv")  # the dependent job ran after the array
     assert len(scores) == len(expected)
     again = launch(tmp_path, *words, *generate, "--batch-size", "4")
     assert "nothing to submit" in again.stdout, again.stdout + again.stderr

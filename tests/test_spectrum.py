@@ -18,9 +18,12 @@ from PIL import Image
 import find_hard
 import generate_spectrum
 import write_prompts
-from runtime import cli, runs
+from loaders import pictures
+from runtime import cli, files, runs
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
+from spectrum import tables
+from spectrum.units import Unit
 
 HARD_HEADER = "source,label,class_name,reason,score\n"
 SCORE_HEADER = "file_name,text_score,image_score,kept,reason\n"
@@ -60,9 +63,9 @@ def names(rows: list[dict]) -> list[str]:
 
 def test_hard_images_are_read(tmp_path):
     path = write(tmp_path / "hard.csv", HARD_HEADER + 'index:7,3,three,few,19\n"a,b.png",4,"fo""ur",few,2\n')
-    assert spectrum_folder.read_hard(path) == [
-        spectrum_folder.Hard("index:7", 3, "three"),
-        spectrum_folder.Hard("a,b.png", 4, 'fo"ur'),
+    assert tables.read_hard(path) == [
+        tables.Hard("index:7", 3, "three"),
+        tables.Hard("a,b.png", 4, 'fo"ur'),
     ]
 
 
@@ -87,7 +90,7 @@ def test_bad_hard_csv_is_refused(tmp_path, content, message):
     if content is not None:
         write(path, content)
     with pytest.raises(UserError, match=re.escape(f"{path}") + ".*" + re.escape(message)):
-        spectrum_folder.read_hard(path)
+        tables.read_hard(path)
 
 
 def entry(**changes) -> dict:
@@ -96,7 +99,7 @@ def entry(**changes) -> dict:
 
 def test_prompts_are_read_by_class_index(tmp_path):
     path = write(tmp_path / "prompts.json", json.dumps(entry() | {"4": entry()["3"]}))
-    assert spectrum_folder.read_prompts(path, [3]) == {3: entry()["3"], 4: entry()["3"]}
+    assert tables.read_prompts(path, [3]) == {3: entry()["3"], 4: entry()["3"]}
 
 
 @pytest.mark.parametrize(
@@ -122,14 +125,14 @@ def test_bad_prompts_are_refused(tmp_path, content, message):
     if content is not None:
         write(path, content)
     with pytest.raises(UserError, match=re.escape(f"{path}") + ".*" + re.escape(message)):
-        spectrum_folder.read_prompts(path, [3, 5, 3])
+        tables.read_prompts(path, [3, 5, 3])
 
 
 def test_scores_are_read_by_file_name(tmp_path):
     path = tmp_path / "scores.csv"
     row = {"file_name": "a.png", "text_score": "0.25", "image_score": "-1", "kept": 1, "reason": ""}
-    spectrum_folder.write_scores(path, [row, row | {"file_name": "b.png", "kept": 0, "reason": "low, very"}])
-    assert spectrum_folder.read_scores(path) == {
+    tables.write_scores(path, [row, row | {"file_name": "b.png", "kept": 0, "reason": "low, very"}])
+    assert tables.read_scores(path) == {
         "a.png": {"text_score": 0.25, "image_score": -1.0, "kept": True, "reason": ""},
         "b.png": {"text_score": 0.25, "image_score": -1.0, "kept": False, "reason": "low, very"},
     }
@@ -152,7 +155,7 @@ def test_bad_scores_are_refused(tmp_path, content, message):
     if content is not None:
         write(path, content)
     with pytest.raises(UserError, match=re.escape(f"{path}") + ".*" + re.escape(message)):
-        spectrum_folder.read_scores(path)
+        tables.read_scores(path)
 
 
 def test_a_folder_without_a_plan_is_no_spectrum(tmp_path):
@@ -175,10 +178,10 @@ def test_a_spectrum_of_a_generator_that_learnt_time_backwards_is_refused(tmp_pat
 
 def test_tables_are_written_whole_and_leave_nothing_beside_them(tmp_path):
     rows = [{"source": "a", "label": 1, "class_name": "one", "reason": "few", "score": 2}]
-    spectrum_folder.write_hard(tmp_path / "deep/hard.csv", rows)
+    tables.write_hard(tmp_path / "deep/hard.csv", rows)
     assert (tmp_path / "deep/hard.csv").read_text() == HARD_HEADER + "a,1,one,few,2\n"
     with pytest.raises(ValueError):
-        spectrum_folder.write_hard(tmp_path / "deep/hard.csv", [rows[0], {"source": "b"}])
+        tables.write_hard(tmp_path / "deep/hard.csv", [rows[0], {"source": "b"}])
     assert (tmp_path / "deep/hard.csv").read_text() == HARD_HEADER + "a,1,one,few,2\n"
 
 
@@ -243,9 +246,9 @@ def test_rows_whose_image_is_missing_or_damaged_are_dropped(tmp_path):
 def test_an_image_cut_anywhere_in_its_pixels_does_not_decode(tmp_path):
     make_image(tmp_path / "whole.png")
     content = (tmp_path / "whole.png").read_bytes()
-    assert spectrum_folder.decodes(tmp_path / "whole.png")
+    assert pictures.decodes(tmp_path / "whole.png")
     for length in range(len(content) - 24):  # its last 24 bytes hold two checksums and the end mark, but no pixel
-        assert not spectrum_folder.decodes(write(tmp_path / "cut.png", content[:length])), length
+        assert not pictures.decodes(write(tmp_path / "cut.png", content[:length])), length
 
 
 @pytest.mark.parametrize("cut", [1, 20, 30, -2])
@@ -255,7 +258,7 @@ def test_a_torn_row_is_no_row_and_does_not_harm_the_next(tmp_path, cut):
     first, second, third = path.read_text().splitlines(keepends=True)
     path.write_text(first + second[:cut])
     assert names(spectrum_folder.read_rows(tmp_path)) == ["level0.png"]
-    writer = spectrum_folder.RowWriter(tmp_path / "shard-00000")
+    writer = files.RowWriter(tmp_path / "shard-00000")
     writer.append([json.loads(third)])
     writer.close()
     assert names(spectrum_folder.read_rows(tmp_path)) == ["level0.png", "level50.png"]
@@ -267,7 +270,7 @@ def test_a_row_torn_within_a_letter_is_no_row_either(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole + '{"file_name": "level0.png", "class_name": "ż'.encode()[:-1])
     assert names(spectrum_folder.read_rows(tmp_path)) == ["level0.png", "level50.png"]
-    writer = spectrum_folder.RowWriter(tmp_path / "shard-00000")
+    writer = files.RowWriter(tmp_path / "shard-00000")
     make_image(tmp_path / "shard-00000/level90.png")
     writer.append([{"file_name": "level90.png"}])
     writer.close()
@@ -275,7 +278,7 @@ def test_a_row_torn_within_a_letter_is_no_row_either(tmp_path):
 
 
 def test_rows_are_on_the_disk_after_each_batch(tmp_path):
-    writer = spectrum_folder.RowWriter(tmp_path / "shard-00000")
+    writer = files.RowWriter(tmp_path / "shard-00000")
     writer.append([{"file_name": "a.png"}, {"file_name": "b.png"}])
     assert len((tmp_path / "shard-00000/metadata.jsonl").read_text().splitlines()) == 2
     writer.close()
@@ -300,12 +303,12 @@ def test_file_names_that_lead_out_of_the_folder_are_confined_to_it(tmp_path, nam
 
 def test_the_noise_seed_is_the_same_everywhere_and_for_ever():
     # int.from_bytes(blake2b(b"noise\0index:5\x0050\x000\x000", digest_size=8).digest(), "big") // 2, worked out apart
-    assert spectrum_folder.Unit("index:5", 50, 0).noise_seed() == 8506118488801398691
+    assert Unit("index:5", 50, 0).noise_seed() == 8506118488801398691
 
 
 def test_the_noise_seed_differs_by_source_level_seed_and_redraw():
     seeds = [
-        spectrum_folder.Unit(source, level, seed).noise_seed(redraw)
+        Unit(source, level, seed).noise_seed(redraw)
         for source in ("index:5", "index:50", "b/5.png")
         for level in (0, 5, 50)
         for seed in (0, 5, 50)
@@ -317,7 +320,7 @@ def test_the_noise_seed_differs_by_source_level_seed_and_redraw():
 
 def test_the_file_name_is_pinned():
     # blake2b(b"index:5", digest_size=6): a finished spectrum must be found again by later versions.
-    assert spectrum_folder.Unit("index:5", 50, 0).file_name == "d91d9e0ca407_level050_seed00.png"
+    assert Unit("index:5", 50, 0).file_name == "d91d9e0ca407_level050_seed00.png"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +329,7 @@ def test_the_file_name_is_pinned():
 
 def test_hard_images_of_digits_are_those_of_the_seven_few_shot_classes(tmp_path):
     assert find_hard.main(["--dataset", "digits", "--out", str(tmp_path / "hard.csv")]) == 0
-    rows = spectrum_folder.read_hard(tmp_path / "hard.csv")
+    rows = tables.read_hard(tmp_path / "hard.csv")
     # int(60 * 30^(-k/9)): 60 41 28 19 13 9 6 4 2 2; fewer than 20 have classes 3 to 9.
     assert Counter(row.label for row in rows) == {3: 19, 4: 13, 5: 9, 6: 6, 7: 4, 8: 2, 9: 2}
     assert len(rows) == 55
@@ -338,7 +341,7 @@ def test_hard_images_of_digits_are_those_of_the_seven_few_shot_classes(tmp_path)
 @pytest.mark.parametrize(("few_max", "images"), [("3", 4), ("19", 36), ("20", 55), ("61", 184)])
 def test_few_max_is_the_first_count_that_is_not_few(tmp_path, few_max, images):
     find_hard.main(["--few-max", few_max, "--out", str(tmp_path / "hard.csv")])
-    assert len(spectrum_folder.read_hard(tmp_path / "hard.csv")) == images
+    assert len(tables.read_hard(tmp_path / "hard.csv")) == images
 
 
 def test_no_hard_image_is_one_line_and_exit_code_2(tmp_path):

@@ -18,6 +18,7 @@ import train_lt
 from runtime import runs
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
+from spectrum import tables
 from training import augmentations, evaluation, loop, optimization, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
@@ -208,8 +209,8 @@ def test_a_spectrum_made_for_other_data_is_refused(road, tmp_path):
 
 def test_a_level_without_an_accepted_image_is_named(road, tmp_path):
     shutil.copytree(road.spectrum, tmp_path / "s")
-    scores = spectrum_folder.read_scores(tmp_path / "s/scores.csv")
-    spectrum_folder.write_scores(
+    scores = tables.read_scores(tmp_path / "s/scores.csv")
+    tables.write_scores(
         tmp_path / "s/scores.csv",
         ({"file_name": name, **score, "kept": int("level050" not in name)} for name, score in scores.items()),
     )
@@ -220,8 +221,8 @@ def test_a_level_without_an_accepted_image_is_named(road, tmp_path):
 def test_a_class_without_an_accepted_image_at_a_level_is_named(road, tmp_path, capsys):
     shutil.copytree(road.spectrum, tmp_path / "s")
     rows = {row["file_name"]: row for row in spectrum_folder.read_rows(tmp_path / "s")}
-    scores = spectrum_folder.read_scores(tmp_path / "s/scores.csv")
-    spectrum_folder.write_scores(
+    scores = tables.read_scores(tmp_path / "s/scores.csv")
+    tables.write_scores(
         tmp_path / "s/scores.csv",
         (
             {"file_name": name, **score, "kept": int((rows[name]["label"], rows[name]["level"]) != (9, 50))}

@@ -21,7 +21,7 @@ import datasets
 import tune_generator
 from loaders import digits
 from runtime.cli import UserError
-from spectrum import folder as tables
+from spectrum import tables
 from training import tuner
 
 LABELS = (2, 3, 4, 5)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generation import worklist
-from generation.writer import draw_size, round_size
+from generation.sizes import draw_size, round_size
 
 
 def size_of(source: str) -> tuple[int, int]:
@@ -76,7 +76,7 @@ def test_the_size_asked_for_is_the_size_drawn():
 MILLION = """
 import re, sys, time
 sys.path.insert(0, sys.argv[1])
-import worklist
+from generation import worklist
 began = time.monotonic()
 names = [f"n0{number % 1000}/image_{number}.JPEG" for number in range(25_000)]
 units = worklist.order_units(dict.fromkeys(names, 8), [0, 10, 30, 50, 70])

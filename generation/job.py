@@ -1,0 +1,249 @@
+"""The drawing of one shard: batch after batch, redrawn where they are blank or score too low, written as they come."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from generation.plan import DrawPlan
+from generation.prefetch import Prefetcher
+from generation.sizes import resize
+from generation.worklist import Batch, steps_at
+from generation.writer import ImageWriter
+from runtime import cli, runs
+from spectrum.units import Unit
+
+MAX_REDRAWS = 3
+# A model that does not work is noticed after so many images, of which more than half were blank or not finite.
+TRIAL = 256
+
+
+class Job:
+    """The drawing of one shard.
+
+    Args:
+        plan: what there is to draw.
+        folder: the shard's folder.
+        prefetcher: reads the sources; it may know of some already that they cannot be read.
+        scorer: an embeddings.Scorer with --score, else None.
+    """
+
+    def __init__(self, plan: DrawPlan, folder: Path, prefetcher: Prefetcher, scorer):
+        self.args, self.plan, self.folder, self.prefetcher, self.scorer = plan.args, plan, folder, prefetcher, scorer
+        self.saved = self.redraws = self.reached = 0
+        self.failed: list[Unit] = []
+        self.at_once: dict[tuple[int, int], int] = {}  # of a size, set where a batch did not fit into memory
+
+    def draw(self, pipe, todo: list[Batch], done: set[Unit], stop: runs.StopSignals, adapters=None) -> None:
+        """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again."""
+        from generation.generator import Generator
+
+        args = self.args
+        self.generator = Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb, adapters)
+        if args.compile:
+            pipe.unet.compile()
+        self.scheduler = type(pipe.scheduler).__name__
+        total = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
+        began = time.monotonic()
+        with ImageWriter(self.folder) as writer, cli.progress(total, "drawing", "step") as bar:
+            for redraw in range(1 if self.scorer else MAX_REDRAWS + 1):
+                # Draw all batches, each while the next one's sources are being read.
+                for batch, following in itertools.zip_longest(todo, todo[1:]):
+                    if stop.received:
+                        break
+                    self.draw_batch(batch, following, redraw, done, writer)
+                    bar.update(steps_at(batch.level, args.steps) * len(batch.units))
+                    self.stop_if_broken(writer)
+                writer.drain()
+                self.stop_if_broken(writer)
+                # Redraw the blank ones, in batches of their own.
+                units = [Unit(row["source"], row["level"], row["seed"]) for row in writer.rejected]
+                writer.rejected.clear()
+                todo = self.plan.make_batches(units)
+                if stop.received or not todo:
+                    break
+            else:
+                self.failed = units
+        self.saved = writer.saved
+        if not stop.received:
+            speed = {"steps_per_second": total / (time.monotonic() - began), "batch_size": args.batch_size}
+            runs.write_json(self.folder / "speed.json", speed | {"seconds_waited_for_disk": writer.waited})
+
+    def draw_batch(self, batch: Batch, following: Batch | None, redraw: int, done: set, writer) -> None:
+        """Draw a batch, while the sources of the following one are being read."""
+        images = self.read_sources(batch)
+        if following:  # what this batch reads too will be encoded by then: read again it would stay in memory for good
+            here = {unit.source for unit in batch.units}
+            ahead = [source for source in self.missing_sources(following) if source not in here]
+            self.prefetcher.begin(ahead, following.size)
+        batch = batch._replace(units=[unit for unit in batch.units if unit.source not in self.prefetcher.unreadable])
+        if done.issuperset(batch.units):
+            return
+        if self.scorer:
+            pixels, good, arrived, rows = self.draw_best(batch, images)
+        else:
+            pixels, good, arrived = self.draw_once(batch, redraw, images)
+            rows = [self.row(unit, redraw, batch.size) for unit in batch.units]
+        todo = [None if unit in done else row for unit, row in zip(batch.units, rows, strict=True)]
+        if self.scorer:
+            self.reached += sum(row is not None and row["text_score"] >= self.args.threshold for row in todo)
+        writer.put(pixels, good, arrived, todo)
+
+    def missing_sources(self, batch: Batch) -> list[str]:
+        """The sources of a batch whose images are needed: by the generator, or by the scorer."""
+        wanted = self.generator.missing_sources(batch)
+        if self.scorer:
+            wanted = list(dict.fromkeys(wanted + self.scorer.missing(unit.source for unit in batch.units)))
+        return wanted
+
+    def read_sources(self, batch: Batch) -> dict:
+        """The images of a batch's sources that are needed, but for the unreadable ones. The scorer gets its own."""
+        images = self.prefetcher.finish(self.missing_sources(batch), batch.size)
+        if self.scorer:
+            self.scorer.add_sources(self.prefetcher.prepared)
+            self.prefetcher.prepared.clear()
+        return images
+
+    def prompt(self, unit: Unit, redraw: int) -> str:
+        """The prompt of a drawing: another one at each redraw for a better score, the same where it was only blank."""
+        return self.plan.prompt_of(unit, redraw if self.scorer else 0)
+
+    def draw_once(self, batch: Batch, redraw: int, images: dict) -> tuple:
+        """Draw a batch: what generator.to_host gives of it."""
+        import torch
+
+        from generation.generator import to_host
+
+        size, parts = f"{batch.size[0]}x{batch.size[1]}", []
+        self.redraws += len(batch.units) if redraw else 0
+        while batch.units:
+            # Draw as many at once as fit into memory.
+            most = self.at_once.get(batch.size, self.args.batch_size)
+            if not self.args.compile:
+                most = min(most, len(batch.units))
+            some = batch._replace(units=batch.units[:most])
+            if parts:  # the part before may have driven encoded sources out of memory
+                images = images | self.read_sources(some)
+            texts = [self.prompt(unit, redraw) for unit in some.units]
+            try:
+                drawn = self.generator.draw(some, redraw, texts, images, most if self.args.compile else 0)
+                parts.append(to_host(drawn))
+                batch = batch._replace(units=batch.units[most:])
+                continue
+            except torch.OutOfMemoryError:
+                if most == 1:
+                    raise cli.UserError(
+                        f"--size: one image of {size} does not fit into this device's memory; expected a smaller size"
+                    ) from None
+            # Halve the batch. Not within the except clause, whose exception holds what has to be freed.
+            torch.cuda.empty_cache()
+            self.at_once[batch.size] = most // 2
+            print(f"{most} images of {size} do not fit into this device's memory: {most // 2} at once", flush=True)
+        if len(parts) == 1:
+            return parts[0]
+        for _, _, arrived in parts:
+            arrived()
+        pixels, good, _ = zip(*parts, strict=True)
+        return torch.cat(pixels), torch.cat(good), lambda: None
+
+    def draw_best(self, batch: Batch, images: dict) -> tuple:
+        """Draw a batch, and those of its images that are under the threshold again and again; the best of each (DisCL).
+
+        The redraws of a batch follow from its own images alone, so that neither a kill nor the number of shards changes
+        them.
+
+        Returns:
+            As `generator.to_host`, and the images' rows.
+        """
+        import torch
+
+        args, waiting = self.args, list(range(len(batch.units)))
+        best: list[tuple] = [(-math.inf,)] * len(waiting)
+        for redraw in range(args.max_redraws + 1):
+            # Draw those that are not good enough yet. Encoded sources that memory did not hold are read again.
+            some = batch._replace(units=[batch.units[index] for index in waiting])
+            pixels, good, arrived = self.draw_once(some, redraw, self.read_sources(some) if redraw else images)
+            arrived()
+            # Score them at the size at which they are saved.
+            rows = [self.row(unit, redraw, batch.size) for unit in some.units]
+            pictures = [
+                resize(Image.fromarray(image.numpy()), (row["width"], row["height"]))
+                for image, row in zip(pixels, rows, strict=True)
+            ]
+            scores = self.scorer.score(pictures, [row["label"] for row in rows], [unit.source for unit in some.units])
+            # Keep the best of each.
+            for index, image, fine, row, text, likeness in zip(
+                waiting, pixels, good.tolist(), rows, *scores, strict=True
+            ):
+                fine = fine and math.isfinite(text + likeness)
+                score = text if fine else -math.inf
+                if redraw == 0 or score > best[index][0]:
+                    best[index] = score, image, fine, row | {"text_score": text, "image_score": likeness}
+            waiting = [index for index in waiting if best[index][0] < args.threshold]
+            if not waiting:
+                break
+        _, pixels, good, rows = zip(*best, strict=True)
+        return torch.stack(pixels), torch.tensor(good), arrived, list(rows)
+
+    def stop_if_broken(self, writer: ImageWriter) -> None:
+        """Raise UserError where most of what was drawn is not good, before a day is spent on it."""
+        rejected = len(writer.rejected)
+        if writer.seen >= TRIAL and rejected > writer.seen / 2:
+            raise cli.UserError(
+                f"{rejected} of the first {writer.seen} images are blank or not finite: {self.args.generator} does not "
+                f"work in {self.plan.settings['dtype']}; expected another --dtype or --generator"
+            )
+
+    def row(self, unit: Unit, redraw: int, drawn: tuple[int, int]) -> dict:
+        """The row of an image in metadata.jsonl, but for its scores."""
+        args, source = self.args, self.plan.hard[unit.source]
+        width, height = self.plan.save_size_of(unit.source, drawn)
+        return {
+            "file_name": str(Path(unit.file_name).with_suffix(f".{args.format}")),
+            "source": unit.source,
+            "source_sha256": self.prefetcher.digest(unit.source),
+            "label": source.label,
+            "class_name": source.class_name,
+            "level": unit.level,
+            "seed": unit.seed,
+            "redraws": redraw,
+            "prompt": self.prompt(unit, redraw),
+            "text_guidance": args.text_guidance,
+            "steps": steps_at(unit.level, args.steps),
+            "start_timestep": self.generator.start_timestep(unit.level),
+            "width": width,
+            "height": height,
+            "generator": self.plan.settings["generator"],
+            "revision": self.plan.settings["revision"],
+            "scheduler": self.scheduler,
+        }
+
+    def report(self) -> int:
+        """Say what was drawn, write failures.jsonl where something was not, and give the exit code."""
+        failures = [
+            {"source": name, "level": None, "seed": None, "reason": why}
+            for name, why in sorted(self.prefetcher.unreadable.items())
+        ]
+        redraws = self.args.max_redraws if self.scorer else MAX_REDRAWS
+        failures += [unit._asdict() | {"reason": f"blank or not finite, {redraws} redraws"} for unit in self.failed]
+        path = self.folder / "failures.jsonl"
+        path.unlink(missing_ok=True)
+        reached = f", {self.reached} of them with a CLIPScore of {self.args.threshold:g} or more" if self.scorer else ""
+        print(f"{self.args.out}: {self.saved} images drawn, {self.redraws} redraws{reached}")
+        if not failures:
+            return 0
+        runs.write_text(path, "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures))
+        if self.prefetcher.unreadable:
+            print(f"{len(self.prefetcher.unreadable)} sources cannot be read, the first: {failures[0]['reason']}")
+        if self.failed:
+            print(
+                f"{len(self.failed)} images stayed blank or not finite after {redraws} redraws, the first "
+                f"{self.failed[0].source} at level {self.failed[0].level}"
+            )
+        print(f"{path}: all that could not be drawn")
+        return 1

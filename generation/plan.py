@@ -1,0 +1,222 @@
+"""What there is to draw: the units of a spectrum, and the prompt, size and LoRA adapter of each."""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from collections import Counter
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from generation import worklist
+from generation.sizes import draw_size, read_sizes
+from generation.worklist import Batch, steps_at
+from generation.writer import BYTES_PER_PIXEL
+from loaders.sources import Sources
+from runtime import runs
+from runtime.cli import UserError
+from spectrum import tables
+from spectrum.folder import describe_clip
+from spectrum.units import Unit
+
+
+def make_settings(args, hard: dict[str, tables.Hard], generator: dict, dtype: str, loras: dict[str, Path]) -> dict:
+    """The content of plan.json: everything that determines the images.
+
+    Args:
+        args: of the command line.
+        hard: hard images by source.
+        generator: its name and revision, as models.describe_generator gives them.
+        dtype: the number type that it runs in.
+        loras: adapter files by name.
+    """
+    score = None
+    if args.score:
+        score = describe_clip(args.clip) | {"threshold": args.threshold, "max_redraws": args.max_redraws}
+    return {
+        "dataset": args.dataset,
+        "imb_ratio": args.imb_ratio,
+        "data_seed": args.data_seed,
+        "sources": len(hard),
+        "hard_classes": sorted({row.label for row in hard.values()}),
+        "hard_digest": runs.digest_files([args.hard]),
+        "prompts_digest": runs.digest_files([args.prompts]),
+        "levels": sorted(set(args.levels)),
+        "seeds": args.seeds,
+        **({"per_class": args.per_class} if args.per_class else {}),
+        "steps": args.steps,
+        "text_guidance": args.text_guidance,
+        **generator,
+        "dtype": dtype,
+        "loras": {name: runs.digest_files([path]) for name, path in loras.items()},
+        "scheduler": args.scheduler,
+        "pure_noise": args.pure_noise,
+        "size": args.size if isinstance(args.size, str) else list(args.size),
+        "save_size": list(args.save_size) if isinstance(args.save_size, tuple) else args.save_size,
+        "format": args.format,
+        "score": score,
+    }
+
+
+def count_seeds(args, hard: dict[str, tables.Hard]) -> dict[str, int]:
+    """How many images of a level each source has: --seeds, or its share of its class's --per-class."""
+    if not args.per_class:
+        return dict.fromkeys(hard, args.seeds)
+    seeds = {}
+    by_class = Counter(row.label for row in hard.values())
+    before: Counter = Counter()
+    for source, row in hard.items():
+        share, rest = divmod(args.per_class, by_class[row.label])
+        seeds[source] = share + (before[row.label] < rest)
+        before[row.label] += 1
+    return seeds
+
+
+def choose_prompt(unit: Unit, texts: list[str], another: int = 0) -> str:
+    """The prompt of a unit, by its digest.
+
+    Args:
+        another: from 1 up, the others one after another instead, and then from the first of them again.
+    """
+    rng = random.Random(unit.noise_seed())
+    first = rng.choice(texts)
+    others = [text for text in texts if text != first]
+    if not another or not others:
+        return first
+    rng.shuffle(others)
+    return others[(another - 1) % len(others)]
+
+
+class DrawPlan:
+    """The units of a spectrum, and what each is drawn from.
+
+    Args:
+        args: of the command line.
+        settings: of `make_settings`.
+        hard: hard images by source.
+        prompts: of the classes, by class index.
+        adapters: names of the LoRA adapters.
+        extra: files of further units.
+
+    Attributes:
+        seeds: how many images of a level each source has.
+        sizes: the sources' own width and height, where they matter.
+        unreadable: why, for each source that cannot be opened.
+        native: side in pixels of the images that the generator was made for.
+        multiple: what the sides of its images must divide by.
+
+    Raises:
+        UserError: further units that are none, or that ask for another prompt than the plan's.
+    """
+
+    def __init__(
+        self,
+        args,
+        settings: dict,
+        hard: dict[str, tables.Hard],
+        prompts: dict[int, dict],
+        adapters: Collection[str] = (),
+        extra: Iterable[Path] = (),
+    ):
+        self.args, self.settings, self.hard, self.prompts, self.adapters = args, settings, hard, prompts, adapters
+        self.seeds = count_seeds(args, hard)
+        self.asked: dict[Unit, str] = {}
+        self.extra = [self._leave_out_planned(units) for units in tables.read_extra(extra, hard)]
+        for units in self.extra:
+            self.asked |= units
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.unreadable: dict[str, str] = {}
+        self.native, self.multiple = 0, 1
+
+    def read_sizes(self, sources: Sources, native: int, multiple: int) -> None:
+        """Look at the sources, where their sizes matter.
+
+        Raises:
+            UserError: not one of them can be opened, or one belongs to another data set.
+        """
+        self.native, self.multiple = native, multiple
+        if "source" in (self.args.size, self.args.save_size) or self.args.size == "native":
+            self.sizes, self.unreadable = read_sizes(list(self.hard), sources)
+
+    def prompt_of(self, unit: Unit, redraw: int = 0) -> str:
+        """The prompt of a unit at a redraw, 0 for its first drawing."""
+        texts = self.prompts[self.hard[unit.source].label]["prompts"]
+        return self.asked.get(unit) or choose_prompt(unit, texts, redraw)
+
+    def draw_size_of(self, source: str) -> tuple[int, int]:
+        """Width and height at which a source is drawn."""
+        return draw_size(self.sizes.get(source, (0, 0)), self.args.size, self.native, self.multiple)
+
+    def save_size_of(self, source: str, drawn: tuple[int, int]) -> tuple[int, int]:
+        """Width and height at which an image of a source is saved, drawn at `drawn`."""
+        asked = self.args.save_size
+        return {None: drawn, "source": self.sizes.get(source)}.get(asked, asked)
+
+    def adapter_of(self, source: str) -> str | None:
+        """The LoRA adapter that a source is drawn with, None where all have the same."""
+        name = f"class_{self.hard[source].label}"
+        return name if name in self.adapters else None
+
+    def make_batches(self, units) -> list[Batch]:
+        """Units in batches of one level, size and adapter."""
+        return worklist.make_batches(units, self.draw_size_of, self.args.batch_size, self.adapter_of)
+
+    def share(self) -> list[Batch]:
+        """The batches of this process's shard.
+
+        The plan and each file of further units are shared out one after another: a file that is added while processes
+        are at work then takes nothing from one of them to give it to another.
+        """
+        seeds = {name: seeds for name, seeds in self.seeds.items() if name not in self.unreadable}
+        lists = [worklist.order_units(seeds, self.settings["levels"])]
+        lists += [sorted(unit for unit in units if unit.source not in self.unreadable) for units in self.extra]
+        shard, mine = self.args.shard, []
+        for units in lists:
+            mine += worklist.share_out(self.make_batches(units), self.args.steps, shard.count)[shard.index]
+        return mine
+
+    def _leave_out_planned(self, units: dict[Unit, str]) -> dict[Unit, str]:
+        """Further units without those of the plan itself, which may have no other prompt."""
+        further = {}
+        for unit, prompt in units.items():
+            if unit.level not in self.settings["levels"] or unit.seed >= self.seeds[unit.source]:
+                further[unit] = prompt
+            elif prompt and prompt != self.prompt_of(unit):
+                raise UserError(
+                    f"--also-draw: {unit.source} at level {unit.level}, seed {unit.seed}, is in the plan with the "
+                    f"prompt {self.prompt_of(unit)!r}; expected a seed of {self.seeds[unit.source]} or more for "
+                    "another prompt"
+                )
+        return further
+
+    def print_forecast(self, todo: list[Batch]) -> None:
+        """Print what drawing these batches takes, in images, steps, hours and bytes."""
+        args = self.args
+        # Count images and denoising steps.
+        count = sum(len(batch.units) for batch in todo)
+        steps = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
+        by_level = Counter()
+        for batch in todo:
+            by_level[batch.level] += len(batch.units)
+        for level, number in sorted(by_level.items()):
+            print(f"  level {level:>2}: {number} images of {steps_at(level, args.steps)} steps")
+        # Estimate the hours from the last run's rate.
+        speeds = [runs.read_json(path) for path in args.out.glob("shard-*/speed.json")]
+        rate = args.steps_per_second or max((speed["steps_per_second"] for speed in speeds), default=None)
+        hours = "time unknown: no run here yet to go by, and no --steps-per-second"
+        if rate:
+            hours = f"{steps / rate / 3600:.2f} hours at {rate:.4g} steps a second"
+        # Estimate the bytes from images that are there, else from their pixels.
+        sample = [path.stat().st_size for path in list(args.out.glob(f"shard-*/*.{args.format}"))[:1000]]
+        pixels = sum(math.prod(self.save_size_of(unit.source, batch.size)) for batch in todo for unit in batch.units)
+        gigabytes = (sum(sample) / len(sample) * count if sample else pixels * BYTES_PER_PIXEL[args.format]) / 1e9
+        place = next(folder for folder in [args.out.resolve(), *args.out.resolve().parents] if folder.exists())
+        print(
+            f"  {count} images, {len(todo)} batches, {steps} denoising steps: {hours}; about {gigabytes:.3g} GB of "
+            f"{shutil.disk_usage(place).free / 1e9:.4g} GB free"
+        )
+        if args.score:
+            print(
+                f"  besides: images under --threshold {args.threshold:g} are drawn up to {args.max_redraws} times again"
+            )

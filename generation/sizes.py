@@ -1,0 +1,57 @@
+"""Width and height of what is drawn: of a source, rounded to what the generator divides by."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from loaders.sources import Sources
+from runtime.cli import UserError
+
+
+def round_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Width and height, each rounded to the nearest multiple (halves down), at least one: 480x270 to 480x272 for 8."""
+    width, height = (max(multiple, (2 * side + multiple - 1) // (2 * multiple) * multiple) for side in size)
+    return width, height
+
+
+def draw_size(source: tuple[int, int], asked: str | tuple[int, int], native: int, multiple: int) -> tuple[int, int]:
+    """The size at which a source is drawn.
+
+    Args:
+        source: the source's own width and height.
+        asked: `source` (its own size), `native` (scaled, shape kept, to the area of native x native), or width and
+            height.
+        native: side in pixels that the generator was made for.
+        multiple: what the generator's sides must divide by.
+    """
+    if asked == "native":
+        scale = native / (source[0] * source[1]) ** 0.5
+        return round_size((round(source[0] * scale), round(source[1] * scale)), multiple)
+    return round_size(source if asked == "source" else asked, multiple)
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image at this width and height, by the Lanczos filter; itself where it has them."""
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def read_sizes(names: list[str], sources: Sources) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Width and height of each source, and for those that cannot be opened why not."""
+
+    def look(name: str) -> tuple[int, int] | str:
+        try:
+            return sources.size(name)
+        except UserError as error:
+            if name not in sources.places and name.startswith("index:"):
+                raise  # other data than hard.csv was made from: all of it is wrong, not this image
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = dict(zip(names, pool.map(look, names), strict=True))
+    sizes = {name: size for name, size in found.items() if not isinstance(size, str)}
+    unreadable = {name: why for name, why in found.items() if isinstance(why, str)}
+    if not sizes:
+        raise UserError(next(iter(unreadable.values())))
+    return sizes, unreadable
