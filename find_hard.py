@@ -105,6 +105,14 @@ def find_few(data: LongTailed, few_max: int) -> list[int]:
 # confidence
 
 
+def evaluated_weights(state: dict) -> dict:
+    """The weights that a run's accuracies are of: the moving average where it has one."""
+    if "average" not in state:
+        return state["model"]
+    prefix = "module."
+    return {name.removeprefix(prefix): value for name, value in state["average"].items() if name.startswith(prefix)}
+
+
 def checkpoint_batches(args, data: LongTailed, places: list[int]):
     """Batches of (places, probabilities of all classes (n, C) or None, place -> what is wrong), by a checkpoint.
 
@@ -118,7 +126,7 @@ def checkpoint_batches(args, data: LongTailed, places: list[int]):
     from models import build_classifier
     from runtime.device import pick_device
     from spectrum import embeddings
-    from training import stores
+    from training import losses, stores
     from training.augmentations import normalise
 
     trained = runs.read_json(args.checkpoint / "args.json")["args"]
@@ -135,7 +143,7 @@ def checkpoint_batches(args, data: LongTailed, places: list[int]):
     if not path.is_file():
         raise cli.UserError(f"--checkpoint {args.checkpoint}: no checkpoint.pt there; expected a run of train_lt.py")
     try:
-        model.load_state_dict(runs.load_checkpoint(path, "cpu")["model"])
+        model.load_state_dict(evaluated_weights(runs.load_checkpoint(path, "cpu")))
     except (KeyError, RuntimeError) as error:
         raise cli.UserError(f"{path}: does not fit the model {trained['model']} of args.json") from error
     model.to(device).eval()
@@ -144,7 +152,8 @@ def checkpoint_batches(args, data: LongTailed, places: list[int]):
     done = 0
     for images in store.evaluation(np.array(places), args.batch_size):
         with torch.inference_mode():
-            probabilities = model(normalise(images, data.mean, data.std)).float().softmax(1).cpu()
+            logits = model(normalise(images, data.mean, data.std)).float()
+        probabilities = (logits * (losses.LDAM_SCALE if trained["loss"] == "ldam" else 1)).softmax(1).cpu()
         yield list(range(done, done + len(images))), probabilities, {}
         done += len(images)
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,15 +34,17 @@ import datasets
 from curricula import REAL
 from loaders.base import ImageSet, LongTailed
 from reporting import names
-from runtime import cli, runs
+from runtime import cli, files
+from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
-from training import distributed, loop, losses, optimization
+from training import distributed, flags, log, loop, losses, optimization
+from training.pool import Pool, build_pool, prepare_spectrum
 
 LOSSES = ("flyp", "ce", "lpft")
 ALPHAS = [i / 10 for i in range(11)]  # of WiSE-FT
 UNREADABLE_SHARE = 0.01  # of an epoch's images that may be unreadable: more is a broken download or disk
-SHEET_SOURCES = 8  # hard images shown beside their spectrum
+FIGURES = ("ood_f1", "ood_acc", "id_f1", "id_acc")  # of a test
 
 
 def curriculum_name(text: str) -> str:
@@ -54,9 +55,9 @@ def curriculum_name(text: str) -> str:
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "train_iwildcam")
     datasets.add_flags(parser, "toycam", datasets.CAMERA_TRAPS)
-    loop.add_run_flags(parser)
+    flags.add_run_flags(parser)
     group = parser.add_argument_group("curriculum")
-    loop.add_curriculum_flags(group, curriculum_name)
+    flags.add_curriculum_flags(group, curriculum_name)
     group.add_argument(
         "--per-hard-image",
         type=cli.whole(1),
@@ -93,7 +94,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--grad-checkpointing", action="store_true", help="compute activations twice, which saves most of their memory"
     )
-    loop.add_training_flags(parser.add_argument_group("training"))
+    flags.add_training_flags(parser.add_argument_group("training"))
     return parser
 
 
@@ -103,7 +104,7 @@ def check_flags(args) -> None:
         raise cli.UserError("--templates: expected texts with {}, where the class name goes")
     if args.merge_same_class and args.loss != "flyp":
         raise cli.UserError(f"--merge-same-class: --loss {args.loss} has no captions; expected flyp")
-    loop.check_flags(args)
+    flags.check_flags(args)
 
 
 @dataclass
@@ -126,45 +127,53 @@ class Trainer(loop.Trainer):
 
     chosen_by = "id_f1"
 
-    def pass_loss(self, epoch: int, places: np.ndarray) -> Callable:
+    def batch_loss(self, batch: loop.Batch):
         """See training.Trainer."""
         import torch
-        from torch.nn import functional as F
 
         from training.augmentations import normalise
 
-        args, data, device = self.args, self.data, self.device
-        labels, templates = torch.from_numpy(self.pool.labels[places]), len(args.templates)
-        store = self.pool.images
-        wrong: list[int] = []  # of this pass and this process
+        # Leave out what cannot be read.
+        unreadable = self.pool.images.unreadable
+        own = batch.own_places.tolist()
+        readable = torch.tensor([place not in unreadable for place in own])
+        batch.of.unreadable += [place for place in own if place in unreadable]
+        self.stop_on_unreadable(batch.of.unreadable, len(batch.of.places))
+        keep = slice(None)
+        if distributed.world() > 1 or not readable.all():
+            keep = distributed.gathered(readable.float().to(self.device), batch.rows, len(batch)) > 0
 
-        def loss_of(part, rows: slice, images, generator):
-            own = torch.from_numpy(places)[part[rows]].tolist()
-            readable = torch.tensor([place not in store.unreadable for place in own])
-            wrong.extend(place for place in own if place in store.unreadable)
-            self.stop_on_unreadable(wrong, len(places))
-            images = normalise(images, data.mean, data.std)
-            captions = labels[part] * templates + torch.randint(templates, (len(part),), generator=generator)
-            targets = labels[part].to(device)
-            keep = slice(None)
-            if distributed.world() > 1 or not readable.all():
-                keep = distributed.gathered(readable.float().to(device), rows, len(part)) > 0
-            with torch.autocast(device.split(":")[0], torch.bfloat16, args.precision == "bf16"):
-                if args.loss == "flyp":
-                    # Many images of a batch share a caption: the text tower reads each once.
-                    unique, of_image = captions[rows].unique(return_inverse=True)
-                    image, text, scale = self.step_model(images, self.tokens[unique.to(device)])
-                    text = text[of_image.to(device)]
-                else:
-                    logits = self.step_model(images)
-            if args.loss == "flyp":
-                image, text = (distributed.gathered(one, rows, len(part))[keep] for one in (image, text))
-                return losses.contrastive(image, text, scale, targets[keep] if args.merge_same_class else None)
-            values = F.cross_entropy(logits, targets[rows], reduction="none") * readable.to(device)
-            share = distributed.world() if rows != slice(None) else 1
-            return share * values.sum() / (len(part) if isinstance(keep, slice) else keep.sum())
+        images = normalise(batch.images, self.data.mean, self.data.std)
+        if self.args.loss == "flyp":
+            return self.contrastive_loss(batch, images, keep)
+        return self.head_loss(batch, images, readable, keep)
 
-        return loss_of
+    def contrastive_loss(self, batch: loop.Batch, images, keep):
+        """FLYP's loss of the batch's pairs that `keep` selects; each image has one caption of its class, at random."""
+        import torch
+
+        templates, rows = len(self.args.templates), batch.rows
+        drawn = torch.randint(templates, (len(batch),), generator=batch.generator)
+        captions = batch.labels.cpu() * templates + drawn
+        # Many images of a batch share a caption: the text tower reads each once.
+        unique, of_image = captions[rows].unique(return_inverse=True)
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
+            image, text, scale = self.step_model(images, self.tokens[unique.to(self.device)])
+            text = text[of_image.to(self.device)]
+        image, text = (distributed.gathered(one, rows, len(batch))[keep] for one in (image, text))
+        return losses.contrastive(image, text, scale, batch.labels[keep] if self.args.merge_same_class else None)
+
+    def head_loss(self, batch: loop.Batch, images, readable, keep):
+        """The cross-entropy of the linear head, over the batch's images that can be read."""
+        import torch
+        from torch.nn import functional as F
+
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
+            logits = self.step_model(images)
+        values = F.cross_entropy(logits, batch.labels[batch.rows], reduction="none") * readable.to(self.device)
+        # Gradients are averaged over the processes: their mean is then that of the whole batch.
+        share = distributed.world() if batch.rows != slice(None) else 1
+        return share * values.sum() / (len(batch) if isinstance(keep, slice) else keep.sum())
 
     def stop_on_unreadable(self, wrong: list[int], images: int) -> None:
         """Raise UserError where those at `wrong`, this process's part of a pass over `images`, are too many."""
@@ -206,7 +215,9 @@ class Trainer(loop.Trainer):
             with torch.autocast(self.device.split(":")[0], torch.bfloat16, self.args.precision == "bf16"):
                 weight = clip_tuning.zero_shot_head(self.model, self.tokens, len(self.data.class_names))
         classifier = clip_tuning.Classifier(self.model, weight)
-        return evaluation.predict(classifier, store, places, self.data, self.device, self.args.precision)
+        return evaluation.predict(
+            classifier, store, places, self.data, self.device, self.args.precision, between=self.stop_on_signal
+        )
 
     def figures(self, split: str) -> tuple[dict[str, float], np.ndarray]:
         """Macro-F1 and accuracy on a split in percent, and the logits, float32 (N, C)."""
@@ -233,28 +244,24 @@ class Trainer(loop.Trainer):
     def pictures(self, epoch: int, places: np.ndarray) -> dict[str, np.ndarray]:
         """See training.Trainer: training images, and before the first epoch hard images beside their spectrum."""
         shown = super().pictures(epoch, places)
-        return shown | {"train/spectrum": spectrum_sheet(self)} if epoch == 0 and self.levels else shown
+        if epoch == 0 and self.levels:
+            shown["train/spectrum"] = log.spectrum_sheet(self.pool, self.data, self.source_ids, self.levels)
+        return shown
 
     def finish(self, state: dict, writer) -> None:
         """Test the last weights, the best by id_val, WiSE-FT's and the untuned ones, and write what the run leaves."""
-        import torch
-
         from training import clip as clip_tuning
-        from training import evaluation
 
-        args, data = self.args, self.data
+        # Each set of weights in turn; the last ones stay.
         tuned = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+        zero_shot = {name: value.to(self.device) for name, value in self.zero_shot.items()}
         last, logits = self.test()
         self.model.load_state_dict(state["best"]["model"])
         best, _ = self.test()
-        zero_shot = {name: value.to(self.device) for name, value in self.zero_shot.items()}
-        sweep = []
-        for alpha in ALPHAS:
-            self.model.load_state_dict(clip_tuning.interpolated(zero_shot, tuned, alpha))
-            sweep.append({"alpha": alpha} | {f"id_val_{name}": one for name, one in self.figures("id_val")[0].items()})
-        # The test sets are not looked at: of equal alphas the larger, nearer to the tuned weights.
+        sweep = self.sweep_wise_ft(zero_shot, tuned)
+        # The test sets have no say: of equal alphas the larger, nearer to the tuned weights.
         chosen = max(sweep, key=lambda row: (row["id_val_f1"], row["alpha"]))
-        self.model.load_state_dict(clip_tuning.interpolated(zero_shot, tuned, chosen["alpha"]))
+        self.model.load_state_dict(clip_tuning.interpolate(zero_shot, tuned, chosen["alpha"]))
         wise, _ = self.test()
         self.model.load_state_dict(zero_shot)
         untuned, _ = self.test()
@@ -262,57 +269,66 @@ class Trainer(loop.Trainer):
         unreadable = self.unreadable_files()
         if not writer:
             return
-        best_note = {"epoch": state["best"]["epoch"], "val_id_f1": state["best"]["figure"]}
-        per_class = evaluation.accuracies(torch.from_numpy(logits["ood"]), data.test.labels, {})["per_class"]
+
+        # What they came to.
         results = {
-            "last": last | {"epoch": args.epochs - 1, "per_class": per_class},  # of the OOD test set
-            "best_by_val": best | best_note,
+            "last": last | {"epoch": self.args.epochs - 1},
+            "best_by_val": best | {"epoch": state["best"]["epoch"], "val_id_f1": state["best"]["figure"]},
             "last_wise_ft": wise | {"alpha": chosen["alpha"], "id_val_f1": chosen["id_val_f1"]},
             "zero_shot": untuned,
             "wise_ft_sweep": sweep,
-            "train_counts": data.counts.tolist(),
-            "class_names": data.class_names,
-            "validation": data.note,
+            "train_counts": self.data.counts.tolist(),
+            "class_names": self.data.class_names,
+            "validation": self.data.note,
             "unreadable": unreadable,
         }
-        labels = {"ood": data.test.labels, "id": data.id_test.labels}
-        both = {f"{domain}_logits": one for domain, one in logits.items()}
-        np.savez(args.out / "predictions.npz", **both, **{f"{domain}_labels": one for domain, one in labels.items()})
-        write_tables(args.out, data, {domain: one.argmax(1) for domain, one in logits.items()})
-        save_clip(self.model, args.out / "clip.safetensors")
-        for row in sweep:
-            writer.add_scalar("wise_ft/id_val_f1", row["id_val_f1"], round(100 * row["alpha"]))
-        if args.curriculum == "adaptive":
-            from reporting import figures
-
-            figures.draw_progress(state["history"], args.out / "progress.png")
-        metrics = {f"test/{name}": value for name, value in last.items()}
-        metrics |= {f"test_wise_ft/{name}": value for name, value in wise.items()}
-        loop.write_results(self, state, writer, results, metrics)
+        self.write(results, logits, state, writer)
         for name, found in (("after the last epoch", last), (f"WiSE-FT, alpha {chosen['alpha']}", wise)):
-            print(f"{args.out}: {name}: macro-F1 % OOD {found['ood_f1']:.1f}, ID {found['id_f1']:.1f}")
+            print(f"{self.args.out}: {name}: macro-F1 % OOD {found['ood_f1']:.1f}, ID {found['id_f1']:.1f}")
         if unreadable:
             print(f"{len(unreadable)} training images cannot be read and were left out, the first: {unreadable[0]}")
 
+    def sweep_wise_ft(self, zero_shot: dict, tuned: dict) -> list[dict]:
+        """Macro-F1 and accuracy on id_val of the weights between two state dicts, for each of ALPHAS."""
+        from training import clip as clip_tuning
 
-def spectrum_sheet(trainer: Trainer) -> np.ndarray:
-    """Some hard images, each beside one synthetic image of each level: uint8 (height, width, 3)."""
-    from reporting import figures
+        sweep = []
+        for alpha in ALPHAS:
+            self.model.load_state_dict(clip_tuning.interpolate(zero_shot, tuned, alpha))
+            found = self.figures("id_val")[0]
+            sweep.append({"alpha": alpha} | {f"id_val_{name}": value for name, value in found.items()})
+        return sweep
 
-    pool, data = trainer.pool, trainer.data
-    ids, levels = trainer.source_ids, sorted({*trainer.levels, REAL})
-    by_level = [set(ids[pool.levels == level].tolist()) for level in levels]
-    whole = sorted(set.intersection(*by_level))[:SHEET_SOURCES]
-    first = {(ids[place], pool.levels[place]): place for place in range(len(ids) - 1, -1, -1)}
-    chosen = np.array([first[source, level] for source in whole for level in levels], dtype=int)
-    if not len(chosen):
-        return np.full((8, 8, 3), 255, np.uint8)
-    images = [
-        image.permute(1, 2, 0).cpu().numpy() for part in pool.images.evaluation(chosen, len(chosen)) for image in part
-    ]
-    names = ["real" if level == REAL else f"level {level}" for level in levels] * len(whole)
-    captions = [(name, data.spoken_names[pool.labels[place]]) for name, place in zip(names, chosen, strict=True)]
-    return figures.sheet(images, captions, len(levels))
+    def write(self, results: dict, logits: dict[str, np.ndarray], state: dict, writer) -> None:
+        """The run's files: predictions, tables, figures, the tuned CLIP, and results.json last.
+
+        Args:
+            logits: of the last weights on both test sets, by domain, float32 (N, C).
+        """
+        import torch
+
+        from training import clip as clip_tuning
+        from training import evaluation
+
+        args, data = self.args, self.data
+        labels = {"ood": data.test.labels, "id": data.id_test.labels}
+        results["last"]["per_class"] = evaluation.accuracies(  # of the OOD test set
+            torch.from_numpy(logits["ood"]), labels["ood"], {}
+        )["per_class"]
+        arrays = {f"{domain}_logits": logits[domain] for domain in labels}
+        np.savez(args.out / "predictions.npz", **arrays, **{f"{domain}_labels": labels[domain] for domain in labels})
+        write_tables(args.out, data, {domain: found.argmax(1) for domain, found in logits.items()})
+        clip_tuning.save_clip(self.model, args.out / "clip.safetensors")
+        with log.decoration("progress.png"):
+            if args.curriculum == "adaptive":
+                from reporting import figures
+
+                figures.draw_progress(state["history"], args.out / "progress.png")
+        for row in results["wise_ft_sweep"]:
+            writer.add_scalar("wise_ft/id_val_f1", row["id_val_f1"], round(100 * row["alpha"]))
+        metrics = {f"test/{name}": results["last"][name] for name in FIGURES}
+        metrics |= {f"test_wise_ft/{name}": results["last_wise_ft"][name] for name in FIGURES}
+        loop.write_results(self, state, writer, results, metrics)
 
 
 def write_tables(folder: Path, data: LongTailed, predicted: dict[str, np.ndarray]) -> None:
@@ -335,17 +351,8 @@ def write_tables(folder: Path, data: LongTailed, predicted: dict[str, np.ndarray
             here = data.locations[split] == location
             row = [here.sum(), f"{100 * (found[here] == labels[here]).mean():.2f}"]
             location_table.writerow([domain, location, *row, f"{evaluation.macro_f1(found[here], labels[here]):.2f}"])
-    runs.write_text(folder / "per_class.csv", by_class.getvalue())
-    runs.write_text(folder / "per_location.csv", by_location.getvalue())
-
-
-def save_clip(model, path: Path) -> None:
-    """The tuned CLIP alone, as open_clip reads it: whole, or its image tower tuned and its text tower as it was."""
-    from safetensors.torch import save_file
-
-    save_file(
-        {name: value.detach().cpu().contiguous().clone() for name, value in model.clip.state_dict().items()}, path
-    )
+    files.write_text(folder / "per_class.csv", by_class.getvalue())
+    files.write_text(folder / "per_location.csv", by_location.getvalue())
 
 
 def finished(args) -> bool:
@@ -369,12 +376,12 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
     levels, synthetic, hard = [], {}, set()
     sources = [source for part in data.splits.values() for source in part.sources]
-    inputs: dict = {"data": runs.digest_int(*sources, runs.digest_files(data.files))}
+    inputs: dict = {"data": files.digest_int(*sources, files.digest_files(data.files))}
     if args.curriculum != "none":
-        levels, _ = loop.prepare_spectrum(args)
+        levels, _ = prepare_spectrum(args)
         loop.stage_of(args, 0, levels)
         synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
-        inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
+        inputs["spectrum"] = files.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
         hard = {row["source"] for row in spectrum_folder.read_rows(args.spectrum)}
         say_hard(args, len(hard), levels, synthetic)
     return loop.run(args, inputs, lambda signals: prepare(args, data, synthetic, levels, hard, signals))
@@ -389,7 +396,7 @@ def say_hard(args, hard: int, levels: list[int], synthetic: dict) -> None:
 
 
 def prepare(
-    args, data, synthetic: dict, levels: list[int], hard: set[str], signals: runs.StopSignals
+    args, data, synthetic: dict, levels: list[int], hard: set[str], signals: StopSignals
 ) -> tuple[Trainer, dict]:
     """The model, its optimiser and the images, and the run's state: new, or its last checkpoint's.
 
@@ -405,7 +412,7 @@ def prepare(
     from training import stores
 
     device = pick_device(args.device)
-    torch.manual_seed(runs.digest_int("weights", args.seed))
+    torch.manual_seed(files.digest_int("weights", args.seed))
     clip, _, tokenizer = models.load_clip(args.clip, device)
     size, mean, std = clip_tuning.input_of(clip, args.clip)
     data = dataclasses.replace(data, mean=mean, std=std)
@@ -415,7 +422,7 @@ def prepare(
         paths = [path for one in sets for path in one.images]
         return stores.Decoded(paths, device, size, args.workers, crop=stores.CLIP_CROP, skip_unreadable=skip_unreadable)
 
-    pool = loop.build_pool(args, data, synthetic, levels, lambda sets: store(sets, True))
+    pool = build_pool(args, data, synthetic, levels, lambda sets: store(sets, True))
     model = clip_tuning.TunedClip(distributed.synchronised(clip, device)).to(device)
     if args.loss != "flyp":
         head = clip_tuning.zero_shot_head(model, tokens, len(data.class_names))
@@ -438,7 +445,7 @@ def prepare(
     return trainer, state
 
 
-def probe(args, data, model, pool: loop.Pool, device: str) -> tuple:
+def probe(args, data, model, pool: Pool, device: str) -> tuple:
     """The linear probe of lpft: weights and bias of the head, fitted to the real training images' embeddings."""
     import torch
 

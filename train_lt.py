@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +31,11 @@ from curricula import REAL
 from loaders.base import ImageSet, LongTailed
 from loaders.pictures import read_image
 from reporting import names
-from runtime import cli, runs
+from runtime import cli, files
+from runtime.signals import StopSignals
 from spectrum.kept import load_spectrum
-from training import distributed, loop, losses, optimization
+from training import distributed, flags, log, loop, losses, optimization
+from training.pool import build_pool, prepare_spectrum, print_gaps
 
 DRAWN = ("cifar10_lt", "cifar100_lt", "imagefolder")  # data sets that --imb-ratio draws a part of
 
@@ -42,7 +43,7 @@ DRAWN = ("cifar10_lt", "cifar100_lt", "imagefolder")  # data sets that --imb-rat
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "train_lt")
     datasets.add_flags(parser)
-    loop.add_run_flags(parser)
+    flags.add_run_flags(parser)
     add_curriculum_flags(parser.add_argument_group("curriculum"))
     add_loss_flags(parser.add_argument_group("loss"))
     add_model_flags(parser.add_argument_group("model and images"))
@@ -51,7 +52,7 @@ def build_parser() -> cli.Parser:
 
 
 def add_curriculum_flags(group) -> None:
-    loop.add_curriculum_flags(group)
+    flags.add_curriculum_flags(group)
     group.add_argument(
         "--hard-share",
         type=cli.number(0, 0.99),
@@ -148,7 +149,7 @@ def add_model_flags(group) -> None:
 
 
 def add_training_flags(group) -> None:
-    loop.add_training_flags(group)
+    flags.add_training_flags(group)
     group.add_argument(
         "--memory-format",
         choices=["contiguous", "channels_last"],
@@ -173,7 +174,9 @@ def check_flags(args) -> None:
         raise cli.UserError(f"--mix {args.mix}: a mixed image has no one class to weight; expected no --drw")
     if args.drw and args.loss in ("bs", "la"):
         raise cli.UserError(f"--drw: --loss {args.loss} corrects for the class counts itself; expected ce, focal, ldam")
-    loop.check_flags(args)
+    if args.ema == 1:
+        raise cli.UserError("--ema 1: an average that never moves; expected less than 1, such as 0.999")
+    flags.check_flags(args)
 
 
 @dataclass
@@ -194,43 +197,51 @@ class Trainer(loop.Trainer):
         if self.args.loss == "ldam":
             self.softmax_scale = losses.LDAM_SCALE
 
-    def pass_loss(self, epoch: int, places: np.ndarray) -> Callable:
+    def batch_loss(self, batch: loop.Batch):
         """See training.Trainer."""
         import torch
 
         from training import augmentations
 
-        args, data, device = self.args, self.data, self.device
-        classes = len(data.class_names)
-        labels = torch.from_numpy(self.pool.labels[places]).to(device)
-        synthetic = torch.from_numpy(self.pool.levels[places] < REAL).to(device)
-        counts = data.counts if args.prior == "real" else np.bincount(self.pool.labels[places], minlength=classes)
-        counts = torch.from_numpy(counts).to(device)
-        reweighted = args.drw and epoch >= (args.epochs * 4 // 5 if args.drw_epoch is None else args.drw_epoch)
-        class_weights = losses.class_balanced_weights(counts).float() if reweighted else None
-        mix = augmentations.mixer(args.mix, classes) if args.mix != "none" else None
+        args, data, rows = self.args, self.data, batch.rows
+        counts = self.class_counts(batch.of)
+        weights = losses.image_weights(
+            batch.labels, batch.synthetic, self.class_weights(batch.of.epoch, counts), args.real_weight
+        )
 
-        def loss_of(part, rows: slice, images, generator):
-            part = part.to(device)
-            weights = losses.image_weights(labels[part], synthetic[part], class_weights, args.real_weight)
-            images = augmentations.augment(args, images, generator, len(part), rows, not data.train.in_memory)
-            images = augmentations.normalise(images, data.mean, data.std)
-            if args.memory_format == "channels_last":
-                images = images.contiguous(memory_format=torch.channels_last)
-            targets = labels[part][rows]
-            if mix:
-                images, targets = mix(images, targets)
-            with torch.autocast(device.split(":")[0], torch.bfloat16, args.precision == "bf16"):
-                logits = self.step_model(images)
-            values = losses.per_image(args, logits.float(), targets, counts)
-            if rows == slice(None):
-                return losses.batch_mean(values, weights)
-            # Gradients are averaged over the processes: their mean is then that of the whole batch.
-            whole = len(part) if weights is None else weights.sum()
-            own_weights = 1 if weights is None else weights[rows]
-            return distributed.world() * (values * own_weights).sum() / whole
+        # Augment the images, and mix them with each other.
+        cropped = not data.train.in_memory
+        images = augmentations.augment(args, batch.images, batch.generator, len(batch), rows, cropped)
+        images = augmentations.normalise(images, data.mean, data.std)
+        if args.memory_format == "channels_last":
+            images = images.contiguous(memory_format=torch.channels_last)
+        targets = batch.labels[rows]
+        if args.mix != "none":
+            images, targets = augmentations.mixer(args.mix, len(data.class_names))(images, targets)
 
-        return loss_of
+        # The loss of each, and of all.
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16, args.precision == "bf16"):
+            logits = self.step_model(images)
+        values = losses.per_image(args, logits.float(), targets, counts)
+        if rows == slice(None):
+            return losses.batch_mean(values, weights)
+        # Gradients are averaged over the processes: their mean is then that of the whole batch.
+        whole = len(batch) if weights is None else weights.sum()
+        return distributed.world() * (values * (1 if weights is None else weights[rows])).sum() / whole
+
+    def class_counts(self, this: loop.Pass):
+        """The class counts that the losses take, (C,), on the device: of the real training set or of the pass."""
+        import torch
+
+        if self.args.prior == "stage":
+            return torch.bincount(this.labels, minlength=len(self.data.class_names))
+        return torch.from_numpy(self.data.counts).to(self.device)
+
+    def class_weights(self, epoch: int, counts):
+        """The weights of deferred re-weighting, float (C,), from its epoch on; None before it."""
+        args = self.args
+        start = args.epochs * 4 // 5 if args.drw_epoch is None else args.drw_epoch
+        return losses.class_balanced_weights(counts).float() if args.drw and epoch >= start else None
 
     def begin_epoch(self, epoch: int, state: dict) -> None:
         """See training.Trainer: with --augment cuda, try the model on each class and move its level of learning."""
@@ -243,11 +254,12 @@ class Trainer(loop.Trainer):
         chosen, strengths = class_augmentation.trial(
             pool.labels[real], self.learned, np.random.default_rng([args.seed, epoch, 3])
         )
-        seed = runs.digest_int("trial", args.seed, epoch)
+        seed = files.digest_int("trial", args.seed, epoch)
         distributed.same_buffers(self.model)
         predicted = evaluation.predict(
             self.model, pool.images, real[chosen], self.data, self.device, args.precision,
             augmentation=(strengths, seed), keep=lambda logits: logits.argmax(1, keepdim=True), width=1,
+            between=self.stop_on_signal,
         )  # fmt: skip
         labels = pool.labels[real][chosen]
         right, tried = (
@@ -263,7 +275,7 @@ class Trainer(loop.Trainer):
             return None
         from training import class_augmentation
 
-        rng = np.random.default_rng(runs.digest_int("strengths", purpose, self.args.seed, epoch))
+        rng = np.random.default_rng(files.digest_int("strengths", purpose, self.args.seed, epoch))
         return class_augmentation.epoch_strengths(self.pool.labels[places], self.learned, rng)
 
     def epoch_figures(self) -> dict[str, float]:
@@ -287,7 +299,9 @@ class Trainer(loop.Trainer):
         from training import evaluation
 
         distributed.same_buffers(self.evaluated)
-        return evaluation.predict(self.evaluated, store, places, self.data, self.device, self.args.precision)
+        return evaluation.predict(
+            self.evaluated, store, places, self.data, self.device, self.args.precision, between=self.stop_on_signal
+        )
 
     def validate(self) -> dict[str, float | None]:
         """Accuracies in percent: overall, of each group of classes, and the mean over classes (macro), which epochs are
@@ -320,16 +334,22 @@ class Trainer(loop.Trainer):
         }
         np.savez(args.out / "predictions.npz", logits=logits.numpy(), labels=data.test.labels)
         if len(data.groups["few"]):
-            from reporting import figures
-
-            counts = evaluation.confusion(logits, data.test.labels)
-            figures.draw_confusion(counts, data.groups["few"], data.class_names, args.out / "confusion.png")
-            picture = np.asarray(read_image(args.out / "confusion.png"))
-            writer.add_image("test/confusion", picture, args.epochs - 1, dataformats="HWC")
+            with log.decoration("confusion.png"):
+                self.show_confusion(logits, writer)
         metrics = {f"test/{name}": last[name] for name in ("overall", *data.groups) if last[name] is not None}
         loop.write_results(self, state, writer, results, metrics)
         shown = ", ".join(f"{name.removeprefix('test/')} {value:.1f}" for name, value in metrics.items())
         print(f"{args.out}: test accuracy % after the last epoch: {shown}")
+
+    def show_confusion(self, logits, writer) -> None:
+        """confusion.png, which TensorBoard shows too: what the few-shot classes' test images are taken for."""
+        from reporting import figures
+        from training import evaluation
+
+        path = self.args.out / "confusion.png"
+        counts = evaluation.confusion(logits, self.data.test.labels)
+        figures.draw_confusion(counts, self.data.groups["few"], self.data.class_names, path)
+        writer.add_image("test/confusion", np.asarray(read_image(path)), self.args.epochs - 1, dataformats="HWC")
 
 
 def finished(args) -> bool:
@@ -351,7 +371,7 @@ def write_subset(path: Path, data: LongTailed) -> None:
     for split in ("train", "val"):
         part = getattr(data, split)
         table.writerows([split, source, label] for source, label in zip(part.sources, part.labels, strict=True))
-    runs.write_text(path, text.getvalue())
+    files.write_text(path, text.getvalue())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -363,9 +383,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
     levels, hard_classes, synthetic = [], [], {}
-    inputs: dict = {"data": runs.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
+    inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
-        levels, hard_classes = loop.prepare_spectrum(args)
+        levels, hard_classes = prepare_spectrum(args)
         if len(hard_classes) == len(data.class_names):
             raise cli.UserError(
                 f"{args.spectrum}: every class has hard images, so that a stage has no others to mix them with; "
@@ -374,12 +394,12 @@ def main(argv: list[str] | None = None) -> int:
             )
         loop.stage_of(args, 0, levels)
         synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
-        inputs["spectrum"] = runs.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
-        loop.print_gaps(hard_classes, synthetic, data.class_names)
+        inputs["spectrum"] = files.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
+        print_gaps(hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:
-        inputs["init_checkpoint"] = runs.digest_files([args.init_checkpoint])
+        inputs["init_checkpoint"] = files.digest_files([args.init_checkpoint])
 
-    def begin(signals: runs.StopSignals) -> tuple[Trainer, dict]:
+    def begin(signals: StopSignals) -> tuple[Trainer, dict]:
         if distributed.rank() == 0 and args.dataset in DRAWN and args.imb_ratio is not None:
             write_subset(args.out / "subset.csv", data)
         return prepare(args, data, synthetic, levels, hard_classes, signals)
@@ -388,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(
-    args, data: LongTailed, synthetic: dict, levels: list[int], hard_classes: list[int], signals: runs.StopSignals
+    args, data: LongTailed, synthetic: dict, levels: list[int], hard_classes: list[int], signals: StopSignals
 ) -> tuple[Trainer, dict]:
     """The model, its optimiser and the images on the device, and the run's state: new, or its last checkpoint's."""
     import torch
@@ -397,7 +417,7 @@ def prepare(
     from runtime.device import pick_device
 
     device = pick_device(args.device)
-    torch.manual_seed(runs.digest_int("weights", args.seed))
+    torch.manual_seed(files.digest_int("weights", args.seed))
     size = data.train.images.shape[1] if data.train.in_memory else args.image_size
     model = models.build_classifier(args.model, len(data.class_names), size, args.pretrained, args.loss == "ldam")
     if args.init_checkpoint:
@@ -410,9 +430,7 @@ def prepare(
 
     state = loop.start_or_resume(args, model, optimizer, average, device)
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
-    pool = loop.build_pool(
-        args, data, synthetic, levels, lambda sets: build_store(args, sets, device, args.randaugment)
-    )
+    pool = build_pool(args, data, synthetic, levels, lambda sets: build_store(args, sets, device, args.randaugment))
     is_hard = np.isin(np.arange(len(data.class_names)), hard_classes)
     trainer = Trainer(
         args, data, levels, pool, model, step_model, average, optimizer, device, signals, is_hard,

@@ -1,16 +1,70 @@
-"""Files written whole and read strictly: tables with a header, and rows that are on the disk once they are written."""
+"""Files written whole and read strictly: digests, JSON, tables with a header, and rows that are on the disk once they
+are written.
+"""
 
 from __future__ import annotations
 
 import csv
 import gc
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from runtime.cli import UserError
+
+
+def digest_int(*parts: Any) -> int:
+    """A whole number below 2^63 that depends on `parts` alone: the same in every process and on every machine."""
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def digest_files(paths: list[Path]) -> str:
+    """A digest of the contents of files, in the given order: 16 hexadecimal digits."""
+    state = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with path.open("rb") as file:
+            state.update(hashlib.file_digest(file, "blake2b").digest())
+    return state.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that at any moment either the old or the new content stands there, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: missing, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The content of a file with one JSON value a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:

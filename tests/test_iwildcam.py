@@ -268,10 +268,10 @@ def test_the_linear_probe_finds_the_optimum_of_its_loss():
 def test_weights_between_two_models_by_hand():
     zero = {"w": torch.tensor([0.0, 2.0]), "count": torch.tensor(3)}
     tuned = {"w": torch.tensor([1.0, 6.0]), "count": torch.tensor(9)}
-    found = clip_tuning.interpolated(zero, tuned, 0.25)
+    found = clip_tuning.interpolate(zero, tuned, 0.25)
     assert found["w"].tolist() == [0.25, 3.0] and found["count"] == 9
-    assert torch.equal(clip_tuning.interpolated(zero, tuned, 0.0)["w"], zero["w"])
-    assert torch.equal(clip_tuning.interpolated(zero, tuned, 1.0)["w"], tuned["w"])
+    assert torch.equal(clip_tuning.interpolate(zero, tuned, 0.0)["w"], zero["w"])
+    assert torch.equal(clip_tuning.interpolate(zero, tuned, 1.0)["w"], tuned["w"])
 
 
 def test_macro_f1_is_over_the_classes_that_are_there():

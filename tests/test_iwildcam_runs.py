@@ -27,7 +27,7 @@ from loaders import defaults, toycam
 from runtime import runs
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
-from training import evaluation, loop, losses
+from training import evaluation, log, loop, losses
 
 SHORT = ["--epochs", "3", "--curriculum-epochs", "2", "--progress-images", "4", "--real-pass-images", "32"]
 SHORT += ["--batch-size", "16", "--device", "cpu"]
@@ -247,18 +247,18 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(small, tmp_pa
 @pytest.mark.slow
 def test_a_kill_between_epochs_goes_on_to_the_same_end(small, tmp_path, monkeypatch):
     train(small, tmp_path / "whole", "--loss", "lpft")
-    log, calls = loop.log, []
+    log_epoch, calls = log.log_epoch, []
 
     def die_in_the_second(*args):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        log(*args)
+        log_epoch(*args)
 
-    monkeypatch.setattr(loop, "log", die_in_the_second)
+    monkeypatch.setattr(log, "log_epoch", die_in_the_second)
     with pytest.raises(KeyboardInterrupt):
         train(small, tmp_path / "r", "--loss", "lpft")
-    monkeypatch.setattr(loop, "log", log)
+    monkeypatch.setattr(log, "log_epoch", log_epoch)
     train(small, tmp_path / "r", "--loss", "lpft")
     assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
 
@@ -300,8 +300,10 @@ def test_unreadable_images_count_against_the_pass_that_they_are_in(small, tmp_pa
     monkeypatch.setattr(losses, "contrastive", lambda *_: None)
     rng = torch.Generator().manual_seed(0)
 
-    def step(places, part):
-        trainer.pass_loss(0, places)(part, slice(None), torch.zeros(len(part), 3, 16, 16), rng)
+    def step(places, numbers):
+        labels = torch.from_numpy(trainer.pool.labels[places])
+        whole = loop.Pass(0, "epoch", places, labels, labels < 0)
+        trainer.batch_loss(loop.Batch(whole, numbers, slice(None), torch.zeros(len(numbers), 3, 16, 16), rng))
 
     step(np.arange(50), torch.arange(50))  # one of 50: the first is always let pass
     with pytest.raises(UserError, match="3 training images cannot be read: .* of the 46 .*; the first: image 50"):

@@ -15,11 +15,11 @@ from conftest import ROOT
 import datasets
 import models
 import train_lt
-from runtime import runs
+from runtime import checkpoints, runs
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum import tables
-from training import augmentations, evaluation, loop, optimization, stores
+from training import augmentations, evaluation, log, optimization, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
 
@@ -44,19 +44,19 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("curriculum", [pytest.param("none", marks=pytest.mark.slow), "d2s", "random"])
 def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatch, curriculum):
     train(road, tmp_path / "whole", "--curriculum", curriculum)
-    log, calls = loop.log, []
+    log_epoch, calls = log.log_epoch, []
 
     def stop_in_the_third_epoch(*args):
         calls.append(args)
         if len(calls) == 3:
             raise Interrupted
-        log(*args)
+        log_epoch(*args)
 
-    monkeypatch.setattr(loop, "log", stop_in_the_third_epoch)
+    monkeypatch.setattr(log, "log_epoch", stop_in_the_third_epoch)
     with pytest.raises(Interrupted):
         train(road, tmp_path / "resumed", "--curriculum", curriculum)
     assert not (tmp_path / "resumed/results.json").exists()
-    monkeypatch.setattr(loop, "log", log)
+    monkeypatch.setattr(log, "log_epoch", log_epoch)
     train(road, tmp_path / "resumed", "--curriculum", curriculum)
     for name in ("model", "best"):
         states = [runs.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu") for run in ("whole", "resumed")]
@@ -256,7 +256,8 @@ def test_a_folder_with_another_run_is_left_alone(road, tmp_path):
         train(road, tmp_path / "r", "--loss", "bs")
 
 
-def test_of_a_truncated_checkpoint_the_previous_one_is_used_to_the_same_end(road, tmp_path, capsys):
+def test_of_a_truncated_checkpoint_the_previous_one_is_used_to_the_same_end(road, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoints, "save_weights", lambda *_: None)  # as before a run's last moment
     train(road, tmp_path / "r")
     logits = np.load(tmp_path / "r/predictions.npz")["logits"]
     (tmp_path / "r/results.json").unlink()
@@ -264,11 +265,33 @@ def test_of_a_truncated_checkpoint_the_previous_one_is_used_to_the_same_end(road
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     train(road, tmp_path / "r")
     said = capsys.readouterr().out
-    assert "checkpoint.pt: not a readable checkpoint" in said and "going on after epoch 3 of 4" in said
+    assert "checkpoint.pt: not a readable checkpoint" in said and "resuming after epoch 3 of 4" in said
     assert np.array_equal(logits, np.load(tmp_path / "r/predictions.npz")["logits"])
 
 
-def test_two_truncated_checkpoints_are_named(road, tmp_path):
+def test_a_finished_run_keeps_its_weights_alone(road, tmp_path):
+    train(road, tmp_path / "r", "--ema", "0.9")
+    assert not (tmp_path / "r/checkpoint.previous.pt").exists()
+    state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
+    assert {"model", "average", "best", "history"} <= set(state) and not {"optimizer", "partial"} & set(state)
+    # A kill between the two last writings: the run only has its tests to do.
+    results = runs.read_json(tmp_path / "r/results.json")
+    (tmp_path / "r/results.json").unlink()
+    assert train(road, tmp_path / "r", "--ema", "0.9") == 0
+    assert runs.read_json(tmp_path / "r/results.json") == results
+
+
+def test_checkpoint_every_writes_so_many(road, tmp_path, monkeypatch):
+    written, save = [], checkpoints.save_checkpoint
+    monkeypatch.setattr(
+        checkpoints, "save_checkpoint", lambda path, state: (written.append(state["epoch"]), save(path, state))
+    )
+    train(road, tmp_path / "r", "--checkpoint-every", "3")
+    assert written == [3, 4, 4]  # the third epoch's, the last one's, and the weights
+
+
+def test_two_truncated_checkpoints_are_named(road, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "save_weights", lambda *_: None)
     train(road, tmp_path / "r")
     (tmp_path / "r/results.json").unlink()
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):

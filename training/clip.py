@@ -5,6 +5,8 @@ torch is imported at the top: a trainer imports this module where it trains.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -134,15 +136,28 @@ def linear_probe(
     return weight.detach(), bias.detach()
 
 
-def interpolated(zero_shot: dict, tuned: dict, alpha: float) -> dict:
+def interpolate(zero_shot: dict, tuned: dict, alpha: float) -> dict:
     """WiSE-FT (Wortsman et al., 2022): the weights (1 - alpha) * zero_shot + alpha * tuned of two state dicts.
 
-    What is not floating point (counters, masks) is the tuned model's.
+    What is not floating point, or not finite (counters, and masks of minus infinity), is the tuned model's.
     """
-    return {
-        name: torch.lerp(zero_shot[name], value, alpha) if value.is_floating_point() else value
-        for name, value in tuned.items()
-    }
+
+    def between(name: str, value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return value
+        mixed = torch.lerp(zero_shot[name], value, alpha)
+        return torch.where(value.isfinite() & zero_shot[name].isfinite(), mixed, value)
+
+    return {name: between(name, value) for name, value in tuned.items()}
+
+
+def save_clip(model: TunedClip, path: Path) -> None:
+    """The tuned CLIP alone, as open_clip reads it: whole, or its image tower tuned and its text tower as it was."""
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: value.detach().cpu().contiguous().clone() for name, value in model.clip.state_dict().items()}, path
+    )
 
 
 def input_of(clip: nn.Module, name: str) -> tuple[int, tuple, tuple]:

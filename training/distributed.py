@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 
 
 def rank() -> int:
@@ -79,6 +79,27 @@ def first_process_first(device: str) -> Iterator[None]:
         raise
     if rank() == 0:
         any_of(False, device)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Say in one line that memory ran out, or that another process of the run has stopped.
+
+    Raises:
+        UserError: in place of torch's error.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        import torch
+
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise UserError(
+                f"out of memory ({first_line(error)}); expected a smaller --batch-size, image size or model"
+            ) from None
+        if world() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise UserError(f"another process of this run has stopped, and says why ({first_line(error)})") from None
+        raise
 
 
 def synchronised(model, device: str):

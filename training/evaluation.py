@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ def predict(
     augmentation: tuple[np.ndarray, int] | None = None,
     keep: Callable | None = None,
     width: int | None = None,
+    between: Callable[[], None] | None = None,
 ):
     """Logits, float (N, C), or what is kept of them, (N, width), on the CPU; the model is left in evaluation mode.
 
@@ -34,6 +36,7 @@ def predict(
         augmentation: look at training images, augmented at these strengths, int (N,), by draws from this seed.
         keep: what is kept of a batch's logits, (n, C) to (n, `width`), where all of them would be too many.
         width: how much comes of an image, where that is not a logit of each class.
+        between: called after each batch; what it raises ends the evaluation.
     """
     model.eval()
     mine = np.arange(distributed.rank(), len(places), distributed.world())
@@ -44,9 +47,18 @@ def predict(
         split = (torch.from_numpy(some).split(batch_size) for some in (places[mine], mine, augmentation[0][mine]))
         chosen, keys, strengths = split
         batches = store.training(chosen, keys, augmentation[1], strengths)
-    with torch.inference_mode(), torch.autocast(device.split(":")[0], torch.bfloat16, precision == "bf16"):
-        found = (model(normalise(images, data.mean, data.std)).float() for images in batches)
-        parts = [(keep(some).float() if keep else some).cpu() for some in found]
+    parts = []
+    together = len(places) // distributed.world() // batch_size  # batches that every process has
+    with (
+        closing(batches),
+        torch.inference_mode(),
+        torch.autocast(device.split(":")[0], torch.bfloat16, precision == "bf16"),
+    ):
+        for number, images in enumerate(batches):
+            found = model(normalise(images, data.mean, data.std)).float()
+            parts.append((keep(found).float() if keep else found).cpu())
+            if between and number < together:
+                between()
     if parts:
         logits[mine] = torch.cat(parts)
     return distributed.total(logits, device).cpu()

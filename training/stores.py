@@ -20,7 +20,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from loaders.base import ImageSet
 from runtime.cli import UserError
-from runtime.runs import leave_signals
+from runtime.signals import leave_signals
 from training.class_augmentation import augmented
 
 
@@ -156,13 +156,17 @@ class Decoded:
             pin_memory=pinned,
             prefetch_factor=4 if self.workers else None,
         )
+        batches = iter(loader)
         try:
-            for images, wrong in loader:
+            for images, wrong in batches:
                 self.unreadable |= wrong
                 yield images.to(self.device, non_blocking=pinned).permute(0, 3, 1, 2)
         except UserError as error:  # a worker's comes with its traceback
             last_line = str(error).strip().splitlines()[-1]
             raise UserError(last_line.removeprefix(f"{UserError.__module__}.UserError: ")) from None
+        finally:  # however it ends: an error's traceback would keep the workers as long as somebody holds it
+            if self.workers:
+                batches._shutdown_workers()
 
 
 class _Files(torch.utils.data.Dataset):

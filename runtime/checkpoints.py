@@ -1,0 +1,71 @@
+"""Checkpoints that survive a kill: tensors and plain Python, of which nothing is executed when they are read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from runtime.cli import UserError
+
+RESUMES_ONLY = ("optimizer", "partial")  # parts of a run's state that its results do not need
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Save tensors and plain Python so that a kill at any moment leaves a whole checkpoint.
+
+    The checkpoint before it stays, under `previous_checkpoint(path)`.
+    """
+    import torch
+
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        path.replace(previous_checkpoint(path))
+    beside.replace(path)
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Where `save_checkpoint` leaves the checkpoint before the last."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def load_latest_checkpoint(path: Path, device: str) -> dict | None:
+    """The last checkpoint that can be read: that at `path`, else, saying so, the previous one. None if there is none.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read.
+    """
+    previous = previous_checkpoint(path)
+    if path.exists():
+        try:
+            return load_checkpoint(path, device)
+        except UserError as error:
+            if not previous.exists():
+                raise
+            print(f"{error}; going on from the previous one, {previous.name}", flush=True)
+    return load_checkpoint(previous, device) if previous.exists() else None
+
+
+def load_checkpoint(path: Path, device: str) -> dict:
+    """What `save_checkpoint` saved. Nothing in the file is executed.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises a different class for each way in which a file is damaged
+        raise UserError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}); delete it, or pass --overwrite, to start anew"
+        ) from error
+
+
+def save_weights(path: Path, state: dict) -> None:
+    """Leave of a run's state what its results need, and no other checkpoint: an optimiser is twice a model's size."""
+    save_checkpoint(path, {name: value for name, value in state.items() if name not in RESUMES_ONLY})
+    previous_checkpoint(path).unlink(missing_ok=True)

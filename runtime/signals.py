@@ -1,0 +1,51 @@
+"""Signals: what Slurm sends before it takes a machine away, and what ends loading processes."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import multiprocessing.util  # its own handler at exit, which waits, is registered here: before ours, so run after it
+import signal
+import threading
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and SIGUSR2 (what Slurm sends before it takes a machine away) are only noted.
+
+    A loop looks at `received` between two batches, so no signal can cut a step or the writing of a file short.
+    """
+
+    def __init__(self):
+        self.received: str | None = None
+
+    def __enter__(self) -> StopSignals:
+        # Only the main thread may handle signals; a script that runs in another one is not the one they are meant for.
+        numbers = (signal.SIGTERM, signal.SIGUSR2) if threading.current_thread() is threading.main_thread() else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name
+
+
+def leave_signals(worker: int = 0) -> None:
+    """For a DataLoader's `worker_init_fn`: StopSignals' signals, which a whole process group may get, are for the main
+    process; a worker that one of them ends would end it too, in the middle of a step.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_children() -> None:
+    """Kill the processes that this one started and still has, before the interpreter waits for them.
+
+    After an error a DataLoader's workers are still there, and their signals are left to the main process
+    (`leave_signals`): the interpreter, which sends SIGTERM and waits, would wait for ever.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()

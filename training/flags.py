@@ -1,0 +1,145 @@
+"""The flags that all trainers of a curriculum have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import curricula
+from runtime import cli
+from training import optimization
+
+DEFAULT_SPECTRUM = Path("runs/spectrum")
+
+
+def add_run_flags(parser) -> None:
+    """Where a run goes and what it runs on."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="run folder (default: below runs/, with a name that the settings make)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
+    parser.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of weights, order and draws")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--workers", type=cli.whole(0), default=4, metavar="N", help="processes that decode large images"
+    )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=cli.whole(1),
+        default=1,
+        metavar="N",
+        help="epochs from one checkpoint to the next; a signal writes one at once",
+    )
+
+
+def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
+    """The flags of a curriculum; `spelling` gives the name in curricula.py of what is typed."""
+    group.add_argument(
+        "--curriculum",
+        type=spelling,
+        choices=curricula.CURRICULA,
+        default="none",
+        help="which guidance levels each epoch trains on; d2s goes from diverse to specific, s2d back, cyclic up and "
+        "down; adaptive takes the level on which the model makes most progress",
+    )
+    group.add_argument(
+        "--spectrum",
+        type=Path,
+        default=DEFAULT_SPECTRUM,
+        metavar="FOLDER",
+        help="filtered folder of generate_spectrum.py",
+    )
+    group.add_argument(
+        "--levels",
+        type=cli.level,
+        nargs="+",
+        metavar="PERCENT",
+        help="guidance levels to use; 100, the real image, is a stage of d2s, s2d, random, cyclic and all and a "
+        "candidate of adaptive (default: all of the spectrum, and 100)",
+    )
+    group.add_argument(
+        "--level-shares",
+        type=cli.number(0),
+        nargs="+",
+        metavar="SHARE",
+        help="time that d2s and s2d give to each level, in ascending order of the levels (default: equal shares)",
+    )
+    group.add_argument("--fixed-level", type=cli.level, default=50, metavar="PERCENT", help="the level of fixed")
+    group.add_argument(
+        "--curriculum-epochs",
+        type=cli.whole(0),
+        metavar="N",
+        help="epochs of the curriculum; those after them have all real images",
+    )
+    group.add_argument(
+        "--progress-images",
+        type=cli.whole(1),
+        default=100,
+        metavar="N",
+        help="hard images that adaptive keeps out of its training, to measure progress on",
+    )
+    group.add_argument(
+        "--real-pass-images",
+        type=cli.whole(0),
+        default=5000,
+        metavar="N",
+        help="real images, drawn uniformly, that adaptive trains on before each epoch, to measure progress",
+    )
+
+
+def add_training_flags(group) -> None:
+    group.add_argument("--epochs", type=cli.whole(1), metavar="N", default=80, help="epochs, curriculum included")
+    group.add_argument("--batch-size", type=cli.whole(1), metavar="N", default=128, help="images in a step")
+    group.add_argument("--optimizer", choices=optimization.OPTIMIZERS, default="adamw", help="how weights are updated")
+    group.add_argument("--lr", type=cli.number(0), metavar="RATE", default=1e-3, help="learning rate at its highest")
+    group.add_argument("--momentum", type=cli.number(0, 1), default=0.9, metavar="SHARE", help="momentum of sgd")
+    group.add_argument("--weight-decay", type=cli.number(0), metavar="RATE", default=0.0, help="weight decay")
+    group.add_argument(
+        "--schedule",
+        choices=optimization.SCHEDULES,
+        default="cosine",
+        help="learning rate: a cosine to 0, or lowered at --step-epochs",
+    )
+    group.add_argument(
+        "--step-epochs",
+        type=cli.whole(0),
+        nargs="+",
+        default=[160, 180],
+        metavar="N",
+        help="epochs from which steps lowers the rate",
+    )
+    group.add_argument(
+        "--step-factor",
+        type=cli.number(0, 1),
+        default=0.01,
+        metavar="FACTOR",
+        help="what steps multiplies the rate by at each of --step-epochs",
+    )
+    group.add_argument(
+        "--warmup-epochs", type=cli.number(0), default=0, metavar="N", help="epochs over which the rate rises to --lr"
+    )
+    group.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast, which GPUs compute faster"
+    )
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    group.add_argument(
+        "--clip-grad", type=cli.number(0), metavar="NORM", help="shorten a step's gradient to NORM (default: leave it)"
+    )
+
+
+def check_flags(args) -> None:
+    """Raise UserError where flags that all trainers have do not go together."""
+    if args.schedule == "cosine" and args.warmup_epochs >= args.epochs:
+        raise cli.UserError(f"--warmup-epochs {args.warmup_epochs:g}: expected fewer than --epochs {args.epochs}")
+    if args.curriculum != "none" and args.curriculum_epochs < 1:
+        raise cli.UserError(
+            f"--curriculum-epochs {args.curriculum_epochs}: --curriculum {args.curriculum} has no epoch; expected 1 or "
+            "more, or --curriculum none"
+        )
+    if args.curriculum != "none" and args.curriculum_epochs > args.epochs:
+        raise cli.UserError(f"--curriculum-epochs {args.curriculum_epochs}: expected at most --epochs {args.epochs}")
+    if args.level_shares and args.curriculum not in ("d2s", "s2d"):
+        raise cli.UserError(f"--level-shares: --curriculum {args.curriculum} has no stages; expected d2s or s2d")

@@ -1,0 +1,98 @@
+"""What a curriculum trains on: the real images and the synthetic ones of its levels, in one pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import curricula
+from curricula import REAL
+from loaders.base import ImageSet, LongTailed
+from runtime import steps
+from spectrum import folder as spectrum_folder
+from training import distributed
+from training.flags import DEFAULT_SPECTRUM
+
+# Embedded data sets and their default spectrum, which is made first where it is missing.
+EMBEDDED = {"digits": DEFAULT_SPECTRUM, "toycam": Path("runs/toycam_road/spectrum")}
+
+
+@dataclass
+class Pool:
+    """Everything that may be trained on: the real images first, then the synthetic ones by ascending level.
+
+    Attributes:
+        images: of all of them (stores.py).
+        labels: int64 (N,).
+        levels: guidance level in percent, REAL for real images, int (N,).
+        sources: N names: each image's own, or that of the real image that a synthetic one was drawn from.
+        held: whether an image is kept out while the curriculum lasts, bool (N,): adaptive looks at it.
+        looks: for each level, the places of the held-out images that progress is measured on.
+    """
+
+    images: object
+    labels: np.ndarray
+    levels: np.ndarray
+    sources: list[str]
+    held: np.ndarray
+    looks: dict[int, np.ndarray] = field(default_factory=dict)
+
+
+def build_pool(
+    args,
+    data: LongTailed,
+    synthetic: dict[int, ImageSet],
+    levels: list[int],
+    store: Callable[[list[ImageSet]], object],
+) -> Pool:
+    """The pool of a run; for adaptive, some hard images and all synthetic images drawn from them are held out.
+
+    Args:
+        levels: of the curriculum; REAL may be one of them.
+        store: makes one store of images (training/stores.py) of several sets.
+    """
+    sets = [data.train, *(synthetic[level] for level in sorted(synthetic))]
+    labels = np.concatenate([one.labels for one in sets])
+    level_of = np.repeat([REAL, *sorted(synthetic)], [len(one) for one in sets])
+    sources = [source for one in sets for source in one.sources]
+    pool = Pool(store(sets), labels, level_of, sources, np.zeros(len(labels), dtype=bool))
+    if args.curriculum == "adaptive":
+        by_level = {level: one.sources for level, one in synthetic.items()}
+        labels_by_source = dict(zip(data.train.sources, data.train.labels.tolist(), strict=True))
+        chosen = curricula.held_out_sources(by_level, labels_by_source, data.counts, args.progress_images, args.seed)
+        pool.held = np.isin(sources, chosen)
+        for level in levels:
+            first = {sources[place]: place for place in np.flatnonzero(pool.held & (pool.levels == level))[::-1]}
+            pool.looks[level] = np.array([first[source] for source in chosen])
+    return pool
+
+
+def prepare_spectrum(args) -> tuple[list[int], list[int]]:
+    """The levels that the curriculum may ask for, and the hard classes; makes the default spectrum if it is missing."""
+    with distributed.first_process_first(args.device):
+        if args.spectrum == EMBEDDED.get(args.dataset) and not (args.spectrum / "scores.csv").exists():
+            print(f"{args.spectrum}: no finished spectrum there; making it first", flush=True)
+            steps.make_spectrum(args.spectrum.parent, args.dataset, args.imb_ratio)
+    plan = spectrum_folder.read_plan(args.spectrum)
+    levels = curricula.needed_levels(args.curriculum, args.levels or [*plan["levels"], REAL], args.fixed_level)
+    if distributed.rank() == 0:
+        schedule = curricula.describe_schedule(
+            args.curriculum, args.epochs, args.curriculum_epochs, levels, args.fixed_level, args.level_shares
+        )
+        print(f"schedule: {schedule}", flush=True)
+    return levels, plan["hard_classes"]
+
+
+def print_gaps(hard_classes: list[int], synthetic: dict[int, ImageSet], class_names: list[str]) -> None:
+    """Say which hard classes the filter left without an image at a level, and what training does there."""
+    gaps = [(label, level) for level in sorted(synthetic) for label in hard_classes
+            if label not in synthetic[level].labels]  # fmt: skip
+    if gaps and distributed.rank() == 0:
+        print(
+            f"{len(gaps)} of {len(hard_classes) * len(synthetic)} hard classes and levels have no accepted image, the "
+            f"first {class_names[gaps[0][0]]} at level {gaps[0][1]}: there a class has its real images alone; "
+            "filter_clipscore.py --min-per-class-level plans more of them"
+        )
