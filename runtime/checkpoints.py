@@ -7,8 +7,6 @@ from pathlib import Path
 
 from runtime.cli import UserError
 
-RESUMES_ONLY = ("optimizer", "partial")  # parts of a run's state that its results do not need
-
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Save tensors and plain Python so that a kill at any moment leaves a whole checkpoint.
@@ -65,7 +63,6 @@ def load_checkpoint(path: Path, device: str) -> dict:
         ) from error
 
 
-def save_weights(path: Path, state: dict) -> None:
-    """Leave of a run's state what its results need, and no other checkpoint: an optimiser is twice a model's size."""
-    save_checkpoint(path, {name: value for name, value in state.items() if name not in RESUMES_ONLY})
+def remove_previous(path: Path) -> None:
+    """Leave the last checkpoint alone."""
     previous_checkpoint(path).unlink(missing_ok=True)

@@ -65,7 +65,7 @@ def test_a_signal_in_an_epoch_leaves_a_checkpoint_that_goes_on_to_the_same_end(
     assert f"{number.name} came; checkpoint written in epoch" in capsys.readouterr().out
     assert not (tmp_path / "r/results.json").exists()
     partial = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["partial"]
-    assert partial["batches"] > 0
+    assert partial["pass"]["batches"] > 0
     assert train(road, tmp_path / "r", *extra) == 0
     assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
     histories = [runs.read_json_lines(tmp_path / run / "history.jsonl") for run in ("whole", "r")]

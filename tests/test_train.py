@@ -257,7 +257,7 @@ def test_a_folder_with_another_run_is_left_alone(road, tmp_path):
 
 
 def test_of_a_truncated_checkpoint_the_previous_one_is_used_to_the_same_end(road, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoints, "save_weights", lambda *_: None)  # as before a run's last moment
+    monkeypatch.setattr(checkpoints, "remove_previous", lambda *_: None)  # as before a run's last moment
     train(road, tmp_path / "r")
     logits = np.load(tmp_path / "r/predictions.npz")["logits"]
     (tmp_path / "r/results.json").unlink()
@@ -273,7 +273,7 @@ def test_a_finished_run_keeps_its_weights_alone(road, tmp_path):
     train(road, tmp_path / "r", "--ema", "0.9")
     assert not (tmp_path / "r/checkpoint.previous.pt").exists()
     state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
-    assert {"model", "average", "best", "history"} <= set(state) and not {"optimizer", "partial"} & set(state)
+    assert {"model", "average", "best", "history"} <= set(state) and "optimizer" not in state
     # A kill between the two last writings: the run only has its tests to do.
     results = runs.read_json(tmp_path / "r/results.json")
     (tmp_path / "r/results.json").unlink()
@@ -287,11 +287,11 @@ def test_checkpoint_every_writes_so_many(road, tmp_path, monkeypatch):
         checkpoints, "save_checkpoint", lambda path, state: (written.append(state["epoch"]), save(path, state))
     )
     train(road, tmp_path / "r", "--checkpoint-every", "3")
-    assert written == [3, 4, 4]  # the third epoch's, the last one's, and the weights
+    assert written == [3, 4]
 
 
 def test_two_truncated_checkpoints_are_named(road, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "save_weights", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "remove_previous", lambda *_: None)
     train(road, tmp_path / "r")
     (tmp_path / "r/results.json").unlink()
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):

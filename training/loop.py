@@ -431,12 +431,14 @@ def fit(trainer: Trainer, state: dict) -> None:
             state["epoch"] = epoch + 1
             if writer:
                 log.log_epoch(writer, epoch, entry)
-            stopping = epoch + 1 < args.epochs and trainer.signalled()
-            if stopping or epoch + 1 == args.epochs or (epoch + 1) % args.checkpoint_every == 0:
-                save(trainer, state)
-            if stopping:
-                raise Stopped(saved=f"; checkpoint written after epoch {epoch}")
             bar.update()
+            due = epoch + 1 == args.epochs or (epoch + 1) % args.checkpoint_every == 0
+            if due:
+                save(trainer, state)
+            if epoch + 1 < args.epochs and trainer.signalled():
+                if not due:
+                    save(trainer, state)
+                raise Stopped(saved=f"; checkpoint written after epoch {epoch}")
         trainer.finish(state, writer)
 
 
@@ -508,10 +510,12 @@ def measure_progress(trainer: Trainer, epoch: int, done: dict, start: dict | Non
 
 
 def save(trainer: Trainer, state: dict) -> None:
-    """Write the checkpoint, in the first process."""
+    """Write the checkpoint, in the first process; after the last epoch without the optimiser, twice a model's size."""
     if distributed.rank() > 0:
         return
     state.update(model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict())
+    if state["epoch"] == trainer.args.epochs:
+        del state["optimizer"]
     if trainer.average:
         state["average"] = trainer.average.state_dict()
     checkpoints.save_checkpoint(trainer.args.out / "checkpoint.pt", state)
@@ -532,7 +536,7 @@ def write_results(trainer: Trainer, state: dict, writer, results: dict, metrics:
         results["real_pass_images"] = passed  # of `images`: adaptive's passes to measure progress
     lines = "".join(json.dumps(record) + "\n" for record in state["history"])
     files.write_text(args.out / "history.jsonl", lines)
-    checkpoints.save_weights(args.out / "checkpoint.pt", state)
+    checkpoints.remove_previous(args.out / "checkpoint.pt")
     with log.decoration("the last figures in TensorBoard"):
         log.log_end(writer, args, metrics)
     files.write_json(args.out / "results.json", results)
