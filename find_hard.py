@@ -267,6 +267,7 @@ def draw_probabilities(scores: np.ndarray, hard: list[int], path: Path) -> None:
         label=["others", f"hard: up to {scores[is_hard].max():.3g}"],
     )
     axis.set(xlabel="probability of the true class", ylabel="training images", yscale="log")
+    axis.yaxis.set_major_formatter("{x:g}")
     axis.legend(fontsize=8)
     save_figure(figure, path)
 

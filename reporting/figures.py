@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,12 @@ from PIL import Image, ImageDraw
 
 # Figures share these colours; the order keeps neighbours apart for colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+# Fonts with Chinese, Japanese and Korean characters; those that are installed are used.
+WIDE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Source Han Sans SC", "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAGothic", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
+    "Malgun Gothic", "Arial Unicode MS",
+)  # fmt: skip
 MARKERS = ("x", "s", "o", "+", "^", "v", "d")
 SMOOTHED = 5  # epochs that a bold line is the mean of
 COLUMNS, TILE, LINE = 8, 72, 24  # of a sheet: images a row; sides of an image and its text in pixels
@@ -34,21 +42,32 @@ def add_legend(figure, axes) -> None:
 
 
 def new_figure(*args, **kwargs):
-    """A matplotlib figure that needs no display."""
+    """A matplotlib figure that needs no display and draws class names as they are."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import font_manager, pyplot
 
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    # Two `$` in a class name are no formula, and a character that the first font lacks is taken from the next.
+    matplotlib.rcParams["text.parse_math"] = False
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in installed)]
     return pyplot.subplots(*args, **kwargs)
 
 
 def save_figure(figure, path: Path) -> None:
+    """Write a figure, and say in one line which characters no installed font has."""
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
+    missing = [found[1] for warning in caught if (found := re.search(r"Glyph (\d+) .* missing", str(warning.message)))]
+    if missing:
+        letters = "".join(dict.fromkeys(chr(int(number)) for number in missing))
+        print(f"warning: {path.name}: no installed font has {letters[:20]}: boxes instead; {WIDE_FONTS[0]} has most")
 
 
 def draw_acceptance(

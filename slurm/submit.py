@@ -42,10 +42,15 @@ MAX_TIMEOUTS = 100  # a job that only ran out of time is requeued this often
 
 
 class Command:
-    """A command line that a job runs, and runs again after a preemption or a time limit (submitit's protocol)."""
+    """A command line that a job runs, and runs again after a preemption or a time limit (submitit's protocol).
 
-    def __init__(self, command: list[str], folder: str, grace: float):
-        self.command, self.folder, self.grace = command, folder, grace
+    Args:
+        failures: the file in which the script lists what it had to leave out; where the script wrote it and ended with
+            exit code 1, it has done all that it could, and the job has not failed.
+    """
+
+    def __init__(self, command: list[str], folder: str, grace: float, failures: str | None = None):
+        self.command, self.folder, self.grace, self.failures = command, folder, grace, failures
 
     def __call__(self) -> int:
         import os
@@ -57,12 +62,16 @@ class Command:
 
             # The script itself takes the GPU of its rank out of all of the node's.
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        began = time.time()
         # Unbuffered, so that --status sees the last line of a running task.
         self.child = subprocess.Popen(self.command, cwd=self.folder, env=os.environ | {"PYTHONUNBUFFERED": "1"})
         # Not wait(): checkpoint() runs in a signal handler within this loop, and waits for the same child.
         while (code := self.child.poll()) is None:
             time.sleep(0.2)
-        if code:
+        listed = os.path.join(self.folder, self.failures) if self.failures else ""
+        if code == 1 and os.path.isfile(listed) and os.path.getmtime(listed) >= began - 1:
+            print(f"finished but for what {listed} lists (exit code 1)")
+        elif code:
             raise RuntimeError(f"exit code {code}: {' '.join(self.command)}")
         return code
 
@@ -78,7 +87,7 @@ class Command:
             self.child.wait(self.grace)
         except subprocess.TimeoutExpired:
             self.child.kill()
-        return submitit.helpers.DelayedSubmission(Command(self.command, self.folder, self.grace))
+        return submitit.helpers.DelayedSubmission(Command(self.command, self.folder, self.grace, self.failures))
 
 
 def build_parser() -> cli.Parser:
@@ -252,7 +261,9 @@ def make_executor(args, logs: Path, name: str, extra: dict[str, str], after: str
     )  # fmt: skip
     if args.cluster == "slurm":
         options = {"partition": args.partition, "account": args.account, "qos": args.qos, "mem": args.mem,
-                   "constraint": args.constraint, "setup": args.setup or None,
+                   "constraint": args.constraint,
+                   # srun has not inherited --cpus-per-task since Slurm 22.05: a task would get one core.
+                   "setup": [f"export SRUN_CPUS_PER_TASK={args.cpus_per_task}", *args.setup],
                    "dependency": after and f"afterok:{after}", "additional_parameters": extra or None}  # fmt: skip
         executor.update_parameters(
             slurm_array_parallelism=args.max_parallel, slurm_signal_delay_s=args.signal_delay,
@@ -261,15 +272,26 @@ def make_executor(args, logs: Path, name: str, extra: dict[str, str], after: str
     return executor
 
 
+def failures_of(words: list[str]) -> str | None:
+    """Where a shard of generate_spectrum.py lists the images that cannot be drawn; other scripts have no such list."""
+    if words[0] != "generate_spectrum.py":
+        return None
+    parsed = check(words, False)[1]
+    return str(parsed.out / f"shard-{parsed.shard[0]:05d}" / "failures.jsonl")
+
+
 def submit(args, lines: list[list[str]], folder: Path, code: Path, extra: dict[str, str], after: str | None) -> list:
     """Send command lines as one array (or one job); returns submitit's jobs."""
     import submitit
 
     executor = make_executor(args, folder / "logs", Path(lines[0][0]).stem, extra, after)
     commands = [
-        Command([sys.executable, str(code.resolve() / line[0]), *line[1:]], os.getcwd(), args.signal_delay / 2)
+        Command(
+            [sys.executable, str(code.resolve() / line[0]), *line[1:]], os.getcwd(), args.signal_delay / 2,
+            failures_of(line),
+        )
         for line in lines
-    ]
+    ]  # fmt: skip
     try:
         if len(commands) == 1:
             return [executor.submit(commands[0])]

@@ -400,6 +400,34 @@ def test_the_spectrum_sheet_and_the_acceptance_map_are_drawn(road, tmp_path):
     assert len(Page((tmp_path / "report.html").read_text()).pictures) == 2
 
 
+NAMES = ["a $ and $ b", r"\frac{1}{2}$", "狐狸", "キツネ", "x_{1}^2", "&<b>", "\u202eright to left", ""]
+
+
+def test_class_names_are_drawn_as_they_are(tmp_path, capsys):
+    """Two `$` are no formula; a character that no installed font has is said in one line."""
+    made = np.full((len(NAMES), 2), 4)
+    report.figures.draw_acceptance(NAMES, [0, 50], made, made - 1, tmp_path / "a.png")
+    report.figures.draw_confusion(np.ones((len(NAMES),) * 2, int), np.arange(3), NAMES, tmp_path / "b.png")
+    assert min(Image.open(tmp_path / "a.png").size) > 100 and (tmp_path / "b.png").is_file()
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: a.png: no installed")]
+    from matplotlib import font_manager
+
+    has_wide = {font.name for font in font_manager.fontManager.ttflist} & set(report.figures.WIDE_FONTS)
+    assert len(said) <= 1 and (has_wide or "狐" in said[0])
+
+
+def test_a_figure_that_fails_is_a_warning_after_the_tables(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no such font\nat all")
+
+    monkeypatch.setattr(report.figures, "draw_curriculum", fail)
+    assert report.main(["--runs", write_run(tmp_path / "a", 0, 70, 40), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "warning: curriculum.png: not drawn: no such font (" in said
+    assert "| CE |" in (tmp_path / "out/table.md").read_text() and (tmp_path / "out/report.html").is_file()
+    assert (tmp_path / "out/groups.png").is_file()  # the others are drawn
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # camera traps
 

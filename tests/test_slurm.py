@@ -190,6 +190,53 @@ def test_a_job_waits_for_its_script_to_stop_and_no_longer(tmp_path):
     assert seconds < 10 and again.function.command == command.command
 
 
+def test_a_shard_that_left_out_unreadable_sources_has_not_failed(tmp_path):
+    """What `--then` sends waits for success: exit code 1 with a fresh failures.jsonl is one, without it is none."""
+    write = "import pathlib, sys; pathlib.Path('failures.jsonl').write_text('{}'); sys.exit(1)"
+    assert submit.Command([sys.executable, "-c", write], str(tmp_path), 1, "failures.jsonl")() == 1
+    old = tmp_path / "failures.jsonl"
+    os.utime(old, (1, 1))  # of an earlier run
+    crash = [sys.executable, "-c", "raise SystemExit(1)"]
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        submit.Command(crash, str(tmp_path), 1, "failures.jsonl")()
+    with pytest.raises(RuntimeError, match="exit code 1"):
+        submit.Command(crash, str(tmp_path), 1)()
+    line = ["generate_spectrum.py", "--hard", "h", "--prompts", "p", "--out", "s", "--shard", "3/4"]
+    assert submit.failures_of(line) == "s/shard-00003/failures.jsonl" and submit.failures_of(TRAIN) is None
+
+
+def test_a_task_gets_its_cores(tmp_path):
+    args = submit.build_parser().parse_args(["--cpus-per-task", "7", "--setup", "module load cuda"])
+    executor = submit.make_executor(args, tmp_path, "x", {}, None)
+    assert executor._executor.parameters["setup"] == ["export SRUN_CPUS_PER_TASK=7", "module load cuda"]
+
+
+@pytest.mark.parametrize(
+    ("script", "seconds", "requeued", "code"),
+    [
+        ("trap 'exit 75' USR2; while :; do sleep 0.1; done", 10, True, 0),  # ends its batch
+        ("trap '' USR2; exec sleep 60", 15, True, 0),  # a batch longer than the warning
+        ("trap 'exit 0' USR2; while :; do sleep 0.1; done", 10, False, 0),  # done just then
+    ],
+)
+def test_the_sbatch_variant_requeues_whatever_its_batch_takes(tmp_path, script, seconds, requeued, code):
+    for name, text in (("srun", f"while [ $# -gt 0 ]; do shift; done; {script}"), ("scontrol", 'echo "scontrol $*"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "GRACE": "2", "SLURM_JOB_ID": "5",
+                   "SLURM_CPUS_PER_TASK": "8"}  # fmt: skip
+    line = f"source {ROOT}/slurm/requeue.sh; run_and_requeue x.py"
+    job = subprocess.Popen(["bash", "-c", line], env=environment, stdout=subprocess.PIPE, text=True,
+                           start_new_session=True)  # fmt: skip
+    try:
+        time.sleep(1)
+        job.send_signal(signal.SIGUSR2)
+        assert job.wait(seconds) == code
+    finally:
+        os.killpg(job.pid, signal.SIGKILL) if job.poll() is None or script.endswith("60") else None
+    assert ("scontrol requeue 5" in job.stdout.read()) == requeued
+
+
 def test_more_shards_than_work_is_an_error(road, tmp_path):
     # 55 sources x 3 levels x 1 seed in batches of 32: two batches a level.
     done = launch(tmp_path, "--shards", "7", "generate_spectrum.py", *road.inputs, *SMALL)
