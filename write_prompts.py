@@ -15,14 +15,13 @@ Writes: prompts.json: for each class index its name, the prompt that CLIPScore i
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from pathlib import Path
 
 import datasets
 from loaders.base import spoken_name
-from runtime import cli, runs
+from runtime import cli, runs, text
 from spectrum import domains as summary
 from spectrum import scenes, tables
 from spectrum.language_model import ask
@@ -150,31 +149,27 @@ def read_own(path: Path, names: dict[int, str]) -> dict[int, list[str]]:
     """
     if path.suffix == ".json":
         content = runs.read_json(path)
-        if not isinstance(content, dict) or not all(isinstance(texts, list) for texts in content.values()):
+        if not isinstance(content, dict) or not all(isinstance(prompts, list) for prompts in content.values()):
             raise cli.UserError(f"{path}: expected an object with a list of prompts for each class")
-        pairs = [(f"class {key!r}", key, text) for key, texts in content.items() for text in texts]
+        pairs = [(f"class {key!r}", key, prompt) for key, prompts in content.items() for prompt in prompts]
     else:
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows = list(csv.DictReader(file, restval=""))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise cli.UserError(f"{path}: not a readable CSV file ({error})") from None
-        if not rows or not {"class", "prompt"} <= rows[0].keys():
+        rows = list(text.read_csv(path, ("class", "prompt"), "expected columns class and prompt"))
+        if not rows:
             raise cli.UserError(f"{path}: expected columns class and prompt, and at least one row")
-        pairs = [(f"row {number}", row["class"], row["prompt"]) for number, row in enumerate(rows, 2)]
+        pairs = [(f"row {number}", row["class"], row["prompt"]) for number, row in rows]
     by_name: dict[str, list[int]] = {}
     for label, name in names.items():
-        by_name.setdefault(name, []).append(label)
+        by_name.setdefault(text.same_form(name), []).append(label)
     prompts: dict[int, list[str]] = {}
-    for place, key, text in pairs:
-        if not isinstance(text, str) or not text.strip():
+    for place, key, prompt in pairs:
+        if not isinstance(prompt, str) or not prompt.strip():
             raise cli.UserError(f"{path} {place}: the prompt is empty or no text; expected a text")
-        labels = by_name.get(key, [int(key)] if key.isdecimal() else [])
+        labels = by_name.get(text.same_form(key), [text.parse_whole(key)])
         if len(labels) > 1:
             raise cli.UserError(f"{path} {place}: classes {labels} are all called {key!r}; expected a class index")
         for label in labels:
-            if label in names and text not in prompts.setdefault(label, []):
-                prompts[label].append(text)
+            if label in names and prompt not in prompts.setdefault(label, []):
+                prompts[label].append(prompt)
     return prompts
 
 

@@ -6,7 +6,6 @@ that the paper adds in its row "+ extra real data".
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from loaders.base import (
     listed_set,
     with_validation,
 )
-from runtime.cli import UserError
+from runtime.text import UserError, parse_whole, read_csv, read_lines
 
 LAYOUTS = {
     "cub": "expected CUB_200_2011: images.txt, image_class_labels.txt, train_test_split.txt, classes.txt and images/",
@@ -46,35 +45,16 @@ IWILDCAM7 = {
 PLANES_PARTS = ("train", "val", "test")
 
 
-def read_table(path: Path, columns: set[str], layout: str) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a CSV file with their line numbers.
-
-    Raises:
-        UserError: no such file, or a column missing.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.DictReader(file, restval="")
-            lacking = columns - set(table.fieldnames or ())
-            if lacking:
-                raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; {layout}")
-            return [(table.line_num, row) for row in table]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {layout}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error})") from None
-
-
 def number(path: Path, line: int, row: dict[str, str], column: str, allowed) -> int:
     """A whole number of a row that is one of `allowed`.
 
     Raises:
         UserError: it is not.
     """
-    text = row[column].strip()
-    if not text.isdecimal() or int(text) not in allowed:
-        raise UserError(f"{path} line {line}: {column} is {text!r}; expected one of {sorted(allowed)[:8]}")
-    return int(text)
+    value = parse_whole(row[column].strip())
+    if value not in allowed:
+        raise UserError(f"{path} row {line}: {column} is {row[column]!r}; expected one of {sorted(allowed)[:8]}")
+    return value
 
 
 def make_set(root: Path, rows: list[tuple], what: Path) -> ImageSet:
@@ -113,15 +93,9 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     Raises:
         UserError: no such file, or a line that is none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {LAYOUTS['cub']}") from None
     pairs = []
-    for line_number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        key, _, value = line.strip().partition(" ")
+    for line_number, line in read_lines(path, LAYOUTS["cub"]):
+        key, _, value = line.partition(" ")
         if not key.isdecimal() or not value:
             raise UserError(f"{path} line {line_number}: {line[:60]!r}: expected a number and a value")
         pairs.append((key, value))
@@ -173,7 +147,7 @@ def load_waterbirds(name: str, imb_ratio: None, root: Path, seed: int) -> DataSe
     """
     path = root / "metadata.csv"
     rows: dict[str, list] = {"0": [], "1": [], "2": []}
-    for line, row in read_table(path, {"img_filename", "y", "split", "place"}, LAYOUTS[name]):
+    for line, row in read_csv(path, {"img_filename", "y", "split", "place"}, LAYOUTS[name]):
         label, place = (number(path, line, row, column, (0, 1)) for column in ("y", "place"))
         rows[str(number(path, line, row, "split", (0, 1, 2)))].append((row["img_filename"], label, place))
     train, val, test = rows["0"], rows["1"], rows["2"]
@@ -194,10 +168,10 @@ def load_planes(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet:
     path = root / "planes_ext.csv"
     grounds, planes = ["air", "grass", "road"], ["Airbus", "Boeing"]
     rows: dict[str, list] = {part: [] for part in PLANES_PARTS}
-    for line, row in read_table(path, {"Split", "Plane", "Ground", "Filename"}, LAYOUTS[name]):
+    for line, row in read_csv(path, {"Split", "Plane", "Ground", "Filename"}, LAYOUTS[name]):
         if row["Split"] not in rows or row["Plane"] not in planes or row["Ground"] not in grounds:
             raise UserError(
-                f"{path} line {line}: {row['Split']}, {row['Plane']}, {row['Ground']}: expected a split of "
+                f"{path} row {line}: {row['Split']}, {row['Plane']}, {row['Ground']}: expected a split of "
                 f"{', '.join(PLANES_PARTS)}, Airbus or Boeing, and a ground of {', '.join(grounds)}"
             )
         image = f"images/{Path(row['Filename']).name}"  # the list names the authors' own folders
@@ -220,16 +194,16 @@ def load_iwildcam7(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet
     if lists["train"].is_file():
         files = list(lists.values())
         tables = {
-            part: [(path, *pair) for pair in read_table(path, columns, LAYOUTS[name])] for part, path in lists.items()
+            part: [(path, *pair) for pair in read_csv(path, columns, LAYOUTS[name])] for part, path in lists.items()
         }
         note = "validation: ALIA's list"
     else:
         files = [root / "metadata.csv"]
-        rows = read_table(files[0], columns | {"split"}, LAYOUTS[name])
+        rows = read_csv(files[0], columns | {"split"}, LAYOUTS[name])
         parts = {"train": "train", "id_val": "val", "test": "test"}
         tables = {part: [] for part in parts.values()}
         for line, row in rows:
-            if row["split"] in parts and row["y"].isdecimal() and int(row["y"]) in IWILDCAM7:
+            if row["split"] in parts and parse_whole(row["y"]) in IWILDCAM7:
                 tables[parts[row["split"]]].append((files[0], line, row))
         note = "validation: WILDS's id_val; all images of the seven classes, as ALIA's lists are not in --data-root"
     labels = {y: label for label, y in enumerate(IWILDCAM7)}
@@ -237,12 +211,14 @@ def load_iwildcam7(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet
     for part, table in tables.items():
         found[part] = []
         for path, line, row in table:
-            camera = row["location_remapped"].strip()
-            if not camera.isdecimal():
-                raise UserError(f"{path} line {line}: location_remapped is {camera!r}; expected a camera's number")
-            cameras.add(int(camera))
+            camera = parse_whole(row["location_remapped"].strip())
+            if camera is None:
+                raise UserError(
+                    f"{path} row {line}: location_remapped is {row['location_remapped']!r}; expected a camera's number"
+                )
+            cameras.add(camera)
             label = labels[number(path, line, row, "y", IWILDCAM7)]
-            found[part].append((f"train/{row['filename']}", label, int(camera)))
+            found[part].append((f"train/{row['filename']}", label, camera))
     places = {camera: place for place, camera in enumerate(sorted(cameras))}
     sets = {
         part: make_set(root, [(file, label, places[camera]) for file, label, camera in some], files[0])

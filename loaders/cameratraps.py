@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from loaders.base import (
     is_below,
     missing_files,
 )
-from runtime.cli import UserError
+from runtime.text import UserError, parse_whole, read_csv, read_text
 
 SPLITS = ("train", "val", "test", "id_val", "id_test")
 LAYOUTS = {
@@ -84,21 +83,17 @@ def own_class_names(root: Path) -> list[str]:
         UserError: no such file, or an empty line.
     """
     path = root / CLASS_NAMES
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {LAYOUTS['cameratraps']}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: {error}; expected UTF-8") from None
-    if not names or not all(names):
+    text = read_text(path, LAYOUTS["cameratraps"]).replace("\r\n", "\n").removesuffix("\n")
+    names = [line.strip() for line in text.split("\n")]
+    if not all(names):
         raise UserError(f"{path}: expected the name of a class in each line")
     return names
 
 
 def class_names() -> list[str]:
     """The English names of iWildCam's 182 classes, by index, as FLYP and WiSE-FT have them; some occur twice."""
-    with (ASSETS / "iwildcam_classes.csv").open(encoding="utf-8", newline="") as file:
-        return [row["english_name"] or row["scientific_name"] for row in csv.DictReader(file)]
+    rows = read_csv(ASSETS / "iwildcam_classes.csv", ("english_name", "scientific_name"))
+    return [row["english_name"] or row["scientific_name"] for _, row in rows]
 
 
 def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
@@ -109,34 +104,26 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
             that are not there.
     """
     path = root / "metadata.csv"
-    try:
-        file = path.open(encoding="utf-8-sig", newline="")
-    except FileNotFoundError:
-        older = "; this is version 1.0 of WILDS, whose splits differ" if (root / "val_trans.csv").exists() else ""
-        raise UserError(f"{path}: no such file{older}; {LAYOUTS.get(name, LAYOUTS['cameratraps'])}") from None
+    older = "this is version 1.0 of WILDS, whose splits differ; " if (root / "val_trans.csv").exists() else ""
+    hint = older + LAYOUTS.get(name, LAYOUTS["cameratraps"])
     found: dict[str, list[tuple[str, int, int]]] = {split: [] for split in SPLITS}
-    with file:
-        table = csv.DictReader(file)
-        lacking = {"split", "y", "filename", "location_remapped"} - set(table.fieldnames or ())
-        if lacking:
-            raise UserError(f"{path}: no column {', '.join(sorted(lacking))}; expected those of WILDS v2.0")
-        for row in table:
-            where = f"{path} line {table.line_num}"
-            try:
-                label, camera = int(row["y"]), int(row["location_remapped"])
-            except (TypeError, ValueError):
-                raise UserError(f"{where}: y {row['y']}, location_remapped {row['location_remapped']}: expected whole "
-                                "numbers") from None  # fmt: skip
-            if label == NO_CLASS:
-                continue
-            if not 0 <= label < len(classes):
-                older = ", as WILDS v2.0 has them (v1.0 has 186 classes)" if name == "iwildcam" else ""
-                raise UserError(f"{where}: class {label}; expected one below {len(classes)}{older}")
-            if row["split"] not in found:
-                raise UserError(f"{where}: split {row['split']!r}; expected one of {', '.join(SPLITS)}")
-            if not is_below(row["filename"]):
-                raise UserError(f"{where}: {row['filename']}: expected a file below train")
-            found[row["split"]].append((f"train/{row['filename']}", label, camera))
+    for number, row in read_csv(path, ("split", "y", "filename", "location_remapped"), hint):
+        where = f"{path} row {number}"
+        label, camera = parse_whole(row["y"]), parse_whole(row["location_remapped"])
+        if label is None or camera is None:
+            raise UserError(
+                f"{where}: y {row['y']}, location_remapped {row['location_remapped']}: expected whole numbers"
+            )
+        if label == NO_CLASS:
+            continue
+        if label >= len(classes):
+            older = ", as WILDS v2.0 has them (v1.0 has 186 classes)" if name == "iwildcam" else ""
+            raise UserError(f"{where}: class {label}; expected one below {len(classes)}{older}")
+        if row["split"] not in found:
+            raise UserError(f"{where}: split {row['split']!r}; expected one of {', '.join(SPLITS)}")
+        if not is_below(row["filename"]):
+            raise UserError(f"{where}: {row['filename']}: expected a file below train")
+        found[row["split"]].append((f"train/{row['filename']}", label, camera))
     empty = [split for split, rows in found.items() if not rows]
     if empty:
         raise UserError(f"{path}: no image in split {', '.join(empty)}; expected some in each of {', '.join(SPLITS)}")

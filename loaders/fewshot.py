@@ -7,7 +7,6 @@ Eight of the ten have one JSON file with the split of CoOp (Zhou et al., 2022), 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +24,8 @@ from loaders.base import (
     file_set,
     listed_set,
 )
-from runtime.cli import UserError
 from runtime.runs import digest_int
+from runtime.text import UserError, parse_json, read_lines, read_text
 
 
 class Split(NamedTuple):
@@ -90,11 +89,11 @@ def load_coop(name: str, root: Path) -> DataSet:
     """
     path = root / COOP[name].file
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_text(path, LAYOUTS[name]), path)
         rows = {part: [(str(file), int(label), str(text)) for file, label, text in content[part]]
                 for part in ("train", "val", "test")}  # fmt: skip
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; {LAYOUTS[name]}") from None
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a CoOp split ({type(error).__name__}: {error})") from None
     prefix = f"{COOP[name].images}/" if COOP[name].images else ""
@@ -138,16 +137,12 @@ def stop_on_doubled_names(path: Path, names: list[str]) -> None:
 def load_aircraft(name: str, root: Path) -> DataSet:
     """FGVC-Aircraft by its variants: lists of `IMAGE VARIANT`, where the variant is the rest of the line."""
     variants = root / "variants.txt"
-    if not variants.is_file():
-        raise UserError(f"{variants}: no such file; {LAYOUTS[name]}")
-    class_names = [line.strip() for line in variants.read_text(encoding="utf-8").splitlines() if line.strip()]
+    class_names = [line for _, line in read_lines(variants, LAYOUTS[name])]
     stop_on_doubled_names(variants, class_names)
     labels, sets, lists = {text: label for label, text in enumerate(class_names)}, {}, [variants]
     for part in ("train", "val", "test"):
         path = root / f"images_variant_{part}.txt"
-        if not path.is_file():
-            raise UserError(f"{path}: no such file; {LAYOUTS[name]}")
-        rows = [line.strip().partition(" ") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [line.partition(" ") for _, line in read_lines(path, LAYOUTS[name])]
         unknown = next((text for _, _, text in rows if text not in labels), None)
         if unknown is not None:
             raise UserError(f"{path}: variant {unknown!r} is not in {variants}; expected one of its lines")

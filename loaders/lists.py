@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from loaders.base import (
@@ -18,7 +17,7 @@ from loaders.base import (
     missing_files,
     with_validation,
 )
-from runtime.cli import UserError
+from runtime.text import UserError, parse_json, parse_whole, read_lines, read_text
 
 LAYOUTS = {
     "imagenet_lt": "expected ILSVRC2012's train and val folders and ImageNet_LT_train.txt, _val.txt and _test.txt",
@@ -34,19 +33,16 @@ def read_list(path: Path, classes: int) -> tuple[list[str], list[int]]:
     Raises:
         UserError: no such file, or a line that is no such pair.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected the official list of the data set there") from None
     names, labels = [], []
-    for number, line in enumerate(lines, 1):
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.isdecimal() or int(label) >= classes:
+    for number, line in read_lines(path, "expected the official list of the data set there"):
+        name, _, text = line.rpartition(" ")
+        label = parse_whole(text)
+        if not name or label is None or label >= classes:
             raise UserError(f"{path} line {number}: {line[:80]!r}: expected a path and a label below {classes}")
         if not is_below(name):
             raise UserError(f"{path} line {number}: {name}: expected a path below --data-root")
         names.append(name)
-        labels.append(int(label))
+        labels.append(label)
     return names, labels
 
 
@@ -113,14 +109,14 @@ def load_inat2018(name: str, imb_ratio: float | None, root: Path, seed: int) -> 
     sets, class_names = {}, []
     for part, path in paths.items():
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(read_text(path, LAYOUTS[name]), path)
             files = {image["id"]: image["file_name"] for image in content["images"]}
             rows = [(files[row["image_id"]], int(row["category_id"])) for row in content["annotations"]]
             class_names = class_names or [
                 row["name"] for row in sorted(content["categories"], key=lambda row: row["id"])
             ]
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file; {LAYOUTS[name]}") from None
+        except UserError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not an iNaturalist annotation file ({type(error).__name__}: {error})") from None
         for file_name, label in rows:

@@ -12,9 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-
-class UserError(ValueError):
-    """Bad input. Its message is one line that names the flag, file or row, and what was expected."""
+from runtime.text import UserError, parse_whole, read_lines
 
 
 def first_line(error: Exception) -> str:
@@ -105,11 +103,10 @@ def expand_files(
         if path.resolve() in [other.resolve() for other in within]:
             raise UserError(f"{path}: includes itself")
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            inside = [part for line in lines for part in shlex.split(line, comments=True)]
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}{includer}") from None
-        except ValueError as error:  # an open quote, or no text at all
+            inside = [part for _, line in read_lines(path) for part in shlex.split(line, comments=True)]
+        except UserError as error:
+            raise UserError(f"{error}{includer}") from None
+        except ValueError as error:  # an open quote
             raise UserError(f"{path}: {error}") from None
         found += expand_files(inside, path.parent, (*within, path))
     return found
@@ -137,10 +134,11 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """The argparse type of whole numbers from `low` to `high`."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < low or (high is not None and int(text) > high):
+        value = parse_whole(text)
+        if value is None or value < low or (high is not None and value > high):
             expected = f"from {low} to {high}" if high is not None else f"of {low} or more"
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number {expected}")
-        return int(text)
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected a whole number {expected}")
+        return value
 
     return parse
 
@@ -172,10 +170,10 @@ class Shard(NamedTuple):
 
 def shard(text: str) -> Shard:
     """The argparse type of I/N."""
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+    index, count = (parse_whole(part) for part in text.partition("/")[::2])
+    if index is None or count is None or index >= count:
         raise argparse.ArgumentTypeError(f"{text!r}: expected I/N with I from 0 to N - 1")
-    return Shard(int(index), int(count))
+    return Shard(index, count)
 
 
 _paths_checked = True

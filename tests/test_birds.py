@@ -194,7 +194,7 @@ def test_bad_lists_are_named(tmp_path):
     write_csv(tmp_path / "metadata.csv", ["img_filename", "y", "split"], [("a.jpg", 0, 0)])
     refused("waterbirds", "no column place")
     write_csv(tmp_path / "metadata.csv", ["img_filename", "y", "split", "place"], [("a.jpg", 2, 0, 0)])
-    refused("waterbirds", r"metadata.csv line 2: y is '2'; expected one of \[0, 1\]")
+    refused("waterbirds", r"metadata.csv row 2: y is '2'; expected one of \[0, 1\]")
     write_csv(tmp_path / "metadata.csv", ["img_filename", "y", "split", "place"], [("../a.jpg", 0, 0, 0)])
     refused("waterbirds", r"\.\./a.jpg: expected a path below --data-root")
     touch(tmp_path, ["x/a.jpg", "x/b.jpg"])

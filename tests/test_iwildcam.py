@@ -114,15 +114,15 @@ def test_a_camera_of_training_in_an_out_of_domain_split_is_a_problem(tmp_path, c
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [
-        (["train,182,a.jpg,0", *WHOLE], None, r"line 2: class 182; expected one below 182, as WILDS v2.0 has them"),
+        (["train,182,a.jpg,0", *WHOLE], None, r"row 2: class 182; expected one below 182, as WILDS v2.0 has them"),
         (WHOLE[:-1], None, "no image in split id_test"),
-        (["trans,1,a.jpg,0", *WHOLE], None, "line 2: split 'trans'; expected one of train, val, test, id_val, id_test"),
-        (["train,1,../a.jpg,0", *WHOLE], None, "line 2: ../a.jpg: expected a file below train"),
-        (["train,lion,a.jpg,0", *WHOLE], None, "line 2: y lion, .*: expected whole numbers"),
+        (["trans,1,a.jpg,0", *WHOLE], None, "row 2: split 'trans'; expected one of train, val, test, id_val, id_test"),
+        (["train,1,../a.jpg,0", *WHOLE], None, "row 2: ../a.jpg: expected a file below train"),
+        (["train,lion,a.jpg,0", *WHOLE], None, "row 2: y lion, .*: expected whole numbers"),
         (
             WHOLE,
             "split,category_id,filename,location",
-            "no column location_remapped, y; expected those of WILDS",
+            "no column y, location_remapped; expected WILDS",
         ),
     ],
 )
