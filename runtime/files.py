@@ -9,12 +9,12 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.cli import UserError
+from runtime.text import parse_json, read_text
 
 
 def digest_int(*parts: Any) -> int:
@@ -54,12 +54,7 @@ def read_json(path: Path) -> Any:
     Raises:
         UserError: missing, or not JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    return parse_json(read_text(path), path)
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -80,25 +75,6 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
-
-
-def read_csv(path: Path, columns: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows with their line's number in the table (the header is row 1)."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error})") from None
-    found = rows[0] if rows else []
-    missing = [column for column in columns if column not in found]
-    if missing:
-        raise UserError(f"{path}: no column {', '.join(missing)}; expected {','.join(columns)}")
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(found):
-            raise UserError(f"{path} row {number}: expected {len(found)} values")
-        yield number, dict(zip(found, row))  # noqa: B905  (as long as each other; strict costs a third more)
 
 
 class RowWriter:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.cli import UserError
-from runtime.files import read_csv, without_garbage_collection, write_csv
+from runtime.files import without_garbage_collection, write_csv
 from runtime.runs import read_json
+from runtime.text import parse_whole, read_csv
 from spectrum.units import Unit
 
 SHORT_COLUMNS = ["label", "class_name", "level", "made", "kept", "short"]
@@ -49,7 +50,8 @@ def read_hard(path: Path) -> list[Hard]:
     """
     rows, seen, names = [], set(), {}
     for number, row in read_csv(path, HARD_COLUMNS):
-        if not row["label"].isdecimal():
+        label = parse_whole(row["label"])
+        if label is None:
             raise UserError(f"{path} row {number}: label {row['label']!r}: expected a class index")
         if not row["class_name"].strip():
             raise UserError(f"{path} row {number}: the class name of class {row['label']} is empty; expected a name")
@@ -61,7 +63,7 @@ def read_hard(path: Path) -> list[Hard]:
         if row["source"] in seen:
             raise UserError(f"{path} row {number}: {row['source']} is there twice; expected each image once")
         seen.add(row["source"])
-        rows.append(Hard(row["source"], int(row["label"]), row["class_name"]))
+        rows.append(Hard(row["source"], label, row["class_name"]))
     if not rows:
         raise UserError(f"{path}: no hard images; expected at least one row")
     return rows
@@ -104,7 +106,7 @@ def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
         raise UserError(f"{path}: expected an object with a class index for each key")
     prompts = {}
     for key, entry in content.items():
-        if not key.isdecimal() or not isinstance(entry, dict):
+        if parse_whole(key) is None or not isinstance(entry, dict):
             raise UserError(f"{path} key {key!r}: expected a class index and an object")
         if not isinstance(entry.get("score_prompt"), str) or not isinstance(entry.get("class_name"), str):
             raise UserError(f"{path} class {key}: expected texts class_name and score_prompt")
@@ -131,9 +133,10 @@ def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
 
 
 def _read_unit(path: Path, number: int, row: dict[str, str]) -> Unit:
-    if not row["level"].isdecimal() or int(row["level"]) > 99 or not row["seed"].isdecimal():
+    level, seed = parse_whole(row["level"]), parse_whole(row["seed"])
+    if level is None or level > 99 or seed is None:
         raise UserError(f"{path} row {number}: expected a level from 0 to 99 and a seed of 0 or more, whole numbers")
-    return Unit(row["source"], int(row["level"]), int(row["seed"]))
+    return Unit(row["source"], level, seed)
 
 
 def read_extra(paths: Iterable[Path], known: Collection[str]) -> list[dict[Unit, str]]:

@@ -80,9 +80,9 @@ def test_hard_images_are_read(tmp_path):
         (HARD_HEADER + "a,-1,three,few,1\n", "row 2: label '-1'"),
         (HARD_HEADER + "a,3.0,three,few,1\n", "row 2: label '3.0'"),
         (HARD_HEADER + "a,3,three,few,1\nb,3,three,few,1\na,4,four,few,1\n", "row 4: a is there twice"),
-        (HARD_HEADER + "a,3,three\n", "row 2: expected 5 values"),
-        (HARD_HEADER + "a,3,three,few,1,2\n", "row 2: expected 5 values"),
-        (HARD_HEADER.encode() + b"a,3,\xff\xfe,few,1\n", "not a readable CSV file"),
+        (HARD_HEADER + "a,3,three\n", "values; expected 5 values"),
+        (HARD_HEADER + "a,3,three,few,1,2\n", "values; expected 5 values"),
+        (HARD_HEADER.encode() + b"a,3,\xff\xfe,few,1\n", "is not UTF-8"),
     ],
 )
 def test_bad_hard_csv_is_refused(tmp_path, content, message):
@@ -107,7 +107,7 @@ def test_prompts_are_read_by_class_index(tmp_path):
     [
         (None, "no such file"),
         ("{", "not valid JSON"),
-        (b"\xff", "not valid JSON"),
+        (b"\xff", "is not UTF-8"),
         ("[]", "expected an object"),
         (json.dumps({"three": {}}), "key 'three'"),
         (json.dumps({"3": ["a three"]}), "key '3'"),
@@ -147,7 +147,7 @@ def test_scores_are_read_by_file_name(tmp_path):
         (SCORE_HEADER + "a,0.1,,1,\n", "row 2: expected numbers"),
         (SCORE_HEADER + "a,0.1,0.1,True,\n", "row 2: kept is 'True'; expected 0 or 1"),
         (SCORE_HEADER + "a,0.1,0.1,1,\na,0.2,0.1,0,\n", "row 3: a is there twice"),
-        (SCORE_HEADER + "a,0.1\n", "row 2: expected 5 values"),
+        (SCORE_HEADER + "a,0.1\n", "values; expected 5 values"),
     ],
 )
 def test_bad_scores_are_refused(tmp_path, content, message):
