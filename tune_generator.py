@@ -28,7 +28,8 @@ import numpy as np
 
 import datasets
 from loaders import fewshot
-from runtime import cli, runs
+from runtime import cli, files, runs
+from runtime.signals import StopSignals
 from spectrum import tables
 
 HELD_OUT = {"cls": 8, "dset": 64}  # validation images that it is taken on
@@ -132,7 +133,7 @@ def find_units(args, data) -> list:
         return Unit(name, places, [prompts[label] for label in own], val, [prompts[label] for label in held])
 
     def some(val: np.ndarray) -> np.ndarray:
-        ranked = sorted(val.tolist(), key=lambda place: runs.digest_int("held-out", data.val.sources[place]))
+        ranked = sorted(val.tolist(), key=lambda place: files.digest_int("held-out", data.val.sources[place]))
         return np.array(ranked[: HELD_OUT[args.mode]], dtype=int)
 
     labels = np.unique(data.train.labels).tolist()
@@ -200,7 +201,7 @@ def write_inputs(args, data) -> None:
     for label in np.flatnonzero(data.counts).tolist():
         text = args.template.replace("{}", data.class_names[label])
         prompts[label] = {"class_name": data.class_names[label], "score_prompt": text, "prompts": [text]}
-    runs.write_json(args.out / "prompts.json", prompts)
+    files.write_json(args.out / "prompts.json", prompts)
 
 
 def print_forecast(args, groups: list) -> None:
@@ -211,7 +212,7 @@ def print_forecast(args, groups: list) -> None:
     steps = sum(batch_and_steps(args, len(unit.places))[1] for group in groups for unit in group)
     adapters = sum(map(len, groups))
     size = 4 * sum(models.count_lora_weights(args.generator, args.revision, args.parts, args.rank).values())
-    speeds = [runs.read_json(path) for path in args.out.glob("shard-*/speed.json")]
+    speeds = [files.read_json(path) for path in args.out.glob("shard-*/speed.json")]
     rate = args.steps_per_second or max((speed["steps_per_second"] for speed in speeds), default=None)
     hours = f"{steps / rate / 3600:.2f} hours at {rate:.4g} steps a second" if rate else (
         "time unknown: no run here yet to go by, and no --steps-per-second"
@@ -278,13 +279,13 @@ def main(argv: list[str] | None = None) -> int:
     plan = make_plan(args, data, models.generator_dtype(args.dtype, device))
     path = args.out / "plan.json"
     if path.exists():
-        runs.stop_on_difference(path, runs.read_json(path), plan, "delete that folder")
+        runs.stop_on_difference(path, files.read_json(path), plan, "delete that folder")
     folder = args.out / f"shard-{args.shard.index:05d}"
     with ExitStack() as stack:
-        stop = stack.enter_context(runs.StopSignals())
+        stop = stack.enter_context(StopSignals())
         stack.enter_context(runs.claim(folder))
         write_inputs(args, data)
-        runs.write_json(path, plan)
+        files.write_json(path, plan)
         if not todo:
             return 0
 
@@ -299,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         if stop.received:
             print(f"{args.out}: {stop.received} after {work.saved} adapters; run the same command again to resume")
             return runs.RESUMABLE
-        runs.write_json(folder / "speed.json", {"steps_per_second": work.steps / (time.monotonic() - began)})
+        files.write_json(folder / "speed.json", {"steps_per_second": work.steps / (time.monotonic() - began)})
     print(f"{args.out}: {work.saved} adapters tuned")
     for name, why in work.failed.items():
         print(f"{name}: not tuned: {why}; expected a lower --lr")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.cli import UserError, first_line
-from runtime.runs import read_json
+from runtime.files import read_json
 
 RESIDENT = "resident"  # the name of the one adapter that is loaded
 DOWN = ("lora_A", "lora_down", "lora.down")  # how the formats call a layer's first matrix

@@ -33,7 +33,7 @@ from runtime import cli, runs
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     "find_hard", "write_prompts", "tune_generator", "generate_spectrum", "filter_clipscore", "train_lt",
-    "train_iwildcam",
+    "train_iwildcam", "train_fewshot",
 )  # fmt: skip
 SHARDED = ("tune_generator.py", "generate_spectrum.py")
 FOLDERS = ("loaders", "spectrum", "generation", "training", "reporting", "runtime")

@@ -314,20 +314,24 @@ def _score(path: Path, number: int, row: dict, field: str) -> float:
     return row[field]
 
 
-def kept_rows(folder: Path, levels: Iterable[int]) -> list[dict]:
-    """The rows of a filtered spectrum that training may use: those of `levels` that scores.csv keeps.
+def kept_rows(folder: Path, levels: Iterable[int], filtered: bool = True) -> list[dict]:
+    """The rows of a spectrum that training may use: those of `levels` that scores.csv keeps.
+
+    Args:
+        filtered: False takes all rows where there is no scores.csv.
 
     Raises:
         UserError: not filtered yet, or a level without one kept image.
     """
-    if not (folder / "scores.csv").is_file():
+    scored = (folder / "scores.csv").is_file()
+    if filtered and not scored:
         raise UserError(f"{folder}: no scores.csv there; run filter_clipscore.py --spectrum {folder}")
-    scores = read_scores(folder / "scores.csv")
+    scores = read_scores(folder / "scores.csv") if scored else {}
     wanted = set(levels)
     made, rows = Counter(), []
     for row in read_rows(folder):
         made[row["level"]] += 1
-        if row["level"] in wanted and scores.get(row["file_name"], {}).get("kept"):
+        if row["level"] in wanted and (not scored or scores.get(row["file_name"], {}).get("kept")):
             rows.append(row)
     for level in sorted(wanted - {row["level"] for row in rows}):
         raise UserError(

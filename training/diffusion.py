@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
-from runtime.runs import digest_int
+from runtime.files import digest_int
 
 NOISE_LEVELS = 4  # parts of the timesteps by which losses are told apart, from the least noise up
 

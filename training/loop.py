@@ -136,6 +136,12 @@ class Trainer:
         """The places in the pool of the images that an epoch trains on, before shuffling; `stage` has its levels."""
         raise NotImplementedError
 
+    def order(self, places: np.ndarray, generator):
+        """In which order a pass takes its images, int64 (N,): at random."""
+        import torch
+
+        return torch.randperm(len(places), generator=generator)
+
     def predict(self, store, places: np.ndarray):
         """Logits, float (N, C), of the evaluated model."""
         raise NotImplementedError
@@ -184,7 +190,7 @@ class Trainer:
         torch.manual_seed(files.digest_int(purpose, self.args.seed, epoch))
         name = "augment" if purpose == "epoch" else f"augment {purpose}"
         generator = torch.Generator().manual_seed(files.digest_int(name, self.args.seed, epoch))
-        parts = split_batches(torch.randperm(len(places), generator=generator), self.args.batch_size)
+        parts = split_batches(self.order(places, generator), self.args.batch_size)
         done, total = 0, torch.zeros((), dtype=torch.float64, device=self.device)
         if start:
             done, total = start["batches"], start["total"].to(self.device)

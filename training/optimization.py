@@ -9,15 +9,15 @@ SCHEDULES = ("cosine", "steps")
 
 
 def build_optimizer(args, model):
-    """The optimiser called `args.optimizer`, over all parameters."""
+    """The optimiser called `args.optimizer`, over all parameters that are trained."""
     import torch
 
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
     if args.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True
-        )
+        return torch.optim.SGD(trained, args.lr, momentum=args.momentum, weight_decay=args.weight_decay, fused=True)
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[args.optimizer]
-    return kind(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    return kind(trained, args.lr, weight_decay=args.weight_decay, fused=True)
 
 
 def learning_rate(args, epoch: float, step: float = 0.0) -> float:

@@ -82,7 +82,7 @@ class InMemory:
             images = self.images[places.to(self.images.device)]
             if self.randaugment:
                 pairs = zip(images, numbers.tolist(), strict=True)
-                images = torch.stack([randaugmented(image, seed, number) for image, number in pairs])
+                images = torch.stack([randaugmented(image, seed, number, self.randaugment) for image, number in pairs])
             if strengths is not None:
                 rows = zip(images, strengths[at].tolist(), numbers.tolist(), strict=True)
                 images = torch.stack([augmented(image, strength, seed, number) for image, strength, number in rows])
@@ -188,7 +188,7 @@ class _Files(torch.utils.data.Dataset):
             return np.zeros((self.image_size, self.image_size, 3), dtype=np.uint8), {place: str(error)}
         if key is not None and (self.randaugment or strength):
             image = torch.from_numpy(pixels).permute(2, 0, 1)
-            image = randaugmented(image, *key) if self.randaugment else image
+            image = randaugmented(image, *key, self.randaugment) if self.randaugment else image
             pixels = augmented(image, strength, *key).permute(1, 2, 0).numpy()
         return pixels, {}
 
@@ -198,13 +198,24 @@ def _stack(items: list[tuple[np.ndarray, dict[int, str]]]) -> tuple[torch.Tensor
     return torch.from_numpy(np.stack(images)), {place: error for one in wrong for place, error in one.items()}
 
 
-def randaugmented(image: torch.Tensor, seed: int, number: int) -> torch.Tensor:
-    """torchvision's RandAugment of one image uint8 (3, H, W), by draws of its own."""
+def randaugmented(image: torch.Tensor, seed: int, number: int, kind: bool | str = True) -> torch.Tensor:
+    """torchvision's RandAugment of one image uint8 (3, H, W), by draws of its own.
+
+    Args:
+        kind: True, or `datadream`: colour jitter, grey, blur and solarisation too, as in DataDream's own training.
+    """
     from torchvision.transforms import v2
 
+    steps = [v2.RandAugment()]
+    if kind == "datadream":
+        blur = v2.GaussianBlur(max(3, image.shape[-1] // 20 * 2 + 1), (0.1, 2.0))
+        steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
+        steps += [v2.RandomApply([blur], 0.2), v2.RandomSolarize(128, 0.2)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed((seed + number * 0x9E3779B97F4A7C15) % 2**63)
-        return v2.RandAugment()(image)
+        for step in steps:
+            image = step(image)
+    return image
 
 
 def random_box(

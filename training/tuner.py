@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from loaders.base import ImageSet, LongTailed
+from loaders.base import DataSet, ImageSet
 from reporting import figures
-from runtime import cli, runs
+from runtime import checkpoints, cli, files
+from runtime.signals import StopSignals
 from training import diffusion, lora
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -68,7 +69,7 @@ class Tuner:
         stop: signals that end the run.
     """
 
-    def __init__(self, args, pipe, data: LongTailed, plan: dict, folder: Path, stop: runs.StopSignals):
+    def __init__(self, args, pipe, data: DataSet, plan: dict, folder: Path, stop: StopSignals):
         self.args, self.pipe, self.data, self.plan, self.folder, self.stop = args, pipe, data, plan, folder, stop
         for module in (pipe.unet, pipe.vae, *lora.text_encoders(pipe).values()):
             module.requires_grad_(False).eval()
@@ -128,7 +129,7 @@ class Tuner:
         """Adapters and their optimiser, fresh or from the checkpoint, and the group's latents. Returns its state."""
         args, count = self.args, len(units)
         self.layers = lora.add_adapters(self.pipe, args.parts, count, args.rank, args.alpha)
-        lora.start_adapters(self.layers, [runs.digest_int("adapter", args.seed, unit.name) for unit in units])
+        lora.start_adapters(self.layers, [files.digest_int("adapter", args.seed, unit.name) for unit in units])
         self.optimizer = torch.optim.AdamW(
             lora.parameters(self.layers), args.lr, weight_decay=args.weight_decay, fused=True
         )
@@ -146,7 +147,7 @@ class Tuner:
             "rows": {unit.name: [] for unit in units},
             "failed": {},
         }
-        saved = runs.load_latest_checkpoint(self.folder / "checkpoint.pt", str(self.pipe.device))
+        saved = checkpoints.load_latest_checkpoint(self.folder / "checkpoint.pt", str(self.pipe.device))
         if saved and saved["units"] == state["units"]:
             state = {name: saved[name] for name in state}
             for name, layer in self.layers.items():
@@ -255,7 +256,7 @@ class Tuner:
         weights = {name: {"a": layer.a.data, "b": layer.b.data} for name, layer in self.layers.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         content = state | {"weights": weights, "optimizer": self.optimizer.state_dict()}
-        runs.save_checkpoint(self.folder / "checkpoint.pt", content)
+        checkpoints.save_checkpoint(self.folder / "checkpoint.pt", content)
 
     def draw_sheets(self, units: list[Unit], when: str) -> None:
         """A sheet of samples of each adapter, always from the same noise. A sheet that fails costs nothing else."""
@@ -266,7 +267,7 @@ class Tuner:
         prompts = [(list(dict.fromkeys(unit.prompts)) * per)[:per] for unit in units]
         shape = self.latents[0].mean.shape[2:]
         noise = [
-            torch.randn(per, *shape, generator=torch.Generator().manual_seed(runs.digest_int("samples", unit.name)))
+            torch.randn(per, *shape, generator=torch.Generator().manual_seed(files.digest_int("samples", unit.name)))
             for unit in units
         ]
         try:
@@ -298,7 +299,7 @@ class Tuner:
                 self.failed[unit.name] = state["failed"][unit.name]
                 continue
             rows = state["rows"][unit.name]
-            runs.write_text(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            files.write_text(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             notes = {
                 "mode": args.mode,
                 "prompt": " | ".join(dict.fromkeys(unit.prompts)),
@@ -310,7 +311,7 @@ class Tuner:
             }
             lora.save_adapter(folder / FILE, weights, args.rank, args.alpha, notes)
             self.saved += 1
-        for path in (self.folder / "checkpoint.pt", runs.previous_checkpoint(self.folder / "checkpoint.pt")):
+        for path in (self.folder / "checkpoint.pt", checkpoints.previous_checkpoint(self.folder / "checkpoint.pt")):
             path.unlink(missing_ok=True)
 
     def open_writers(self, units: list[Unit], step: int) -> None:
