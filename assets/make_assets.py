@@ -11,13 +11,15 @@ image that a classifier trains, validates or is tested on: it stands for the web
 
 Reads:  scikit-learn's digits (shipped with the package), or CIFAR-100 as train_lt.py reads it
 Writes: OUT/tiny_sd with its agreement.json, OUT/tiny_clip; while it is at work OUT/checkpoint.pt
-Takes:  on 2 CPU cores about 25 minutes for digits (6 MB), 13 for cifar100_lt (7 MB; cifar100_lt_gpu is for a GPU);
-        toycam (3 MB) took 34 minutes in the background of a busy machine
+Takes:  on 2 idle CPU cores about 30 minutes each for digits (6 MB) and toycam (3 MB), 10 for a generator of wrong
+        captions that starts from the other; a GPU is hardly faster (28 steps a second: Python's own time), but
+        trains several at once; cifar100_lt_gpu is for a GPU alone
 
 A signal (SIGTERM, SIGUSR2), or the end of --minutes, is answered by a checkpoint and exit code 75: the same command
 goes on, to the same weights.
 
     python assets/make_assets.py --out assets
+    python assets/make_assets.py --caption-noise 0.6 --sizes digits_noisy --start assets/tiny_sd --out runs/noisy_assets
     python assets/make_assets.py --benchmark toycam --out runs/toycam_assets
     python assets/make_assets.py --benchmark cifar100_lt --data-root cifar100.zip --out runs/cifar100_assets
 """
@@ -89,7 +91,7 @@ class Sizes:
 
 SIZES = {
     "digits": Sizes(),
-    "digits_noisy": Sizes(clip_steps=1500, unet_steps=1200),  # for --start, from the generator of true captions
+    "digits_noisy": Sizes(unet_steps=1200),  # for --start, from the generator of true captions
     "cifar100_lt": Sizes(  # what a CPU does in minutes: too few steps to follow a prompt
         latent_channels=8,
         vae_widths=(16, 32, 64),
@@ -777,12 +779,12 @@ def train_judge(work: Work) -> nn.Module:
 
 
 @torch.no_grad()
-def check(web, out: Path, judge: nn.Module, device: str) -> dict:
+def check(web, generator: Path, clip: Path, judge: nn.Module, device: str) -> dict:
     """How far the saved models do what they are asked to, on the validation images (never on train or test)."""
     real, labels = (one.to(device) for one in web.validation())
     result = {"judge_accuracy_on_real": (judge(real).argmax(1) == labels).float().mean().item()}
 
-    model, _, tokenizer = models.load_clip(str(out / "tiny_clip"), device)
+    model, _, tokenizer = models.load_clip(str(clip), device)
     names = web.class_names
     text = model.encode_text(tokenizer([web.template.format(name) for name in names]).to(device), normalize=True)
     scores = torch.cat([model.encode_image(part, normalize=True) for part in real.split(500)]) @ text.T
@@ -793,7 +795,7 @@ def check(web, out: Path, judge: nn.Module, device: str) -> dict:
     wrong = scores.masked_fill(F.one_hot(labels, len(names)).bool(), -1).max(1).values
     result["clipscore_of_best_wrong_class"] = wrong.quantile(quantiles).tolist()
 
-    pipe = models.load_generator(str(out / "tiny_sd"), device, dtype="float32")
+    pipe = models.load_generator(str(generator), device, dtype="float32")
 
     def draw(prompts: list[str], guidance: float) -> torch.Tensor:
         """Images in [-1, 1] at level 0."""
@@ -864,7 +866,8 @@ def build_parser() -> cli.Parser:
         "--start",
         type=cli.existing_path,
         metavar="FOLDER",
-        help="generator (tiny_sd) of the same benchmark to start from; its autoencoder is kept",
+        help="generator (tiny_sd) of the same benchmark to start from; its autoencoder and its CLIP (tiny_clip beside "
+        "it) are taken as they are",
     )
     parser.add_argument("--sizes", choices=list(SIZES), help="row of the table of sizes (default: the benchmark's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -886,7 +889,8 @@ def main(argv: list[str] | None = None) -> int:
         work = Work(args, web, SIZES[args.sizes or args.benchmark], signals)
         tokenizer = make_tokenizer(web)
         try:
-            train_clip(work, tokenizer, args.out / "tiny_clip")
+            if not args.start:
+                train_clip(work, tokenizer, args.out / "tiny_clip")
             vae = train_vae(work)
             unet, text_encoder, scheduler = train_unet(work, vae, tokenizer)
             pipe = StableDiffusionImg2ImgPipeline(
@@ -904,7 +908,8 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped as stop:
             print(f"{args.out}: {stop}; run the same command again to go on", flush=True)
             return runs.RESUMABLE
-        result = check(web, args.out, judge, work.device)
+        clip = (args.start.parent if args.start else args.out) / "tiny_clip"
+        result = check(web, args.out / "tiny_sd", clip, judge, work.device)
         result |= {"caption_noise": args.caption_noise, "minutes": work.seconds / 60, "device": work.device_name}
     runs.write_json(args.out / "tiny_sd/agreement.json", result)
     work.path.unlink()

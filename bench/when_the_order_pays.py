@@ -5,7 +5,8 @@ never seen the target's look draws another look. The CLIPScore filter drops some
 sixteen combinations a spectrum is drawn, what a user can measure before training is measured, and cross-entropy is
 trained without synthetic images, with text-only ones, all levels at once, and both orders.
 
-Reads:  FOLDER/digits_NOISE/tiny_sd and tiny_clip for NOISE 0, 0.2, 0.4 and 0.6, as assets/make_assets.py makes them
+Reads:  FOLDER/digits_NOISE/tiny_sd for NOISE 0, 0.2, 0.4 and 0.6, as assets/make_assets.py makes them; the shipped
+        CLIP, whose captions were true
 Writes: OUT/NOISE_LOOK_FILTER/ (spectrum, run folders), OUT/runs.csv (a row a run), OUT/before.csv (a row a spectrum and
         level: acceptance, agreement, distance), OUT/when_the_order_pays.png
 
@@ -44,7 +45,7 @@ def build_parser() -> cli.Parser:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/when_the_order_pays"), metavar="FOLDER")
     parser.add_argument("--train-seeds", type=cli.whole(0), nargs="+", default=[0, 1, 2], metavar="N")
-    parser.add_argument("--text-guidance", type=float, default=2.0, metavar="W", help="of all spectra")
+    parser.add_argument("--text-guidance", type=float, default=3.0, metavar="W", help="of all spectra")
     parser.add_argument("--jobs", type=cli.whole(1), default=2, metavar="N", help="training runs at a time")
     return parser
 
@@ -64,8 +65,8 @@ def make_spectra(out: Path, models: Path, look: str, guidance: float) -> dict[st
     shutil.rmtree(made["unfiltered"], ignore_errors=True)
     shutil.copytree(made["filtered"], made["unfiltered"])
     for name, threshold in (("filtered", ()), ("unfiltered", ("--threshold", -1))):
-        clip = ("--clip", models / "tiny_clip", *threshold, "--distance")
-        steps.run("filter_clipscore.py", *data, "--spectrum", made[name], "--prompts", prompts, *clip)
+        files = ("--spectrum", made[name], "--prompts", prompts, "--distance")
+        steps.run("filter_clipscore.py", *data, *files, *threshold)
     return made
 
 

@@ -21,7 +21,7 @@ from loaders import digits
 ASSETS = Path(make_assets.__file__).parent
 
 
-SHIPPED = ("tiny_sd", "toycam_sd")
+SHIPPED = ("tiny_sd", "tiny_sd_noisy", "toycam_sd")
 
 
 def image_share(timestep: int) -> float:
