@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from loaders.base import CLIP_FILTER, REFINER, DataSet, Entry, ImageSet, long_tail_counts
 from loaders.folders import class_folders
+from loaders.pictures import open_image, to_rgb
 from runtime.cli import UserError
 
 LAYOUT = (
@@ -129,11 +130,15 @@ def read_images(root: Path, part: str, names: list[str], place) -> Cifar:
     def decode(indices: np.ndarray) -> np.ndarray:
         pixels = np.empty((len(indices), 32, 32, 3), dtype=np.uint8)
         for at, i in enumerate(indices):
+            what = f"--data-root {root}: {names[i]}"
             try:
-                with Image.open(place(names[i])) as image:
-                    pixels[at] = np.asarray(image.convert("RGB"))
-            except (OSError, ValueError, SyntaxError, KeyError, zipfile.BadZipFile) as error:
-                raise UserError(f"--data-root {root}: {names[i]}: not a readable 32x32 image ({error})") from None
+                file = place(names[i])
+            except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+                raise UserError(f"{what}: not a readable image ({error})") from None
+            with open_image(file, what) as image:
+                if image.size != (32, 32):
+                    raise UserError(f"{what}: is {image.width}x{image.height}; expected 32x32")
+                pixels[at] = np.asarray(to_rgb(image))
         return pixels
 
     return Cifar(classes, np.array([index[name.split("/")[1]] for name in names]), names, decode)
@@ -163,7 +168,11 @@ def read_parquet(name: str, paths: list[Path]) -> Cifar:
     names = features.get(column, {}).get("names") or [str(label) for label in range(CLASSES[name])]
 
     def decode(indices: np.ndarray) -> np.ndarray:
-        return np.stack([np.asarray(Image.open(io.BytesIO(images[i]["bytes"])).convert("RGB")) for i in indices])
+        pixels = np.empty((len(indices), 32, 32, 3), dtype=np.uint8)
+        for at, i in enumerate(indices):
+            with open_image(io.BytesIO(images[i]["bytes"]), f"{paths[0].parent}: image {i}") as image:
+                pixels[at] = np.asarray(to_rgb(image))
+        return pixels
 
     return Cifar(names, np.array(labels), [f"index:{i}" for i in range(len(labels))], decode)
 

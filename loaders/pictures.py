@@ -1,15 +1,65 @@
-"""From an image file, or pixels in memory, to RGB and a digest."""
+"""From an image file, or pixels in memory, to RGB and a digest. Every reader of an image goes through this file.
+
+Trainers, CLIP, the generator and the checks see one picture of a file: its first frame, turned as its EXIF says, 16
+bits scaled to 8, what is transparent on white. Colour profiles are not applied, as in all published results.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from runtime.cli import UserError
+from runtime.text import UserError
+
+ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 lie on their side
+
+
+@contextmanager
+def open_image(file: Path | BinaryIO, what: str, hint: str = "") -> Iterator[Image.Image]:
+    """An image file, opened. Whatever a decoder raises within becomes one line that begins with `what`.
+
+    Raises:
+        UserError: no such file, or one that does not decode.
+    """
+    try:
+        with Image.open(file) as image:
+            yield image
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{what}: no such file{hint}") from None
+    except Exception as error:  # a damaged file can make a decoder raise any class
+        raise UserError(f"{what}: not a readable image ({reason_of(error)}){hint}") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What a decoder says is wrong, in one line and without addresses of objects."""
+    if isinstance(error, UnidentifiedImageError):
+        return "of no image format that is known"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r" at 0x[0-9a-f]+", "", first)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where there is none, or none that can be read."""
+    try:
+        found = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken EXIF says nothing about the pixels
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an opened image once it is upright; only its header is read."""
+    return image.size[::-1] if orientation_of(image) >= 5 else image.size
 
 
 def read_image_file(path: Path, what: str) -> tuple[Image.Image, str]:
@@ -20,17 +70,18 @@ def read_image_file(path: Path, what: str) -> tuple[Image.Image, str]:
     """
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image), hashlib.sha256(content).hexdigest()
     except FileNotFoundError:
         raise UserError(f"{what}: no such file {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{what}: not a readable image ({error})") from None
+    except OSError as error:
+        raise UserError(f"{what}: not a readable image ({error.strerror})") from None
+    with open_image(io.BytesIO(content), what) as image:
+        return to_rgb(image), hashlib.sha256(content).hexdigest()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as upright 8-bit RGB: 16 bits are scaled, not cut off; what is transparent becomes white."""
-    image = ImageOps.exif_transpose(image)
+    if orientation_of(image) > 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, or 32 that hold 16; convert() would clip at 255
         grey = np.asarray(image).astype(np.float64)
         return Image.fromarray(np.clip(grey / 257 + 0.5, 0, 255).astype(np.uint8)).convert("RGB")
@@ -51,11 +102,23 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UserError: it does not decode.
     """
+    with open_image(path, str(path), "; run generate_spectrum.py again") as image:
+        return to_rgb(image)
+
+
+def header_error(path: Path) -> str:
+    """What is wrong with an image file as far as its header tells; empty where nothing is."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); run generate_spectrum.py again") from None
+        if not path.stat().st_size:
+            return "is empty"
+        with open_image(path, ""):
+            return ""
+    except FileNotFoundError:
+        return "no such file"
+    except UserError as error:
+        return str(error).removeprefix(": ")
+    except OSError as error:
+        return error.strerror
 
 
 def decodes(path: Path) -> bool:
@@ -66,8 +129,8 @@ def decodes(path: Path) -> bool:
 def image_size(path: Path) -> tuple[int, int] | None:
     """Width and height of an image file that is whole, else None."""
     try:
-        with Image.open(path) as image:
+        with open_image(path, str(path)) as image:
             image.load()
             return image.size
-    except (OSError, ValueError, SyntaxError):
+    except UserError:
         return None

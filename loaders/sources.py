@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from loaders.base import ImageSet
-from loaders.pictures import read_image_file
+from loaders.base import ImageSet, is_below
+from loaders.pictures import open_image, read_image_file, upright_size
 from runtime.cli import UserError
 
 
@@ -34,7 +34,7 @@ def read_sources(names: list[str], train: ImageSet, data_root: Path | None) -> I
                 "expected one of the same --dataset and --imb-ratio, or a file below --data-root"
             )
         else:
-            if Path(name).is_absolute() or ".." in Path(name).parts:
+            if not is_below(name):
                 raise UserError(f"source {name}: lies outside --data-root {data_root}")
             yield read_image_file(data_root / name, f"source {name}")
 
@@ -78,11 +78,7 @@ class Sources:
         """
         if name in self.places or self.data_root is None or name.startswith("index:"):
             return self.read(name)[0].size
-        if Path(name).is_absolute() or ".." in Path(name).parts or not (self.data_root / name).is_file():
+        if not is_below(name) or not (self.data_root / name).is_file():
             return self.read(name)[0].size  # which says what is wrong with it
-        try:
-            with Image.open(self.data_root / name) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5 to 8 lie on their side
-                return image.size[::-1] if turned else image.size
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"source {name}: not a readable image ({error})") from None
+        with open_image(self.data_root / name, f"source {name}") as image:
+            return upright_size(image)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from loaders import pictures
 from loaders.base import ImageSet
 from runtime.cli import UserError
 from runtime.signals import leave_signals
@@ -252,23 +252,21 @@ def decode(path: Path, size: int, rng: np.random.Generator | None, crop: Crop = 
     """
     try:
         content = path.read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            width, height = image.size
-            if rng is None:
-                box = centre_box(width, height, crop.zoom)
-            else:
-                box = random_box(width, height, rng, crop.least_area)
-            needed = size / min(box[2] - box[0], box[3] - box[1])
-            image.draft("RGB", (math.ceil(width * needed), math.ceil(height * needed)))
-            if image.format == "JPEG" and image.mode == "RGB" and image.size == (width, height):
-                # torchvision's decoder is a little faster than Pillow's, but has no draft mode.
-                pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-            else:
-                pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not a readable image ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        raise UserError(f"{path}: not a readable image ({error.strerror})") from None
+    with pictures.open_image(io.BytesIO(content), str(path)) as image:
+        (width, height), stored = pictures.upright_size(image), image.size
+        box = centre_box(width, height, crop.zoom) if rng is None else random_box(width, height, rng, crop.least_area)
+        needed = size / min(box[2] - box[0], box[3] - box[1])
+        image.draft("RGB", (math.ceil(stored[0] * needed), math.ceil(stored[1] * needed)))
+        whole = image.size == stored and pictures.orientation_of(image) == 1
+        if image.format == "JPEG" and image.mode == "RGB" and whole:
+            # torchvision's decoder is a little faster than Pillow's, but has no draft mode and does not turn.
+            pixels = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        else:
+            pixels = torch.from_numpy(np.array(pictures.to_rgb(image))).permute(2, 0, 1)
     x, y = pixels.shape[2] / width, pixels.shape[1] / height
     left, top, right, bottom = round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y)
     part = pixels[None, :, top : max(top + 1, bottom), left : max(left + 1, right)]
