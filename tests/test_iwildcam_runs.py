@@ -311,6 +311,22 @@ def test_unreadable_images_count_against_the_pass_that_they_are_in(small, tmp_pa
         step(np.arange(50, 96), torch.arange(46))
 
 
+def test_images_are_normalised_by_the_clips_own_statistics(small, tmp_path, monkeypatch):
+    load = models.load_clip
+
+    def load_other(*args):
+        found = load(*args)
+        found[0].visual.image_mean, found[0].visual.image_std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+        return found
+
+    monkeypatch.setattr(models, "load_clip", load_other)
+    args = train_iwildcam.build_parser().parse_args(["--data-root", str(small.root), "--out", str(tmp_path / "r")])
+    with runs.StopSignals() as stop:
+        data = datasets.load("toycam", None, small.root)
+        trainer, _ = train_iwildcam.prepare(args, data, {}, [], set(), stop)
+    assert (trainer.data.mean, trainer.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
 @pytest.mark.parametrize("loss", ["flyp", "ce"])
 def test_too_many_unreadable_images_end_the_run(small, tmp_path, loss):
     root = broken(small, tmp_path / "t", 4)
