@@ -39,7 +39,7 @@ from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
 from training import distributed, flags, log, loop, losses, optimization
-from training.pool import Pool, build_pool, prepare_spectrum
+from training.pool import Pool, build_pool, check_files, prepare_spectrum
 
 LOSSES = ("flyp", "ce", "lpft")
 ALPHAS = [i / 10 for i in range(11)]  # of WiSE-FT
@@ -374,6 +374,8 @@ def main(argv: list[str] | None = None) -> int:
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
+    # Of the training images some may be unreadable; the others have no second chance.
+    check_files(args, {name: part for name, part in data.splits.items() if name != "train"})
     levels, synthetic, hard = [], {}, set()
     sources = [source for part in data.splits.values() for source in part.sources]
     inputs: dict = {"data": files.digest_int(*sources, files.digest_files(data.files))}

@@ -35,7 +35,7 @@ from runtime import cli, files
 from runtime.signals import StopSignals
 from spectrum.kept import load_spectrum
 from training import distributed, flags, log, loop, losses, optimization
-from training.pool import build_pool, prepare_spectrum, print_gaps
+from training.pool import build_pool, check_files, prepare_spectrum, print_gaps
 
 DRAWN = ("cifar10_lt", "cifar100_lt", "imagefolder")  # data sets that --imb-ratio draws a part of
 
@@ -382,6 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
+    check_files(args, data.splits)
     levels, hard_classes, synthetic = [], [], {}
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":

@@ -5,21 +5,28 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Save tensors and plain Python so that a kill at any moment leaves a whole checkpoint.
 
     The checkpoint before it stays, under `previous_checkpoint(path)`.
+
+    Raises:
+        UserError: it cannot be written (a full disk).
     """
     import torch
 
     beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with beside.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # torch has its own error for a full disk
+        beside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); the checkpoint before is kept") from None
     if path.exists():
         path.replace(previous_checkpoint(path))
     beside.replace(path)

@@ -232,9 +232,10 @@ def run(main: Callable[[], int]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         code = 2
     except OSError as error:  # a full disk, a folder where a file should be, no permission
-        if error.filename is None:
+        if error.strerror is None:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        place = f"{error.filename}: " if error.filename is not None else ""
+        print(f"{Path(sys.argv[0]).name}: error: {place}{error.strerror}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted; run the same command again to go on", file=sys.stderr)

@@ -68,6 +68,8 @@ def claim(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is at work there; wait for it, or take another --out") from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {folder}: no lock ({error.strerror}); see that no other process trains there", flush=True)
         yield
 
 

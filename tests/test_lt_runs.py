@@ -437,6 +437,101 @@ def photographs(tmp_path_factory):
     return root
 
 
+# Runs a trainer in which the second batch's augmentation fails.
+FAILING = """
+import sys
+sys.path.insert(0, {root!r})
+import train_lt
+from runtime import cli
+from training import augmentations
+augment, steps = augmentations.augment, []
+def fail_in_the_second(*args):
+    steps.append(1)
+    if len(steps) == 2 and {fails}:
+        raise RuntimeError("a bug")
+    return augment(*args)
+augmentations.augment = fail_in_the_second
+cli.run(lambda: train_lt.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "code", "message"),
+    [(True, 1, "RuntimeError: a bug"), (False, 2, "train/class0/3.jpg: not a readable image")],
+)
+def test_a_failing_run_with_loading_processes_ends(photographs, tmp_path, fails, code, message):
+    """Its workers leave signals to the main process, which waited for them at its end for ever."""
+    root = photographs
+    if not fails:
+        shutil.copytree(photographs, tmp_path / "p")
+        root = tmp_path / "p"
+        whole = (root / "train/class0/3.jpg").read_bytes()
+        (root / "train/class0/3.jpg").write_bytes(whole[: len(whole) // 2])  # its header is whole
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=str(ROOT), fails=fails))
+    flags = ["--dataset", "imagefolder", "--data-root", str(root), "--model", "resnet8", "--image-size", "32"]
+    flags += ["--epochs", "3", "--batch-size", "2", "--workers", "2", "--device", "cpu", "--out", str(tmp_path / "r")]
+    done = subprocess.run(
+        [sys.executable, script, *flags], capture_output=True, text=True, check=False, timeout=90,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == code and message in done.stderr.strip().splitlines()[-1], done.stderr[-2000:]
+
+
+def test_images_that_cannot_be_used_are_named_together_before_any_training(photographs, tmp_path):
+    shutil.copytree(photographs, tmp_path / "p")
+    (tmp_path / "p/test/class1/0.jpg").write_bytes(b"no image")
+    (tmp_path / "p/train/class0/3.jpg").write_bytes(b"")
+    flags = ["--dataset", "imagefolder", "--data-root", str(tmp_path / "p"), "--batch-size", "2"]
+    with pytest.raises(UserError, match=r"^2 images cannot be used: .*3.jpg \(empty\); test: .*0.jpg \(not an image\)"):
+        train_lt.main([*flags, "--out", str(tmp_path / "r")])
+    assert not (tmp_path / "r/checkpoint.pt").exists()
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    from runtime import checkpoints
+
+    path = tmp_path / "checkpoint.pt"
+    checkpoints.save_checkpoint(path, {"epoch": 1})
+
+    def fill(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fill)
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be written .*No space left"):
+        checkpoints.save_checkpoint(path, {"epoch": 2})
+    assert checkpoints.load_checkpoint(path, "cpu") == {"epoch": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_signal_in_the_real_pass_or_in_validation_loses_nothing(road, tmp_path, monkeypatch):
+    extra = ["--curriculum", "adaptive", "--progress-images", "5"]
+    train(road, tmp_path / "whole", *extra)
+    predict, calls = train_lt.Trainer.predict, []
+    # 3 evaluations of held-out images before the real pass and 3 after it, then the validation.
+    for name, at in (("a", 6), ("b", 7)):
+        calls.clear()
+        monkeypatch.setattr(
+            train_lt.Trainer, "predict",
+            lambda self, store, places, at=at: stop_at(self, store, places, at, calls, predict),
+        )  # fmt: skip
+        assert train(road, tmp_path / name, *extra) == runs.RESUMABLE
+        state = runs.load_checkpoint(tmp_path / name / "checkpoint.pt", "cpu")
+        assert set(state["partial"]) == {"begun", "before", "passed"} | ({"progress", "record"} if at == 7 else set())
+        monkeypatch.setattr(train_lt.Trainer, "predict", predict)
+        assert train(road, tmp_path / name, *extra) == 0
+        assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / name))
+
+
+def stop_at(trainer, store, places, at, calls, predict):
+    """Stop before the `at`-th evaluation of the process."""
+    calls.append(1)
+    if len(calls) == at:
+        trainer.signals.received = "SIGTERM"
+        trainer.stop_on_signal()
+    return predict(trainer, store, places)
+
+
 def test_large_images_train_the_same_with_any_number_of_workers_and_after_a_signal(photographs, tmp_path, monkeypatch):
     flags = ["--dataset", "imagefolder", "--data-root", str(photographs), "--model", "resnet8", "--image-size", "32"]
     flags += ["--epochs", "3", "--batch-size", "8", "--lr", "0.01"]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 import curricula
 from curricula import REAL
 from loaders.base import ImageSet, LongTailed
-from runtime import steps
+from runtime import cli, steps
 from spectrum import folder as spectrum_folder
 from training import distributed
 from training.flags import DEFAULT_SPECTRUM
 
+SHOWN = 5  # images that an error names
 # Embedded data sets and their default spectrum, which is made first where it is missing.
 EMBEDDED = {"digits": DEFAULT_SPECTRUM, "toycam": Path("runs/toycam_road/spectrum")}
 
@@ -68,6 +71,42 @@ def build_pool(
             first = {sources[place]: place for place in np.flatnonzero(pool.held & (pool.levels == level))[::-1]}
             pool.looks[level] = np.array([first[source] for source in chosen])
     return pool
+
+
+def check_files(args, splits: dict[str, ImageSet]) -> None:
+    """Open the header of every image file before anything is trained, and name what cannot be used all at once.
+
+    Raises:
+        UserError: a file is missing, empty or no image.
+    """
+    paths = [(split, path) for split, part in splits.items() if not part.in_memory for path in part.images]
+    with distributed.first_process_first(args.device):
+        if distributed.rank() > 0 or not paths:
+            return
+        wrong = []
+        with ThreadPoolExecutor(16) as readers, cli.progress(len(paths), "checking the images", "image") as bar:
+            for (split, path), error in zip(paths, readers.map(header_error, (path for _, path in paths)), strict=True):
+                bar.update()
+                if error:
+                    wrong.append(f"{split}: {path} ({error})")
+    if wrong:
+        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise cli.UserError(
+            f"{len(wrong)} images cannot be used: {'; '.join(wrong[:SHOWN])}{more}. Expected them mended or taken out"
+        )
+
+
+def header_error(path: Path) -> str:
+    """What is wrong with an image file, going by its header alone; empty if nothing."""
+    try:
+        if path.stat().st_size == 0:
+            return "empty"
+        with Image.open(path):
+            return ""
+    except FileNotFoundError:
+        return "missing"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return "not an image"
 
 
 def prepare_spectrum(args) -> tuple[list[int], list[int]]:
