@@ -1,0 +1,154 @@
+"""Drawing with editors: models that take an image and an instruction and have no strength.
+
+InstructPix2Pix (SD and SDXL) starts from noise and is led by two guidance scales, of the text and of the image; its
+UNet runs on three copies of a batch (text and image, image alone, neither). Others, such as Flux Kontext and
+Qwen-Image-Edit, take the text alone and are called with one image at a time.
+
+A level is then a nominal place between the text and the source, which curricula and tables go by: each has its own image
+guidance, and all run every denoising step.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from PIL import Image
+
+from generation.generator import Generator
+from generation.worklist import Batch
+from runtime.cli import UserError
+
+PIX2PIX = {"StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"}
+COPIES = 3  # of a batch that InstructPix2Pix's UNet runs on
+
+
+def is_editor(pipe) -> bool:
+    """Whether a pipeline takes an image and a text and no strength."""
+    return "strength" not in inspect.signature(type(pipe).__call__).parameters
+
+
+def image_guidance_by_level(kind: str, levels: list[int], scales: list[float] | None) -> dict[int, float]:
+    """The image guidance of each level; empty where a generator has a strength or takes none.
+
+    Args:
+        kind: class of the pipeline.
+        levels: as typed.
+        scales: of --image-guidance, as typed.
+
+    Raises:
+        UserError: an editor without a scale for each level, or scales for a generator that takes none.
+    """
+    if kind in PIX2PIX:
+        if not scales or len(scales) != len(levels):
+            raise UserError(
+                f"--image-guidance: {len(scales or [])} scales for {len(levels)} levels; {kind} has no strength, and "
+                "expects one for each of --levels, such as 1.5"
+            )
+        if min(scales) < 1:
+            raise UserError(f"--image-guidance {min(scales):g}: expected 1 or more, below which {kind} has no guidance")
+        return dict(sorted(zip(levels, scales, strict=True)))
+    if scales:
+        raise UserError(f"--image-guidance: {kind} takes none; expected an InstructPix2Pix generator")
+    return {}
+
+
+class Editor(Generator):
+    """An editor's pipeline, and what it has encoded.
+
+    Args:
+        pipe: of `models.load_generator`.
+        steps: denoising steps, whatever the level.
+        text_guidance: classifier-free guidance scale of the text.
+        image_guidance: that of the image by level, for InstructPix2Pix.
+        cache_mb: bound in MiB on what is kept of encoded sources and texts.
+    """
+
+    def __init__(self, pipe, steps: int, text_guidance: float, image_guidance: dict[int, float], cache_mb: int = 4096):
+        super().__init__(pipe, steps, text_guidance, False, cache_mb)
+        self.image_guidance = image_guidance
+        self.pix2pix = type(pipe).__name__ in PIX2PIX
+        if self.pix2pix:
+            if pipe.vae.config.latent_channels != 4:
+                raise UserError(f"--generator: {type(pipe).__name__} with latents of four channels is expected")
+            self.dtype = pipe.unet.dtype
+            self.prepare_vae()
+
+    def start_timestep(self, level: int) -> int:
+        """-1: an editor starts from noise, at a timestep that only the pipeline knows."""
+        return -1
+
+    @torch.inference_mode()
+    def draw(
+        self, batch: Batch, redraw: int, texts: list[str], images: dict[str, Image.Image], pad_to: int = 0
+    ) -> torch.Tensor:
+        """See Generator.draw."""
+        surplus = max(0, pad_to - len(batch.units))
+        units, texts = batch.units + batch.units[-1:] * surplus, texts + texts[-1:] * surplus
+        batch = batch._replace(units=units)
+        generators = [torch.Generator().manual_seed(unit.noise_seed(redraw)) for unit in units]
+        drawn = (self._edit_batch if self.pix2pix else self._edit_each)(batch, texts, images, generators)
+        self.cache.shrink()
+        return drawn[: len(units) - surplus].float()
+
+    def _edit_batch(self, batch: Batch, texts: list[str], images: dict, generators: list) -> torch.Tensor:
+        """InstructPix2Pix: a batch at once, sources and texts from the cache."""
+        self._encode_sources(batch, images)
+        self._encode_instructions(texts)
+        # The source enters as the mode of its latent, not scaled; a channel count of four tells it from an image.
+        sources = torch.stack([self.cache.get(key)[0] for key in self._source_keys(batch)])
+        call = self._embeddings(texts, None)
+        if "XL" in type(self.pipe).__name__:
+            call |= {"width": batch.size[0], "height": batch.size[1]}
+        latents = self.pipe(
+            image=sources.to(self.pipe.device, self.dtype),
+            num_inference_steps=self.steps,
+            guidance_scale=self.text_guidance,
+            image_guidance_scale=self.image_guidance[batch.level],
+            generator=generators,
+            output_type="latent",
+            **call,
+        ).images
+        return self._decode(latents)
+
+    def _encode_instructions(self, texts: list[str]) -> None:
+        """Keep the embeddings of each text, and of the empty text, once."""
+        if hasattr(self.pipe, "encode_prompt"):
+            self._encode_texts(texts, None)
+            return
+        for text in [key[2] for key in self.cache.missing([("text", None, text) for text in texts])]:
+            self.cache.put(("text", None, text), (self._encode_one(text),))
+        if self.cache.missing([("negative", None)]):
+            self.cache.put(("negative", None), (self._encode_one(""),))
+
+    def _encode_one(self, text: str) -> torch.Tensor:
+        encoded = self.pipe._encode_prompt(text, self.pipe.device, 1, False)
+        return encoded[0].cpu().clone()
+
+    def _edit_each(self, batch: Batch, texts: list[str], images: dict, generators: list) -> torch.Tensor:
+        """Other editors, one image a call: several of them cannot take a batch."""
+        accepted = inspect.signature(type(self.pipe).__call__).parameters
+        for key in self.cache.missing(self._source_keys(batch)):
+            self.cache.put(key, (torch.frombuffer(bytearray(images[key[1]].tobytes()), dtype=torch.uint8),))
+        drawn = []
+        for key, text, generator in zip(self._source_keys(batch), texts, generators, strict=True):
+            picture = Image.frombytes("RGB", batch.size, self.cache.get(key)[0].numpy().tobytes())
+            call = {"width": batch.size[0], "height": batch.size[1], "_auto_resize": False}
+            if "true_cfg_scale" in accepted:  # a distilled guidance scale stays the model's own
+                call |= {"true_cfg_scale": self.text_guidance, "negative_prompt": " "}
+            else:
+                call["guidance_scale"] = self.text_guidance
+            image = self.pipe(
+                prompt=text,
+                image=picture,
+                num_inference_steps=self.steps,
+                generator=generator,
+                output_type="pt",
+                **{name: value for name, value in call.items() if name in accepted},
+            ).images
+            if image.shape[-2:] != (batch.size[1], batch.size[0]):  # Qwen and Kontext choose sizes of their own
+                image = torch.nn.functional.interpolate(
+                    image.float(), size=(batch.size[1], batch.size[0]), mode="bilinear", antialias=True
+                )
+            drawn.append(image)
+        return torch.cat(drawn)
