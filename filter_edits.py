@@ -411,7 +411,9 @@ def main(argv: list[str] | None = None) -> int:
         of_real = f", {np.mean(real[rule] != ''):6.1%} of the real images" if rule in real else ""
         print(f"{rule:<10} would drop {dropped}{of_real}")
         if rule in ("semantic", "class") and np.mean(real[rule] != "") > MOST_REAL:
-            print(f"warning: {rule} would drop real images too: it says little of edits; expected other texts, or --clip")
+            print(
+                f"warning: {rule} would drop real images too: it says little of edits; expected other texts, or --clip"
+            )
 
     # Decide, and write.
     names = [row["file_name"] for row in rows]

@@ -32,9 +32,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import datasets
-from generation import loras, worklist
+from generation import loras
+from generation.guidance import image_guidance_by_level
 from generation.job import Job
-from generation.plan import DrawPlan, count_seeds, make_settings
+from generation.plan import DrawPlan, count_seeds, make_settings, order_planned
 from generation.prefetch import Prefetcher
 from generation.worklist import Batch
 from generation.writer import SAVE_OPTIONS
@@ -135,7 +136,27 @@ def add_level_flags(group) -> None:
         metavar="N",
         help="denoising steps at level 0; level L runs the last N * (100 - L) / 100 of them, at least 1",
     )
+    group.add_argument(
+        "--image-guidance",
+        type=cli.number(0),
+        nargs="+",
+        metavar="SCALE",
+        help="for InstructPix2Pix, which has no strength: guidance by the image, one scale for each of --levels in the "
+        "order typed; higher stays closer to the source",
+    )
     group.add_argument("--text-guidance", type=cli.number(0), metavar="SCALE", help="classifier-free guidance scale")
+    group.add_argument(
+        "--each-prompt",
+        action="store_true",
+        help="draw every prompt of the class --seeds times, instead of choosing one for each image",
+    )
+    group.add_argument(
+        "--skip-own-domain",
+        type=cli.existing_file,
+        metavar="FILE",
+        help="for --each-prompt: leave out edits toward the domain that a source has already, by sources.csv of "
+        "describe_domains.py",
+    )
     group.add_argument(
         "--pure-noise",
         action="store_true",
@@ -303,6 +324,7 @@ def find_todo(plan: DrawPlan) -> tuple[list[Batch], set[Unit]]:
     """The batches of this shard in which something is missing, and the units that are drawn already."""
     args, mine = plan.args, plan.share()
     many = f"{args.per_class} images a class" if args.per_class else f"{args.seeds} seeds"
+    many += " of each prompt" if args.each_prompt else ""
     wanted = {unit for batch in mine for unit in batch.units}
     done = spectrum_folder.done_units(args.out, wanted, delete=not args.dry_run)
     print(
@@ -361,16 +383,20 @@ def finished(args) -> bool:
     complete_flags(args)
     hard = {row.source: row for row in read_hard(args.hard)}
     settings, generator = spectrum_folder.read_plan(args.out), models.describe_generator(args.generator, args.revision)
-    if settings != make_settings(args, hard, generator, settings.get("dtype", ""), find_loras(args, hard, generator)):
+    prompts = read_prompts(args.prompts, [row.label for row in hard.values()])
+    adapters, editor = find_loras(args, hard, generator), models.editor_kind(args.generator, args.revision)
+    if settings != make_settings(args, hard, prompts, generator, settings.get("dtype", ""), adapters, editor):
         return False  # the script itself says what differs
-    units = set(worklist.order_units(count_seeds(args, hard), settings["levels"]))
+    units = set(order_planned(args, settings, hard, prompts))
     return len(spectrum_folder.drawn_units(args.out, units)) == len(units)
 
 
 def most_shards(args) -> int:
     """How many shards have something to draw: one for each batch, where all sources have one size."""
     complete_flags(args)
-    units = sum(count_seeds(args, {row.source: row for row in read_hard(args.hard)}).values())
+    hard = {row.source: row for row in read_hard(args.hard)}
+    prompts = read_prompts(args.prompts, [row.label for row in hard.values()]) if args.each_prompt else {}
+    units = sum(count_seeds(args, hard, prompts).values())
     return len(set(args.levels)) * -(-units // args.batch_size)
 
 
@@ -383,6 +409,7 @@ def validate(folder: Path) -> int:
     planned = settings["sources"] * len(settings["levels"]) * settings["seeds"]
     if settings.get("per_class"):
         planned = settings["per_class"] * len(settings["hard_classes"])
+    planned = settings.get("units", planned)
     print(f"{folder}: {count} images with a row, {planned} in plan.json, {len(errors)} things wrong")
     return 1 if errors else 0
 
@@ -402,7 +429,9 @@ def main(argv: list[str] | None = None) -> int:
     dtype = models.generator_dtype(args.dtype, pick_device(args.device))
     generator = models.describe_generator(args.generator, args.revision)
     adapters = find_loras(args, hard, generator)
-    settings = make_settings(args, hard, generator, dtype, adapters)
+    editor = models.editor_kind(args.generator, args.revision)
+    image_guidance_by_level(editor, args.levels, args.image_guidance)
+    settings = make_settings(args, hard, prompts, generator, dtype, adapters, editor)
     stop_on_other_settings(args.out, settings)
 
     with ExitStack() as stack:

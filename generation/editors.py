@@ -4,7 +4,7 @@ InstructPix2Pix (SD and SDXL) starts from noise and is led by two guidance scale
 UNet runs on three copies of a batch (text and image, image alone, neither). Others, such as Flux Kontext and
 Qwen-Image-Edit, take the text alone and are called with one image at a time.
 
-A level is then a nominal place between the text and the source, which curricula and tables go by: each has its own image
+A level is then a nominal place between the text and the source, which curricula and tables go by: each has its image
 guidance, and all run every denoising step.
 """
 
@@ -16,41 +16,9 @@ import torch
 from PIL import Image
 
 from generation.generator import Generator
+from generation.guidance import PIX2PIX
 from generation.worklist import Batch
 from runtime.cli import UserError
-
-PIX2PIX = {"StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"}
-COPIES = 3  # of a batch that InstructPix2Pix's UNet runs on
-
-
-def is_editor(pipe) -> bool:
-    """Whether a pipeline takes an image and a text and no strength."""
-    return "strength" not in inspect.signature(type(pipe).__call__).parameters
-
-
-def image_guidance_by_level(kind: str, levels: list[int], scales: list[float] | None) -> dict[int, float]:
-    """The image guidance of each level; empty where a generator has a strength or takes none.
-
-    Args:
-        kind: class of the pipeline.
-        levels: as typed.
-        scales: of --image-guidance, as typed.
-
-    Raises:
-        UserError: an editor without a scale for each level, or scales for a generator that takes none.
-    """
-    if kind in PIX2PIX:
-        if not scales or len(scales) != len(levels):
-            raise UserError(
-                f"--image-guidance: {len(scales or [])} scales for {len(levels)} levels; {kind} has no strength, and "
-                "expects one for each of --levels, such as 1.5"
-            )
-        if min(scales) < 1:
-            raise UserError(f"--image-guidance {min(scales):g}: expected 1 or more, below which {kind} has no guidance")
-        return dict(sorted(zip(levels, scales, strict=True)))
-    if scales:
-        raise UserError(f"--image-guidance: {kind} takes none; expected an InstructPix2Pix generator")
-    return {}
 
 
 class Editor(Generator):
@@ -62,16 +30,24 @@ class Editor(Generator):
         text_guidance: classifier-free guidance scale of the text.
         image_guidance: that of the image by level, for InstructPix2Pix.
         cache_mb: bound in MiB on what is kept of encoded sources and texts.
+        adapters: a loras.Adapters, where batches name adapters.
     """
 
-    def __init__(self, pipe, steps: int, text_guidance: float, image_guidance: dict[int, float], cache_mb: int = 4096):
-        super().__init__(pipe, steps, text_guidance, False, cache_mb)
+    def __init__(
+        self,
+        pipe,
+        steps: int,
+        text_guidance: float,
+        image_guidance: dict[int, float],
+        cache_mb: int = 4096,
+        adapters=None,
+    ):
+        super().__init__(pipe, steps, text_guidance, False, cache_mb, adapters)
         self.image_guidance = image_guidance
         self.pix2pix = type(pipe).__name__ in PIX2PIX
         if self.pix2pix:
             if pipe.vae.config.latent_channels != 4:
                 raise UserError(f"--generator: {type(pipe).__name__} with latents of four channels is expected")
-            self.dtype = pipe.unet.dtype
             self.prepare_vae()
 
     def start_timestep(self, level: int) -> int:
@@ -86,6 +62,8 @@ class Editor(Generator):
         surplus = max(0, pad_to - len(batch.units))
         units, texts = batch.units + batch.units[-1:] * surplus, texts + texts[-1:] * surplus
         batch = batch._replace(units=units)
+        if batch.adapter:
+            raise UserError("--lora-by-class: not with an editor; expected --lora, or a generator with a strength")
         generators = [torch.Generator().manual_seed(unit.noise_seed(redraw)) for unit in units]
         drawn = (self._edit_batch if self.pix2pix else self._edit_each)(batch, texts, images, generators)
         self.cache.shrink()

@@ -86,19 +86,22 @@ class Generator:
                 "Diffusion pipeline for image-to-image, with latents of four channels"
             )
         if self.by_latents:
-            self.dtype = pipe.unet.dtype
-            config = pipe.vae.config
-            # As the pipelines themselves do, but once: a float16 encoder or decoder of SDXL gives black images.
-            if config.force_upcast and self.dtype != torch.float32:
-                pipe.vae.encoder.to(torch.float32)
-                if pipe.vae.quant_conv is not None:
-                    pipe.vae.quant_conv.to(torch.float32)
-            if config.force_upcast and self.dtype == torch.float16:
-                pipe.vae.to(torch.float32)
-            self.encoder_dtype = next(pipe.vae.encoder.parameters()).dtype
-            self.decoder_dtype = next(pipe.vae.decoder.parameters()).dtype
+            self.prepare_vae()
             pipe.scheduler.set_timesteps(steps)
             self.timesteps = pipe.scheduler.timesteps[:: pipe.scheduler.order].tolist()
+
+    def prepare_vae(self) -> None:
+        """Set the number types of the UNet's latents and of the autoencoder's two halves."""
+        vae, self.dtype = self.pipe.vae, self.pipe.unet.dtype
+        # As the pipelines themselves do, but once: a float16 encoder or decoder of SDXL gives black images.
+        if vae.config.force_upcast and self.dtype != torch.float32:
+            vae.encoder.to(torch.float32)
+            if vae.quant_conv is not None:
+                vae.quant_conv.to(torch.float32)
+        if vae.config.force_upcast and self.dtype == torch.float16:
+            vae.to(torch.float32)
+        self.encoder_dtype = next(vae.encoder.parameters()).dtype
+        self.decoder_dtype = next(vae.decoder.parameters()).dtype
 
     def start_timestep(self, level: int) -> int:
         """The timestep that a level's denoising starts at, -1 where only the pipeline itself knows."""

@@ -13,9 +13,10 @@ from PIL import Image
 from generation.plan import DrawPlan
 from generation.prefetch import Prefetcher
 from generation.sizes import resize
-from generation.worklist import Batch, steps_at
+from generation.worklist import Batch
 from generation.writer import ImageWriter
 from runtime import cli, runs
+from spectrum.domains import domain_of_prompt
 from spectrum.units import Unit
 
 MAX_REDRAWS = 3
@@ -41,14 +42,12 @@ class Job:
 
     def draw(self, pipe, todo: list[Batch], done: set[Unit], stop: runs.StopSignals, adapters=None) -> None:
         """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again."""
-        from generation.generator import Generator
-
         args = self.args
-        self.generator = Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb, adapters)
+        self.generator = self.build_generator(pipe, adapters)
         if args.compile:
             pipe.unet.compile()
         self.scheduler = type(pipe.scheduler).__name__
-        total = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
+        total = sum(self.plan.steps_of(batch.level) * len(batch.units) for batch in todo)
         began = time.monotonic()
         with ImageWriter(self.folder) as writer, cli.progress(total, "drawing", "step") as bar:
             for redraw in range(1 if self.scorer else MAX_REDRAWS + 1):
@@ -57,7 +56,7 @@ class Job:
                     if stop.received:
                         break
                     self.draw_batch(batch, following, redraw, done, writer)
-                    bar.update(steps_at(batch.level, args.steps) * len(batch.units))
+                    bar.update(self.plan.steps_of(batch.level) * len(batch.units))
                     self.stop_if_broken(writer)
                 writer.drain()
                 self.stop_if_broken(writer)
@@ -73,6 +72,17 @@ class Job:
         if not stop.received:
             speed = {"steps_per_second": total / (time.monotonic() - began), "batch_size": args.batch_size}
             runs.write_json(self.folder / "speed.json", speed | {"seconds_waited_for_disk": writer.waited})
+
+    def build_generator(self, pipe, adapters):
+        """What draws batches: by strength, or as an editor."""
+        from generation.editors import Editor
+        from generation.generator import Generator
+
+        args, settings = self.args, self.plan.settings
+        if settings.get("editor"):
+            scales = {int(level): scale for level, scale in settings.get("image_guidance", {}).items()}
+            return Editor(pipe, args.steps, args.text_guidance, scales, args.cache_mb, adapters)
+        return Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb, adapters)
 
     def draw_batch(self, batch: Batch, following: Batch | None, redraw: int, done: set, writer) -> None:
         """Draw a batch, while the sources of the following one are being read."""
@@ -203,6 +213,9 @@ class Job:
         """The row of an image in metadata.jsonl, but for its scores."""
         args, source = self.args, self.plan.hard[unit.source]
         width, height = self.plan.save_size_of(unit.source, drawn)
+        prompt = self.prompt(unit, redraw)
+        texts = self.plan.prompts[source.label]
+        domain = {"domain": domain_of_prompt(texts, prompt)} if texts.get("domains") else {}
         return {
             "file_name": str(Path(unit.file_name).with_suffix(f".{args.format}")),
             "source": unit.source,
@@ -212,9 +225,10 @@ class Job:
             "level": unit.level,
             "seed": unit.seed,
             "redraws": redraw,
-            "prompt": self.prompt(unit, redraw),
+            "prompt": prompt,
+            **domain,
             "text_guidance": args.text_guidance,
-            "steps": steps_at(unit.level, args.steps),
+            "steps": self.plan.steps_of(unit.level),
             "start_timestep": self.generator.start_timestep(unit.level),
             "width": width,
             "height": height,

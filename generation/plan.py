@@ -6,35 +6,46 @@ import math
 import random
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from generation import worklist
+from generation.guidance import image_guidance_by_level
 from generation.sizes import draw_size, read_sizes
 from generation.worklist import Batch, steps_at
 from generation.writer import BYTES_PER_PIXEL
 from loaders.sources import Sources
 from runtime import runs
 from runtime.cli import UserError
-from spectrum import tables
+from spectrum import domains, tables
 from spectrum.folder import describe_clip
 from spectrum.units import Unit
 
 
-def make_settings(args, hard: dict[str, tables.Hard], generator: dict, dtype: str, loras: dict[str, Path]) -> dict:
+def make_settings(
+    args,
+    hard: dict[str, tables.Hard],
+    prompts: dict[int, dict],
+    generator: dict,
+    dtype: str,
+    loras: dict[str, Path],
+    editor: str = "",
+) -> dict:
     """The content of plan.json: everything that determines the images.
 
     Args:
         args: of the command line.
         hard: hard images by source.
+        prompts: of the classes, by class index.
         generator: its name and revision, as models.describe_generator gives them.
         dtype: the number type that it runs in.
         loras: adapter files by name.
+        editor: class of the pipeline where it is an editor (models.editor_kind), else empty.
     """
     score = None
     if args.score:
         score = describe_clip(args.clip) | {"threshold": args.threshold, "max_redraws": args.max_redraws}
-    return {
+    settings = {
         "dataset": args.dataset,
         "imb_ratio": args.imb_ratio,
         "data_seed": args.data_seed,
@@ -57,10 +68,24 @@ def make_settings(args, hard: dict[str, tables.Hard], generator: dict, dtype: st
         "format": args.format,
         "score": score,
     }
+    if args.each_prompt:
+        settings |= {"each_prompt": True, "seeds": max(count_seeds(args, hard, prompts).values())}
+        settings["units"] = sum(1 for _ in order_planned(args, settings, hard, prompts))
+    if args.skip_own_domain:
+        settings["skip_own_domain"] = runs.digest_files([args.skip_own_domain])
+    if editor:
+        settings["editor"] = editor
+    if args.image_guidance:
+        scales = image_guidance_by_level(editor, args.levels, args.image_guidance)
+        settings["image_guidance"] = {str(level): scale for level, scale in scales.items()}
+    return settings
 
 
-def count_seeds(args, hard: dict[str, tables.Hard]) -> dict[str, int]:
-    """How many images of a level each source has: --seeds, or its share of its class's --per-class."""
+def count_seeds(args, hard: dict[str, tables.Hard], prompts: dict[int, dict]) -> dict[str, int]:
+    """How many images of a level each source has: --seeds (of each prompt with --each-prompt), or its share of its
+    class's --per-class."""
+    if args.each_prompt:
+        return {source: args.seeds * len(prompts[row.label]["prompts"]) for source, row in hard.items()}
     if not args.per_class:
         return dict.fromkeys(hard, args.seeds)
     seeds = {}
@@ -71,6 +96,48 @@ def count_seeds(args, hard: dict[str, tables.Hard]) -> dict[str, int]:
         seeds[source] = share + (before[row.label] < rest)
         before[row.label] += 1
     return seeds
+
+
+def read_own_domains(args, hard: dict[str, tables.Hard], prompts: dict[int, dict]) -> dict[str, str]:
+    """The domain that each source has already, by --skip-own-domain; empty where none is skipped.
+
+    Raises:
+        UserError: without --each-prompt, or where the table's domains are not those of the prompts.
+    """
+    if not args.skip_own_domain:
+        return {}
+    if not args.each_prompt:
+        raise UserError("--skip-own-domain: expected with --each-prompt only")
+    own = domains.read_source_domains(args.skip_own_domain)
+    asked = {name for row in hard.values() for name in prompts[row.label].get("domains", [])}
+    if not asked & set(own.values()):
+        raise UserError(
+            f"--skip-own-domain {args.skip_own_domain}: none of its domains is one of {args.prompts}; expected the "
+            "sources.csv that belongs to these prompts (write_prompts.py --source domains)"
+        )
+    return {source: own.get(source, "") for source in hard}
+
+
+def is_planned(unit: Unit, args, texts: dict, own_domain: str) -> bool:
+    """Whether a unit is to be drawn: with --skip-own-domain not toward the domain that its source has already.
+
+    Args:
+        texts: its class in prompts.json.
+    """
+    if not own_domain:
+        return True
+    return texts["domains"][unit.seed // args.seeds] != own_domain
+
+
+def order_planned(
+    args, settings: dict, hard: dict[str, tables.Hard], prompts: dict[int, dict], unreadable: Collection[str] = ()
+) -> Iterator[Unit]:
+    """Every unit of a plan, in its order."""
+    own = read_own_domains(args, hard, prompts)
+    seeds = {name: count for name, count in count_seeds(args, hard, prompts).items() if name not in unreadable}
+    for unit in worklist.order_units(seeds, settings["levels"]):
+        if is_planned(unit, args, prompts[hard[unit.source].label], own.get(unit.source, "")):
+            yield unit
 
 
 def choose_prompt(unit: Unit, texts: list[str], another: int = 0) -> str:
@@ -120,7 +187,7 @@ class DrawPlan:
         extra: Iterable[Path] = (),
     ):
         self.args, self.settings, self.hard, self.prompts, self.adapters = args, settings, hard, prompts, adapters
-        self.seeds = count_seeds(args, hard)
+        self.seeds = count_seeds(args, hard, prompts)
         self.asked: dict[Unit, str] = {}
         self.extra = [self._leave_out_planned(units) for units in tables.read_extra(extra, hard)]
         for units in self.extra:
@@ -142,7 +209,13 @@ class DrawPlan:
     def prompt_of(self, unit: Unit, redraw: int = 0) -> str:
         """The prompt of a unit at a redraw, 0 for its first drawing."""
         texts = self.prompts[self.hard[unit.source].label]["prompts"]
+        if self.args.each_prompt and unit.seed < self.seeds[unit.source]:
+            return texts[unit.seed // self.args.seeds]
         return self.asked.get(unit) or choose_prompt(unit, texts, redraw)
+
+    def steps_of(self, level: int) -> int:
+        """Denoising steps of a level; editors run all of them."""
+        return self.args.steps if self.settings.get("editor") else steps_at(level, self.args.steps)
 
     def draw_size_of(self, source: str) -> tuple[int, int]:
         """Width and height at which a source is drawn."""
@@ -168,8 +241,7 @@ class DrawPlan:
         The plan and each file of further units are shared out one after another: a file that is added while processes
         are at work then takes nothing from one of them to give it to another.
         """
-        seeds = {name: seeds for name, seeds in self.seeds.items() if name not in self.unreadable}
-        lists = [worklist.order_units(seeds, self.settings["levels"])]
+        lists = [order_planned(self.args, self.settings, self.hard, self.prompts, self.unreadable)]
         lists += [sorted(unit for unit in units if unit.source not in self.unreadable) for units in self.extra]
         shard, mine = self.args.shard, []
         for units in lists:
@@ -195,12 +267,12 @@ class DrawPlan:
         args = self.args
         # Count images and denoising steps.
         count = sum(len(batch.units) for batch in todo)
-        steps = sum(steps_at(batch.level, args.steps) * len(batch.units) for batch in todo)
+        steps = sum(self.steps_of(batch.level) * len(batch.units) for batch in todo)
         by_level = Counter()
         for batch in todo:
             by_level[batch.level] += len(batch.units)
         for level, number in sorted(by_level.items()):
-            print(f"  level {level:>2}: {number} images of {steps_at(level, args.steps)} steps")
+            print(f"  level {level:>2}: {number} images of {self.steps_of(level)} steps")
         # Estimate the hours from the last run's rate.
         speeds = [runs.read_json(path) for path in args.out.glob("shard-*/speed.json")]
         rate = args.steps_per_second or max((speed["steps_per_second"] for speed in speeds), default=None)
@@ -216,6 +288,8 @@ class DrawPlan:
             f"  {count} images, {len(todo)} batches, {steps} denoising steps: {hours}; about {gigabytes:.3g} GB of "
             f"{shutil.disk_usage(place).free / 1e9:.4g} GB free"
         )
+        if self.settings.get("image_guidance"):
+            print("  each step runs the UNet on 3 copies of a batch: it needs the memory of 3 times the --batch-size")
         if args.score:
             print(
                 f"  besides: images under --threshold {args.threshold:g} are drawn up to {args.max_redraws} times again"
