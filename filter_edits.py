@@ -34,6 +34,7 @@ from spectrum import domains as summary
 from spectrum import edit_rules
 from spectrum import edits as edits_table
 from spectrum import folder as spectrum_folder
+from spectrum.tables import read_prompts
 from spectrum.vectors import VectorCache
 
 RULES = ("semantic", "class", "domain", "confidence")
@@ -383,7 +384,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = spectrum_folder.read_made(args.spectrum)
     if not rows:
         raise cli.UserError(f"{args.spectrum}: holds no image; run generate_spectrum.py")
-    prompts = spectrum_folder.read_prompts(args.prompts, [row["label"] for row in rows])
+    prompts = read_prompts(args.prompts, [row["label"] for row in rows])
     domains = [summary.domain_of_prompt(prompts[row["label"]], row["prompt"]) for row in rows]
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     note: dict = {"rules": args.rules, "judge_class": args.judge_class, "keep_dropped": args.keep_dropped}

@@ -26,6 +26,7 @@ from loaders.pictures import decodes, image_size
 from runtime.cli import UserError
 from runtime.files import without_garbage_collection
 from runtime.runs import digest_files, read_json
+from spectrum.edits import EDITS, kept_edits
 from spectrum.tables import read_extra, read_scores
 from spectrum.units import ROW_FIELDS, SCORED_FIELDS, Unit
 
@@ -315,23 +316,28 @@ def _score(path: Path, number: int, row: dict, field: str) -> float:
 
 
 def kept_rows(folder: Path, levels: Iterable[int], filtered: bool = True) -> list[dict]:
-    """The rows of a spectrum that training may use: those of `levels` that scores.csv keeps.
+    """The rows of a spectrum that training may use: those of `levels` that scores.csv and edits.csv keep.
 
     Args:
-        filtered: False takes all rows where there is no scores.csv.
+        filtered: False takes all rows where neither is there.
 
     Raises:
-        UserError: not filtered yet, or a level without one kept image.
+        UserError: neither is there, or a level has no kept image.
     """
+    edits = kept_edits(folder)
     scored = (folder / "scores.csv").is_file()
-    if filtered and not scored:
-        raise UserError(f"{folder}: no scores.csv there; run filter_clipscore.py --spectrum {folder}")
+    if filtered and not scored and edits is None:
+        raise UserError(
+            f"{folder}: no scores.csv there; run filter_clipscore.py --spectrum {folder}, or filter_edits.py"
+        )
     scores = read_scores(folder / "scores.csv") if scored else {}
     wanted = set(levels)
     made, rows = Counter(), []
     for row in read_rows(folder):
         made[row["level"]] += 1
-        if row["level"] in wanted and (not scored or scores.get(row["file_name"], {}).get("kept")):
+        by_score = not scored or scores.get(row["file_name"], {}).get("kept")
+        by_rules = edits is None or row["file_name"] in edits
+        if row["level"] in wanted and by_score and by_rules:
             rows.append(row)
     for level in sorted(wanted - {row["level"] for row in rows}):
         raise UserError(
@@ -339,3 +345,9 @@ def kept_rows(folder: Path, levels: Iterable[int], filtered: bool = True) -> lis
             f"expected levels with accepted images, of {sorted(made)}"
         )
     return rows
+
+
+def decisive_files(folder: Path) -> list[Path]:
+    """The files of a filtered spectrum that decide what is trained on, for digests."""
+    files = [folder / name for name in ("plan.json", "scores.csv", EDITS)]
+    return [file for file in files if file.is_file()]
