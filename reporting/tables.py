@@ -19,6 +19,7 @@ from runtime import runs
 from runtime.cli import UserError
 
 NOT_FIGURES = ("epoch", "per_class")
+SHOWN = 3  # flags that a row's name says; a note has all of them
 # Flags that never change a result (or only its rounding), and those whose content `inputs` of args.json compares.
 NEVER = {"seed", "spectrum", "init_checkpoint", "out", "overwrite", "device", "workers", "data_root",
          "compile", "memory_format", "grad_checkpointing", "checkpoint_every", "help"}  # fmt: skip
@@ -324,9 +325,9 @@ def name_rows(rows: list[Row]) -> list[str]:
         special = [flag for flag in row.differences if not names_say(flag, row.args)]
         if row.like is None:
             special = [flag for flag in special if flag not in common]
-        row.name = row.base + (
-            f" ({', '.join(typed(flag, row.differences[flag][0]) for flag in special)})" if special else ""
-        )
+        words = [typed(flag, row.differences[flag][0]) for flag in special]
+        shown = words if len(words) <= SHOWN else [*words[:SHOWN], f"{len(words) - SHOWN} flags more"]
+        row.name = row.base + (f" ({', '.join(shown)})" if shown else "")
     for what in ("spectrum", "init_checkpoint"):
         for name in {row.name for row in rows}:
             sharing = [row for row in rows if row.name == name]

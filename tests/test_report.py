@@ -14,6 +14,7 @@ from conftest import ROOT
 from PIL import Image
 
 import report
+from loaders.base import DataSet
 from reporting import names, recipes, render, tables
 from runtime import runs
 from runtime.cli import UserError
@@ -176,6 +177,21 @@ def test_runs_on_other_images_make_a_table_of_their_own(tmp_path):
     assert re.findall(r"^### (.*)$", text, re.M) == ["digits IR30, ResNet-8 (data 1)", "digits IR30, ResNet-8 (data 2)"]
     assert "| CE | – | 50.0 (0.0) | 40.0 (0.0) | 71.0 (0.0) | 2 |" in text and "| 72.0 | 1 |" in text
     assert "not comparable" in text
+
+
+def test_a_row_with_many_flags_has_a_short_name_and_a_note(tmp_path):
+    flags = {"epochs": 3, "lr": 0.2, "optimizer": "sgd", "ema": 0.9, "mix": "cutmix"}
+    found, text = rows_of([write_run(tmp_path / "a", 0, 70, 40, **flags)], tmp_path)
+    [name] = found
+    assert name == "CE (--ema 0.9, --epochs 3, --lr 0.2, 2 flags more)"
+    assert f"{name} was run with --ema 0.9, --epochs 3, --lr 0.2, --mix cutmix, --optimizer sgd" in text
+
+
+def test_groups_at_their_bounds():
+    counts = np.array([101, 100, 20, 19])
+    data = SimpleNamespace(published_counts=counts, few_below=20, many_above=100)
+    groups = DataSet.groups.fget(data)
+    assert {name: group.tolist() for name, group in groups.items()} == {"many": [0], "medium": [1, 2], "few": [3]}
 
 
 def test_better_and_worse_need_two_standard_errors():
@@ -435,7 +451,7 @@ def test_a_figure_that_fails_is_a_warning_after_the_tables(tmp_path, capsys, mon
 def write_clip_run(folder, seed, curriculum, ood, with_we, untuned=11.0, **extra):
     args = {
         "dataset": "iwildcam", "imb_ratio": None, "clip": "ViT-B-16:openai", "loss": "flyp", "curriculum": curriculum,
-        "merge_same_class": False, "lr": 1e-5, "seed": seed, "levels": [50, 70, 90], **extra,
+        "merge_same_class": False, "lr": 1e-5, "seed": seed, "levels": [50, 70, 90, 100], **extra,
     }  # fmt: skip
     both = {"ood_f1": ood, "id_f1": 50.0, "ood_acc": 70.0, "id_acc": 75.0}
     results = {
