@@ -28,11 +28,12 @@ generator's autoencoder divides by (8 for all published ones: 480x270 becomes 48
 from __future__ import annotations
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import datasets
-from generation import loras
+from generation import loras, worklist
 from generation.guidance import image_guidance_by_level
 from generation.job import Job
 from generation.plan import DrawPlan, count_seeds, make_settings, order_planned
@@ -301,6 +302,18 @@ def read_inputs(args) -> tuple[dict[str, Hard], dict[int, dict]]:
     return hard, read_prompts(args.prompts, [row.label for row in hard.values()])
 
 
+def check_steps(args) -> None:
+    """Raise UserError where two levels come to the same number of denoising steps."""
+    by_steps: dict[int, int] = {}
+    for level in sorted(set(args.levels)):
+        other = by_steps.setdefault(worklist.steps_at(level, args.steps), level)
+        if other != level:
+            raise cli.UserError(
+                f"--levels {other} {level}: both are {worklist.steps_at(level, args.steps)} of --steps {args.steps}; "
+                "expected levels that differ, or more steps"
+            )
+
+
 def check_generator(args):
     """What is known of the generator; raises UserError where it cannot be what the flags ask for."""
     import models
@@ -318,6 +331,26 @@ def stop_on_other_settings(folder: Path, settings: dict) -> None:
     """Raise UserError where a spectrum folder was begun with other settings."""
     if (folder / "plan.json").exists():
         runs.stop_on_difference(folder / "plan.json", spectrum_folder.read_plan(folder), settings, "delete that folder")
+
+
+def stop_on_changed_sources(plan: DrawPlan, sources: Sources, todo: list[Batch]) -> None:
+    """Raise UserError where a source is not the image any more that images of it were drawn from."""
+    names = {unit.source for batch in todo for unit in batch.units}
+    before = spectrum_folder.read_source_digests(plan.args.out, names)
+
+    def differs(name: str) -> bool:
+        try:
+            return sources.sha256(name) != before[name]
+        except cli.UserError:  # it cannot be read: found again, and listed, when its turn comes
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        changed = [name for name, other in zip(before, pool.map(differs, before), strict=True) if other]
+    if changed:
+        raise cli.UserError(
+            f"{plan.args.out}: {len(changed)} sources are other images than those that it was drawn from, the first "
+            f"{changed[0]}; expected the same --data-root and files, or another --out"
+        )
 
 
 def find_todo(plan: DrawPlan) -> tuple[list[Batch], set[Unit]]:
@@ -355,7 +388,8 @@ def draw(plan: DrawPlan, folder: Path, sources: Sources, files: dict[str, Path],
 
     args = plan.args
     scorer = build_scorer(args, plan.prompts, plan.hard) if args.score and todo else None
-    job = Job(plan, folder, Prefetcher(sources, plan.unreadable, scorer.clip.preprocess if scorer else None), scorer)
+    preprocess = scorer.clip.preprocess if scorer else None
+    job = Job(plan, folder, Prefetcher(sources, plan.unreadable, preprocess, plan.sizes), scorer)
     if todo:
         device = pick_device(args.device)
         pipe = models.load_generator(args.generator, device, args.revision, args.dtype, args.scheduler)
@@ -431,6 +465,8 @@ def main(argv: list[str] | None = None) -> int:
     adapters = find_loras(args, hard, generator)
     editor = models.editor_kind(args.generator, args.revision)
     image_guidance_by_level(editor, args.levels, args.image_guidance)
+    if not editor:
+        check_steps(args)
     settings = make_settings(args, hard, prompts, generator, dtype, adapters, editor)
     stop_on_other_settings(args.out, settings)
 
@@ -451,6 +487,7 @@ def main(argv: list[str] | None = None) -> int:
         sources = Sources(train, args.data_root)
         plan.read_sizes(sources, known.native, models.latent_multiple(args.generator, args.revision))
         todo, done = find_todo(plan)
+        stop_on_changed_sources(plan, sources, todo)
         warn_of_small_images(args, todo, known.native)
         if args.dry_run:
             plan.print_forecast(todo)

@@ -18,7 +18,7 @@ from loaders.sources import Sources
 from runtime import runs
 from runtime.cli import UserError
 from spectrum import domains, tables
-from spectrum.folder import describe_clip
+from spectrum.folder import describe_clip, freeze_sizes, read_frozen_sizes
 from spectrum.units import Unit
 
 
@@ -130,11 +130,11 @@ def is_planned(unit: Unit, args, texts: dict, own_domain: str) -> bool:
 
 
 def order_planned(
-    args, settings: dict, hard: dict[str, tables.Hard], prompts: dict[int, dict], unreadable: Collection[str] = ()
+    args, settings: dict, hard: dict[str, tables.Hard], prompts: dict[int, dict], among: Collection[str] | None = None
 ) -> Iterator[Unit]:
-    """Every unit of a plan, in its order."""
+    """Every unit of a plan, in its order, or those of the sources `among` all."""
     own = read_own_domains(args, hard, prompts)
-    seeds = {name: count for name, count in count_seeds(args, hard, prompts).items() if name not in unreadable}
+    seeds = {name: count for name, count in count_seeds(args, hard, prompts).items() if among is None or name in among}
     for unit in worklist.order_units(seeds, settings["levels"]):
         if is_planned(unit, args, prompts[hard[unit.source].label], own.get(unit.source, "")):
             yield unit
@@ -167,6 +167,7 @@ class DrawPlan:
         extra: files of further units.
 
     Attributes:
+        frozen: the sources whose sizes were noted together, with their width and height; empty where no size matters.
         seeds: how many images of a level each source has.
         sizes: the sources' own width and height, where they matter.
         unreadable: why, for each source that cannot be opened.
@@ -192,19 +193,35 @@ class DrawPlan:
         self.extra = [self._leave_out_planned(units) for units in tables.read_extra(extra, hard)]
         for units in self.extra:
             self.asked |= units
+        self.frozen: list[dict[str, tuple[int, int]]] = []
         self.sizes: dict[str, tuple[int, int]] = {}
         self.unreadable: dict[str, str] = {}
         self.native, self.multiple = 0, 1
 
     def read_sizes(self, sources: Sources, native: int, multiple: int) -> None:
-        """Look at the sources, where their sizes matter.
+        """Look at the sources, where their sizes matter, and note these for all processes.
 
         Raises:
             UserError: not one of them can be opened, or one belongs to another data set.
         """
         self.native, self.multiple = native, multiple
-        if "source" in (self.args.size, self.args.save_size) or self.args.size == "native":
-            self.sizes, self.unreadable = read_sizes(list(self.hard), sources)
+        if "source" not in (self.args.size, self.args.save_size) and self.args.size != "native":
+            return
+        while True:
+            # Take the sizes that an earlier process noted, and look at the sources that it could not open.
+            self.frozen = read_frozen_sizes(self.args.out)
+            self.sizes = {name: size for sizes in self.frozen for name, size in sizes.items() if name in self.hard}
+            missing = [name for name in self.hard if name not in self.sizes]
+            if not missing:
+                return
+            found, self.unreadable = read_sizes(missing, sources, must=not self.sizes)
+            if not found:
+                return
+            # Note the new ones for all processes, unless another one has just done so.
+            if self.args.dry_run or freeze_sizes(self.args.out, found):
+                self.sizes |= found
+                self.frozen.append(found)
+                return
 
     def prompt_of(self, unit: Unit, redraw: int = 0) -> str:
         """The prompt of a unit at a redraw, 0 for its first drawing."""
@@ -238,11 +255,12 @@ class DrawPlan:
     def share(self) -> list[Batch]:
         """The batches of this process's shard.
 
-        The plan and each file of further units are shared out one after another: a file that is added while processes
+        Each noted list of sources and each file of further units is shared out by itself: what is added while processes
         are at work then takes nothing from one of them to give it to another.
         """
-        lists = [order_planned(self.args, self.settings, self.hard, self.prompts, self.unreadable)]
-        lists += [sorted(unit for unit in units if unit.source not in self.unreadable) for units in self.extra]
+        groups = self.frozen or [dict.fromkeys(self.hard)]
+        lists = [order_planned(self.args, self.settings, self.hard, self.prompts, group) for group in groups]
+        lists += [sorted(unit for unit in units if unit.source in group) for units in self.extra for group in groups]
         shard, mine = self.args.shard, []
         for units in lists:
             mine += worklist.share_out(self.make_batches(units), self.args.steps, shard.count)[shard.index]

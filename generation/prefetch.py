@@ -15,6 +15,7 @@ class Prefetcher:
 
     Args:
         prepare: what else to make of each source at its own size, if anything.
+        sizes: width and height that sources must have.
 
     Attributes:
         sha256: of each source that was read.
@@ -22,9 +23,9 @@ class Prefetcher:
         unreadable: why, for each source that could not be read.
     """
 
-    def __init__(self, sources: Sources, unreadable: dict[str, str], prepare: Callable | None = None):
+    def __init__(self, sources: Sources, unreadable: dict[str, str], prepare: Callable | None = None, sizes=()):
         self.sources, self.unreadable, self.pool = sources, dict(unreadable), ThreadPoolExecutor(4)
-        self.prepare = prepare
+        self.prepare, self.sizes = prepare, dict(sizes)
         self.sha256: dict[str, str] = {}
         self.prepared: dict = {}
         self.begun: dict[tuple, object] = {}
@@ -62,4 +63,8 @@ class Prefetcher:
             image, sha256 = self.sources.read(name)
         except UserError as error:
             return None, str(error), None
+        noted = self.sizes.get(name, image.size)
+        if noted != image.size:
+            what = f"is {image.size[0]}x{image.size[1]}, and was {noted[0]}x{noted[1]} when the spectrum was begun"
+            return None, f"source {name}: {what}; expected the same image", None
         return resize(image, size), sha256, self.prepare(image) if self.prepare else None

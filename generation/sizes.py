@@ -37,8 +37,14 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-def read_sizes(names: list[str], sources: Sources) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """Width and height of each source, and for those that cannot be opened why not."""
+def read_sizes(
+    names: list[str], sources: Sources, must: bool = True
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Width and height of each source, and for those that cannot be opened why not.
+
+    Raises:
+        UserError: a source of another data set, or, with `must`, not one that can be opened.
+    """
 
     def look(name: str) -> tuple[int, int] | str:
         try:
@@ -52,6 +58,6 @@ def read_sizes(names: list[str], sources: Sources) -> tuple[dict[str, tuple[int,
         found = dict(zip(names, pool.map(look, names), strict=True))
     sizes = {name: size for name, size in found.items() if not isinstance(size, str)}
     unreadable = {name: why for name, why in found.items() if isinstance(why, str)}
-    if not sizes:
+    if must and not sizes:
         raise UserError(next(iter(unreadable.values())))
     return sizes, unreadable

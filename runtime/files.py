@@ -5,6 +5,8 @@ are written.
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import gc
 import hashlib
 import json
@@ -79,6 +81,49 @@ def write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)
+
+
+def take_lock(file, shared: bool = False, wait: bool = False) -> None:
+    """Lock an open file until it is closed; on a file system without locks (some of Lustre and NFS) only say so.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is False.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(
+            f"{file.name}: no locks on this file system ({error.strerror}): see to it that no other process works here",
+            flush=True,
+        )
+
+
+def add_numbered(folder: Path, stem: str, content: bytes) -> bool:
+    """Write STEM-00000.csv, or the next number that is free, whole. A content that is there already stays one file.
+
+    Returns:
+        False where another process wrote a file with this stem at the same time, with another content: nothing is
+        written then.
+    """
+    there = sorted(folder.glob(f"{stem}-*.csv"))
+    if any(other.read_bytes() == content for other in there):
+        return True
+    tmp, path = folder / f".{stem}.{os.getpid()}.tmp", folder / f"{stem}-{len(there):05d}.csv"
+    with tmp.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(tmp, path)  # fails where another process has just taken it
+        return True
+    except FileExistsError:
+        return path.read_bytes() == content
+    finally:
+        tmp.unlink()
 
 
 class RowWriter:

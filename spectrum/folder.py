@@ -4,13 +4,15 @@ A spectrum folder holds plan.json (everything that determines the images) and a 
 metadata.jsonl with one row an image, as the Hugging Face imagefolder loader reads it.
 
 Beside plan.json there may be extra-00000.csv and so on: further work units, with the columns source, level, seed and
-prompt (empty: one of the class's prompts, as in the plan). A shard's failures.jsonl lists what its last run could not
-draw, and why.
+prompt (empty: one of the class's prompts, as in the plan); and sizes-00000.csv and so on: width and height of the
+sources, by which every process lays out its batches, whatever it can read itself. A shard's failures.jsonl lists what
+its last run could not draw, and why.
 """
 
 from __future__ import annotations
 
-import fcntl
+import csv
+import io
 import json
 import math
 import os
@@ -24,12 +26,14 @@ from pathlib import Path
 
 from loaders.pictures import decodes, image_size
 from runtime.cli import UserError
-from runtime.files import without_garbage_collection
+from runtime.files import add_numbered, take_lock, without_garbage_collection
 from runtime.runs import digest_files, read_json
+from runtime.text import read_csv
 from spectrum.edits import EDITS, kept_edits
 from spectrum.tables import read_extra, read_scores
 from spectrum.units import ROW_FIELDS, SCORED_FIELDS, Unit
 
+SIZE_COLUMNS = ["source", "width", "height"]
 IMAGE_SUFFIXES = (".png", ".jpg", ".webp")
 PLAN_KEYS = {"dataset", "imb_ratio", "data_seed", "hard_classes", "levels"}
 # Revisions of the generators that older versions of this project shipped, which had learnt time backwards.
@@ -73,15 +77,22 @@ def describe_clip(name: str) -> dict[str, str]:
 def read_rows(folder: Path, decode: bool = False) -> list[dict]:
     """The rows of all shards; `file_name` is relative to `folder`.
 
-    A row whose image is missing (or, with `decode`, damaged) is no row, nor is a line that a kill left unfinished.
+    A row whose image is missing (or, with `decode`, damaged) is no row, nor is a line that a kill left unfinished. A
+    unit that stands in two shards counts once.
     """
     rows, seen, there = [], set(), _image_names(folder)
     for _, _, row in _read_lines(folder):
-        if row and row["file_name"] in there and row["file_name"] not in seen:
+        if row and row["file_name"] in there and _unit_key(row) not in seen:
             if not (decode and not decodes(folder / row["file_name"])):
-                seen.add(row["file_name"])
+                seen.add(_unit_key(row))
                 rows.append(row)
     return rows
+
+
+def _unit_key(row: dict) -> tuple | str:
+    """What tells one image from another: its unit, which may stand in two shards, or else its file."""
+    unit = row.get("source"), row.get("level"), row.get("seed")
+    return row["file_name"] if None in unit else unit
 
 
 def _image_names(folder: Path) -> set[str]:
@@ -143,19 +154,19 @@ def claim(folder: Path, shard: int, shards: int, batch_size: int) -> Iterator[Pa
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".lock").open("a") as own, (folder / ".shards").open("a+") as common:
         try:
-            fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(own)
         except BlockingIOError:
             raise UserError(
                 f"--shard {shard}/{shards}: another process is drawing {place}; wait for it, or take another shard"
             ) from None
         try:
-            fcntl.flock(common, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(common)
             common.truncate(0)
             common.write(f"{shards} shards and batches of {batch_size}")
             common.flush()
         except BlockingIOError:  # others are at work
             pass
-        fcntl.flock(common, fcntl.LOCK_SH)
+        take_lock(common, shared=True, wait=True)
         common.seek(0)
         at_work = common.read()
         if at_work != f"{shards} shards and batches of {batch_size}":
@@ -170,8 +181,10 @@ def claim(folder: Path, shard: int, shards: int, batch_size: int) -> Iterator[Pa
                 (place / ".lock").unlink()
                 if not any(place.iterdir()):
                     place.rmdir()
-                if [path.name for path in folder.iterdir()] == [".shards"]:
-                    (folder / ".shards").unlink()
+                left = list(folder.iterdir())
+                if all(path.name == ".shards" or path.match("sizes-*.csv") for path in left):
+                    for path in left:
+                        path.unlink()
                     folder.rmdir()
 
 
@@ -182,19 +195,47 @@ def add_extra(folder: Path, path: Path, known: Collection[str]) -> None:
         UserError: as `read_extra`.
     """
     read_extra([path], known)
-    there = sorted(folder.glob("extra-*.csv"))
-    if any(other.read_bytes() == path.read_bytes() for other in there):
-        return
-    beside = folder / f".extra.{os.getpid()}.tmp"
-    beside.write_bytes(path.read_bytes())
-    for number in range(len(there), 100_000):
-        try:
-            os.link(beside, folder / f"extra-{number:05d}.csv")  # fails where another process has just taken it
-            break
-        except FileExistsError:
-            if (folder / f"extra-{number:05d}.csv").read_bytes() == path.read_bytes():
-                break
-    beside.unlink()
+    while not add_numbered(folder, "extra", path.read_bytes()):
+        pass  # another process has just taken the number
+
+
+def freeze_sizes(folder: Path, sizes: dict[str, tuple[int, int]]) -> bool:
+    """Note width and height of sources, by which all processes from now on lay out their batches.
+
+    Returns:
+        False where another process has noted sizes at the same time: nothing is noted then.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(SIZE_COLUMNS)
+    writer.writerows((source, *size) for source, size in sizes.items())
+    return add_numbered(folder, "sizes", text.getvalue().encode())
+
+
+def read_frozen_sizes(folder: Path) -> list[dict[str, tuple[int, int]]]:
+    """The sizes that `freeze_sizes` noted: width and height by source, a dictionary for each time.
+
+    Raises:
+        UserError: a size that is no pair of whole numbers.
+    """
+    frozen = []
+    for path in sorted(folder.glob("sizes-*.csv")):
+        frozen.append({})
+        for number, row in read_csv(path, SIZE_COLUMNS):
+            if not (row["width"].isdecimal() and row["height"].isdecimal()):
+                raise UserError(f"{path} row {number}: expected a width and a height in pixels")
+            frozen[-1][row["source"]] = int(row["width"]), int(row["height"])
+    return frozen
+
+
+def read_source_digests(folder: Path, sources: Collection[str]) -> dict[str, str]:
+    """The sha256 of those of the sources that images of the folder were drawn from."""
+    there = _image_names(folder)
+    return {
+        row["source"]: row["source_sha256"]
+        for _, _, row in _read_lines(folder)
+        if row and row.get("source") in sources and row["file_name"] in there and "source_sha256" in row
+    }
 
 
 def check(folder: Path) -> tuple[int, list[str]]:
@@ -248,7 +289,7 @@ def check(folder: Path) -> tuple[int, list[str]]:
     for path in sorted(folder.glob("shard-*/*")):
         if path.suffix in IMAGE_SUFFIXES and f"{path.parent.name}/{path.name}" not in rows:
             wrong.append(f"{path}: has no row")
-    return len(rows), wrong
+    return len(units), wrong
 
 
 @without_garbage_collection()
@@ -306,7 +347,13 @@ def read_made(folder: Path) -> list[dict]:
                     f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level or "
                     "seed; expected one row a file"
                 )
-    return list(made.values())
+    # A unit that stands in two shards counts once: the one whose image is there.
+    there, units = _image_names(folder), {}
+    for row in made.values():
+        unit = row["source"], row["level"], row["seed"]
+        if unit not in units or (units[unit]["file_name"] not in there and row["file_name"] in there):
+            units[unit] = row
+    return list(units.values())
 
 
 def _score(path: Path, number: int, row: dict, field: str) -> float:

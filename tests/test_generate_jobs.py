@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -162,8 +163,93 @@ def test_an_error_of_the_writer_ends_the_job(few, tmp_path, monkeypatch):
     assert contents(tmp_path / "s") == contents(few[1])
 
 
+def failing_for(bad: str):
+    """Sources.size, to which one source is not there."""
+    real = Sources.size
+
+    def size(self, name):
+        if name == bad:
+            raise UserError(f"source {name}: not there just now")
+        return real(self, name)
+
+    return size
+
+
+def test_a_source_that_one_shard_cannot_open_moves_nothing(few, tmp_path, monkeypatch):
+    """The first of two shards sees all sources, the second one source less; each unit is drawn once."""
+    out = tmp_path / "s"
+    names = [row.source for row in tables.read_hard(Path(few[0][1]))]
+    draw(few, out, "--shard", "0/2")
+    monkeypatch.setattr(Sources, "size", failing_for(names[0]))
+    draw(few, out, "--shard", "1/2")
+    assert contents(out) == contents(few[1])
+    assert len(list(out.glob("shard-*/*.png"))) == 24
+    assert len((out / "sizes-00000.csv").read_text().splitlines()) == 1 + len(names)
+
+
+def test_a_source_that_no_process_could_open_is_laid_out_by_itself_once_it_can_be(few, tmp_path, monkeypatch):
+    out = tmp_path / "s"
+    name = [row.source for row in tables.read_hard(Path(few[0][1]))][2]
+    with monkeypatch.context() as patched:
+        patched.setattr(Sources, "size", failing_for(name))
+        draw(few, out, "--shard", "0/2", code=1)
+    before = contents(out)
+    for index in ("1/2", "0/2"):
+        draw(few, out, "--shard", index)
+    assert before.items() <= contents(out).items()
+    assert len(list(out.glob("shard-*/*.png"))) == len(contents(out)) == 24
+    assert (out / "sizes-00001.csv").read_text().splitlines()[1].startswith(name)
+
+
+def test_a_unit_in_two_shards_counts_once(few, tmp_path, road, capsys):
+    import filter_clipscore
+
+    out = tmp_path / "s"
+    shutil.copytree(few[1], out)
+    shutil.copytree(out / "shard-00000", out / "shard-00003")
+    assert len(spectrum_folder.read_rows(out)) == len(spectrum_folder.read_made(out)) == 24
+    assert spectrum_folder.check(out)[0] == 24
+    assert filter_clipscore.main(["--spectrum", str(out), "--prompts", str(road.prompts), "--threshold", "-1"]) == 0
+    assert "24 of 24 images kept" in capsys.readouterr().out
+    for path in (out / "shard-00000").glob("*.png"):
+        path.unlink()
+    assert {row["file_name"].partition("/")[0] for row in spectrum_folder.read_made(out)} == {"shard-00003"}
+
+
+def test_a_file_system_without_locks_is_said_and_used(few, tmp_path, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("runtime.files.fcntl.flock", flock)
+    draw(few, tmp_path / "s")
+    assert "no locks on this file system (No locks available): see to it" in capsys.readouterr().out
+    assert contents(tmp_path / "s") == contents(few[1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bad input
+
+
+def test_levels_of_equal_steps_are_refused(few, tmp_path):
+    with pytest.raises(UserError, match="--levels 80 90: both are 1 of --steps 4; expected levels that differ"):
+        draw(few, tmp_path / "s", "--levels", "50", "80", "90")
+
+
+def test_a_source_that_changed_since_is_found_before_drawing(tmp_path, road, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (16, 16), colour).save(folder / name)
+    write_hard(tmp_path / "hard.csv", [(name, 3, "three") for name in ("a.png", "b.png")])
+    command = ["--hard", str(tmp_path / "hard.csv"), "--prompts", str(road.prompts), "--data-root", str(folder)]
+    command += ["--levels", "50", "90", "--seeds", "1", "--steps", "4", "--out", str(tmp_path / "s")]
+    assert generate_spectrum.main(command) == 0
+    next((tmp_path / "s").glob("shard-*/*level090*.png")).unlink()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (16, 16), "green").save(folder / name)
+    monkeypatch.setattr(models, "load_generator", None)  # not even loaded
+    with pytest.raises(UserError, match="1 sources are other images than those that it was drawn from, the first [ab]"):
+        generate_spectrum.main(command)
 
 
 def test_odd_and_broken_sources(tmp_path, road):
