@@ -199,6 +199,14 @@ def write_hard(path: Path, names: list[tuple[str, int, str]]) -> None:
     )  # fmt: skip
 
 
+def image_folder(folder: Path) -> list[str]:
+    """Flags by which the files in `folder` are sources of a data set of one's own, drawn with an embedded model."""
+    for split in ("train", "val", "test"):
+        (folder / split / "zero").mkdir(parents=True)
+        Image.new("RGB", (16, 16), "white").save(folder / split / "zero/0.png")
+    return ["--dataset", "imagefolder", "--data-root", str(folder), "--generator", TINY, "--text-guidance", "3"]
+
+
 def test_sources_may_be_files_of_any_size_and_hostile_class_names_survive(tmp_path):
     names = ["a/b", "..", 'say "hi" {0}', "crème brûlée", "a/b"]
     rng = np.random.default_rng(0)
@@ -212,14 +220,15 @@ def test_sources_may_be_files_of_any_size_and_hostile_class_names_survive(tmp_pa
 
     hard, prompts, out = tmp_path / "hard.csv", tmp_path / "prompts.json", tmp_path / "s"
     write_prompts.main(["--hard", str(hard), "--out", str(prompts)])
-    root = ["--data-root", str(tmp_path / "images"), "--prompts", str(prompts)]
-    assert generate_spectrum.main(["--hard", str(hard), "--out", str(out), *root, *SMALL]) == 0
+    flags = [*image_folder(tmp_path / "images"), *SMALL]
+    assert generate_spectrum.main(["--hard", str(hard), "--prompts", str(prompts), "--out", str(out), *flags]) == 0
     rows = spectrum_folder.read_rows(out, decode=True)
     assert {row["label"]: row["class_name"] for row in rows} == dict(enumerate(names))
     assert {(row["label"], row["width"], row["height"]) for row in rows} == {
         (0, 20, 16), (1, 20, 18), (2, 20, 18), (3, 20, 20), (4, 20, 20)
     }  # fmt: skip
-    assert filter_clipscore.main(["--spectrum", str(out), *root]) == 0
+    command = ["--spectrum", str(out), "--prompts", str(prompts), *flags[:4], "--clip", str(ASSETS / "tiny_clip")]
+    assert filter_clipscore.main(command) == 0
     assert len(tables.read_scores(out / "scores.csv")) == 15
 
 
@@ -228,7 +237,7 @@ def test_an_unreadable_source_is_named_before_the_model_loads(road, tmp_path):
     write_hard(tmp_path / "hard.csv", [("broken.png", 3, "three")])
     command = ["--hard", str(tmp_path / "hard.csv"), "--prompts", str(road.prompts), "--out", str(tmp_path / "s")]
     with pytest.raises(UserError, match=r"source broken.png: not a readable image"):
-        generate_spectrum.main([*command, "--data-root", str(tmp_path)])
+        generate_spectrum.main([*command, *image_folder(tmp_path)])
     assert not (tmp_path / "s").exists()
 
 
