@@ -33,6 +33,7 @@ from curricula import REAL
 from loaders.base import DataSet, ImageSet
 from runtime import cli, files
 from runtime.signals import StopSignals
+from spectrum.folder import read_plan
 from spectrum.kept import load_spectrum
 from training import distributed, flags, loop, optimization
 from training.fewshot import Trainer
@@ -62,6 +63,11 @@ def build_parser() -> cli.Parser:
     flags.add_run_flags(parser)
     group = parser.add_argument_group("images")
     group.add_argument("--images", choices=["real", "synthetic", "both"], default="both", help="what is trained on")
+    group.add_argument(
+        "--method",
+        choices=["untuned", "cls", "dset"],
+        help="what drew the synthetic images, as tables call it (default: what the spectrum's plan says; else checked)",
+    )
     group.add_argument(
         "--real-weight", type=cli.number(0, 1), default=0.8, metavar="LAMBDA",
         help="a batch's loss is LAMBDA * that of its real half + (1 - LAMBDA) * that of its synthetic half",
@@ -175,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
         levels, _ = prepare_spectrum(args)
+        args.method = method_of(args)
         loop.stage_of(args, 0, levels)
         synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data, False)
         found = [path for name in ("plan.json", "scores.csv") if (path := args.spectrum / name).is_file()]
@@ -183,6 +190,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.grid:
         return search(args, lambda point: train(point, data, levels, synthetic, inputs))
     return train(args, data, levels, synthetic, inputs)
+
+
+def method_of(args) -> str:
+    """What drew a spectrum: a generator that is untuned, or tuned for each class (cls) or the data set (dset).
+
+    Raises:
+        UserError: --method says otherwise.
+    """
+    loras = read_plan(args.spectrum).get("loras") or {}
+    found = "untuned" if not loras else "dset" if list(loras) == ["all"] else "cls"
+    if args.method not in (None, found):
+        raise cli.UserError(f"--method {args.method}: {args.spectrum} is {found}; expected --method {found}")
+    return found
 
 
 def train(args, data: DataSet, levels: list[int], synthetic: dict, inputs: dict) -> int:

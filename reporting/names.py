@@ -12,6 +12,16 @@ DATASET_NAMES = {
     "iwildcam": "iWildCam",
     "inat2018": "iNaturalist 2018",
     "places_lt": "Places-LT",
+    "aircraft": "FGVC-Aircraft",
+    "caltech101": "Caltech101",
+    "cars": "Stanford Cars",
+    "dtd": "DTD",
+    "eurosat": "EuroSAT",
+    "flowers102": "Flowers102",
+    "food101": "Food101",
+    "imagenet": "ImageNet",
+    "pets": "Oxford Pets",
+    "sun397": "SUN397",
 }
 LOSS_NAMES = {"ce": "CE", "bs": "BS", "focal": "focal", "ldam": "LDAM", "la": "LA", "lpft": "LP-FT", "flyp": "FLYP"}
 CURRICULUM_NAMES = {"text_only": "text only", "all": "all levels"}
@@ -36,6 +46,8 @@ def is_balanced(args: dict) -> bool:
 
 def row_name(args: dict) -> str:
     """What a table calls a run's settings."""
+    if "images" in args:
+        return few_shot_row(args)
     if "clip" in args and not args.get("lr"):
         return ZERO_SHOT
     loss = args.get("loss", "ce")
@@ -58,9 +70,26 @@ def row_name(args: dict) -> str:
     return name
 
 
+def few_shot_row(args: dict) -> str:
+    """The row of a run of train_fewshot.py: its images, where the synthetic ones come from, and what is special."""
+    if args.get("model") == "clip" and not args.get("lr"):
+        return ZERO_SHOT
+    drawn = f"{args.get('method', 'untuned')} synthetic"
+    name = {"real": "real", "synthetic": drawn, "both": f"real + {drawn}"}[args["images"]]
+    if args["images"] != "real" and args.get("curriculum") != "all":
+        name += f" + {args['curriculum']}"
+    if args.get("model") == "clip" and args.get("tune") != "lora":
+        name += f", {args['tune']}"
+    return name
+
+
 def table_name(args: dict) -> str:
     """What the table of a run's settings is called: data set, imbalance ratio where it was chosen, model or CLIP."""
     name = DATASET_NAMES.get(args["dataset"], args["dataset"])
+    if "images" in args:
+        name += f", {args['shots']} shots" if args.get("shots") else ""
+        if args["model"] != "clip":
+            return f"{name}, {re.sub(r'^resnet', 'ResNet-', str(args['model']))}"
     if args.get("imb_ratio") is not None:
         name += f" IR{float(args['imb_ratio']):g}"
     if "clip" in args:

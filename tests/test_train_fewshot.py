@@ -13,6 +13,7 @@ import datasets
 import generate_spectrum
 import train_fewshot
 from loaders.defaults import ASSETS
+from reporting import names
 from runtime.cli import UserError
 from spectrum import tables
 from training import fewshot, losses
@@ -30,15 +31,15 @@ def spectrum(tmp_path_factory):
     """Three synthetic images a class, drawn in one step from text alone, not filtered."""
     folder = tmp_path_factory.mktemp("fewshot")
     train = datasets.load_shots(train_fewshot.build_parser().parse_args(SHORT)).train
-    names = datasets.load("fewshot_digits", None).class_names
+    classes = datasets.load("fewshot_digits", None).class_names
     rows = [
-        {"source": source, "label": label, "class_name": names[label], "reason": "", "score": ""}
+        {"source": source, "label": label, "class_name": classes[label], "reason": "", "score": ""}
         for source, label in zip(train.sources, train.labels.tolist(), strict=True)
     ]
     tables.write_hard(folder / "shots.csv", rows)
-    texts = {label: f"a photo of a {name}" for label, name in enumerate(names)}
+    texts = {label: f"a photo of a {name}" for label, name in enumerate(classes)}
     prompts = {
-        label: {"class_name": names[label], "score_prompt": text, "prompts": [text]} for label, text in texts.items()
+        label: {"class_name": classes[label], "score_prompt": text, "prompts": [text]} for label, text in texts.items()
     }
     (folder / "prompts.json").write_text(json.dumps(prompts))
     flags = ["--dataset", "fewshot_digits", "--hard", str(folder / "shots.csv"), "--per-class", "3", "--steps", "1"]
@@ -98,6 +99,8 @@ def test_a_classifier_is_trained_on_the_images_that_are_asked_for(spectrum, tmp_
     assert history[0]["synthetic_share"] == {"real": 0, "synthetic": 1, "both": 0.5}[images]
     assert found["train_counts"] == [2] * 10 and "zero_shot" not in found
     assert (tmp_path / "shots.csv").read_text().count("\n") == 21
+    row = names.row_name(json.loads((tmp_path / "args.json").read_text())["args"])
+    assert row == {"real": "real", "synthetic": "untuned synthetic", "both": "real + untuned synthetic"}[images]
 
 
 @pytest.mark.parametrize("tune", ["lora", "probe", "full"])
@@ -165,11 +168,13 @@ def test_the_grid_takes_the_setting_that_is_best_on_validation(tmp_path):
         (["--images", "synthetic", "--curriculum", "d2s"], "--curriculum d2s: ends with real images"),
         (["--template", "digit"], "--template 'digit': expected a text with {}"),
         (["--shots", "99", "--images", "real"], "--shots 99: class zero"),
+        (["--images", "both", "--spectrum", "SPECTRUM", "--method", "cls"], "--method cls: "),
         (["--images", "both", "--spectrum", "/nowhere"], "/nowhere: no plan.json there"),
         (["--images", "real", "--model", "clip", "--clip", "/nowhere/clip"], "--clip /nowhere/clip: cannot be loaded"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, flags, message):
+def test_bad_input_is_one_line(spectrum, tmp_path, flags, message):
+    flags = [str(spectrum) if flag == "SPECTRUM" else flag for flag in flags]
     with pytest.raises(UserError) as error:
         train_fewshot.main([*SHORT, "--out", str(tmp_path), *flags])
     assert message in str(error.value) and "\n" not in str(error.value)
