@@ -18,6 +18,7 @@ accuracies on the validation set; the test set is looked at once, at the end. `t
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 from dataclasses import dataclass
@@ -61,16 +62,21 @@ def add_curriculum_flags(group) -> None:
         "that hard classes are of all classes)",
     )
     group.add_argument(
-        "--balanced",
-        action="store_true",
-        help="fill every hard class up to one size, instead of drawing from all synthetic images alike",
+        "--fill",
+        choices=["uniform", "balanced"],
+        default="uniform",
+        help="draw from all images of the stage's levels alike, or fill every hard class up to one size",
     )
     group.add_argument(
-        "--undersample",
+        "--keep-others",
         type=cli.number(0, 1),
         metavar="SHARE",
         help="share of the other real images that a curriculum epoch sees, drawn anew each epoch",
     )
+    # Spellings of older versions, accepted and not shown.
+    old = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    group.add_argument("--balanced", action="store_const", const="balanced", dest="fill", **old)
+    group.add_argument("--undersample", type=cli.number(0, 1), dest="keep_others", **old)
 
 
 def add_loss_flags(group) -> None:
@@ -291,7 +297,15 @@ class Trainer(loop.Trainer):
         share = args.hard_share if args.hard_share is not None else self.is_hard.mean()
         rng = np.random.default_rng([args.seed, epoch])
         return curricula.long_tail_epoch(
-            pool.levels, pool.labels, pool.held, self.is_hard, stage, share, args.undersample, args.balanced, rng
+            pool.levels,
+            pool.labels,
+            pool.held,
+            self.is_hard,
+            stage,
+            share,
+            args.keep_others,
+            args.fill == "balanced",
+            rng,
         )
 
     def predict(self, store, places: np.ndarray):

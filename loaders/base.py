@@ -50,7 +50,7 @@ LARGE = {
     "model": "resnet10",
     "epochs": 65,
     "curriculum_epochs": 60,
-    "undersample": 0.3,
+    "keep_others": 0.3,
     "batch_size": 128,
     "optimizer": "adam",
     "lr": 1e-3,

@@ -90,7 +90,7 @@ DATASETS = {
                 "model": "resnet8",
                 "epochs": 40,
                 "curriculum_epochs": 40,
-                "undersample": 1.0,
+                "keep_others": 1.0,
                 "batch_size": 32,
                 "lr": 3e-3,
                 "weight_decay": 0.05,

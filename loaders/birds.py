@@ -241,7 +241,7 @@ TRAINING = {
     "model": "timm:resnet50.tv_in1k",
     "epochs": 100,
     "curriculum_epochs": 100,
-    "undersample": 1.0,
+    "keep_others": 1.0,
     "batch_size": 128,
     "optimizer": "sgd",
     "lr": 1e-3,

@@ -199,7 +199,7 @@ TRAINING = {
     "model": "resnet32",
     "epochs": 200,
     "curriculum_epochs": 160,
-    "undersample": 0.3,
+    "keep_others": 0.3,
     "batch_size": 128,
     "optimizer": "sgd",
     "lr": 0.1,

@@ -173,7 +173,7 @@ DEFAULTS = {
         "model": "resnet8",
         "epochs": 60,
         "curriculum_epochs": 48,
-        "undersample": 0.43,  # makes a curriculum epoch (184 images) as long as a real one
+        "keep_others": 0.43,  # makes a curriculum epoch (184 images) as long as a real one
         "progress_images": 10,
         "real_pass_images": 64,
         "batch_size": 16,

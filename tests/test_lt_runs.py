@@ -232,7 +232,18 @@ def test_balanced_epochs_fill_every_hard_class_up(road, tmp_path, monkeypatch):
         return places
 
     monkeypatch.setattr(train_lt.Trainer, "epoch_places", record)
-    train(road, tmp_path / "r", "--curriculum", "cyclic", "--balanced", "--undersample", "0.3", "--hard-share", "0.8")
+    train(
+        road,
+        tmp_path / "r",
+        "--curriculum",
+        "cyclic",
+        "--fill",
+        "balanced",
+        "--keep-others",
+        "0.3",
+        "--hard-share",
+        "0.8",
+    )
     for sizes in seen[:3]:  # 39 others stay, 39 * 0.8 / 0.2 = 156 hard ones, 22 or 23 of each of seven classes
         assert sizes[:3].sum() == 39 and set(sizes[3:].tolist()) <= {22, 23} and sizes[3:].sum() == 156
 

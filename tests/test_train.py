@@ -171,7 +171,7 @@ def test_learning_rates_by_hand():
 
 def test_an_epochs_images_follow_the_curriculum(road, tmp_path, capsys):
     """7 of 10 classes are hard: 39 of the 129 other images stay, 39 * 0.7 / 0.3 = 91 hard ones, 55 of them real."""
-    flags = ["--levels", "0", "90", "100", "--undersample", "0.3"]
+    flags = ["--levels", "0", "90", "100", "--keep-others", "0.3"]
     train(road, tmp_path / "r", "--curriculum", "d2s", *flags)
     assert "schedule: 1 epochs of level 0, 1 of level 90, 1 of level 100, then 1 of all real" in capsys.readouterr().out
     history = runs.read_json_lines(tmp_path / "r/history.jsonl")

@@ -194,3 +194,13 @@ def test_flags_that_make_no_sense_are_refused(typed, message):
     with pytest.raises(UserError, match=message):
         train_lt.check_flags(train_lt.build_parser().parse_args(typed))
     assert flags.check_flags(train_lt.build_parser().parse_args(["--curriculum-epochs", "0"])) is None
+
+
+def test_older_spellings_are_accepted_and_not_shown(capsys):
+    parse = train_lt.build_parser().parse_args
+    assert parse(["--undersample", "0.25", "--balanced"]) == parse(["--keep-others", "0.25", "--fill", "balanced"])
+    assert (parse([]).fill, parse([]).keep_others) == ("uniform", 0.43)
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    assert "--keep-others" in shown and "--undersample" not in shown and "--balanced" not in shown
