@@ -73,7 +73,7 @@ def reads(tree: ast.Module) -> set[str]:
         node.attr
         for node in nodes
         if isinstance(node, ast.Attribute)
-        and ast.unparse(node.value) == "args"
+        and ast.unparse(node.value) in ("args", "self.args")
         and isinstance(node.ctx, ast.Load)
         and id(node) not in called
     }
