@@ -1,7 +1,8 @@
 """Before training: is a data set on the disk what it should be?
 
-Checks the layout, the counts of images and classes against the published ones, missing files, that no image is in two
-splits, the checksums of official list files, and that a sample of the images decodes.
+Checks the layout, the counts of images and classes against the published ones, class names, the checksums of official
+list files, that no image is in two splits or two classes (by name and by content), the header of every image, and that
+a sample of them decodes.
 
 Reads:  the data set
 Writes: nothing; exit code 0 where all is well, 1 where something is not
@@ -15,14 +16,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 import datasets
 from loaders import fewshot
-from loaders.base import DataSet
+from loaders.base import DataSet, ImageSet, find_unreadable, name_problems
 from runtime import cli
+
+SHOWN = 50  # problems that are printed one by one
 
 
 def build_parser() -> cli.Parser:
@@ -41,27 +46,29 @@ def git_checksum(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def problems_of(data: DataSet, imb_ratio: float | None, decode: int) -> list[str]:
-    """What is wrong with a data set that could be loaded, a line each."""
-    problems = []
-    parts = data.splits
+def wrong_counts(data: DataSet, imb_ratio: float | None) -> list[str]:
+    """A line for each number of images or classes that is not the published one, and for classes without an image."""
     entry = datasets.TABLE[data.name]
-    known = dict(entry.counts)
-    if imb_ratio in entry.train_counts:
-        known["train"] = entry.train_counts[imb_ratio]
-    found = {name: len(part) for name, part in parts.items()} | {"classes": len(data.class_names)}
+    known = entry.counts | ({"train": entry.train_counts[imb_ratio]} if imb_ratio in entry.train_counts else {})
+    found = {name: len(part) for name, part in data.splits.items()} | {"classes": len(data.class_names)}
     found["train"] += int(np.sum(data.held_out))
-    problems += [
+    problems = [
         f"{name}: {found[name]} found, {expected} expected"
         for name, expected in known.items()
         if found[name] != expected
     ]
-    for name, part in parts.items():
+    for name, part in data.splits.items():
         empty = np.flatnonzero(np.bincount(part.labels, minlength=len(data.class_names)) == 0)
         if len(empty) and name != "val" and not entry.camera_traps:  # which miss some in each split
             problems.append(f"{name}: {len(empty)} classes without an image, the first {data.class_names[empty[0]]}")
         if len(set(part.sources)) < len(part):
             problems.append(f"{name}: {len(part) - len(set(part.sources))} images are listed twice")
+    return problems
+
+
+def shared_between_splits(data: DataSet) -> list[str]:
+    """A line for two splits that name the same images, or that should not share a camera and do."""
+    entry, parts, problems = datasets.TABLE[data.name], data.splits, []
     for one, other in itertools.combinations(parts, 2):
         # CIFAR in arrays numbers train and test images each from 0.
         numbered = parts[one].sources[0].startswith("index:")
@@ -77,17 +84,91 @@ def problems_of(data: DataSet, imb_ratio: float | None, decode: int) -> list[str
                 problems.append(
                     f"{len(shared)} cameras of {name} (out of domain) are in train too, the first {min(shared)}"
                 )
-    for path in data.files:
-        expected = entry.checksums.get(path.name)
-        if expected and not git_checksum(path).startswith(expected):
-            problems.append(f"{path}: another file than the published one (checksum {git_checksum(path)[:8]})")
-    for part in parts.values():
-        for place in np.random.default_rng(0).permutation(len(part))[: 0 if part.in_memory else decode]:
+    return problems
+
+
+def wrong_checksums(data: DataSet) -> list[str]:
+    """A line for each official list file that is not the published one."""
+    known = datasets.TABLE[data.name].checksums
+    return [
+        f"{path}: another file than the published one (checksum {git_checksum(path)[:8]})"
+        for path in data.files
+        if path.name in known and not git_checksum(path).startswith(known[path.name])
+    ]
+
+
+def wrong_names(data: DataSet) -> list[str]:
+    """A line for each empty or shared class name, and where classes are called by numbers."""
+    entry = datasets.TABLE[data.name]
+    problems = [] if entry.shared_names else name_problems(data.class_names)
+    if entry.names_file and data.class_names[0].isdecimal():
+        problems.append(
+            f"{entry.names_file}: not in --data-root, so classes have numbers for names, which no prompt can hold"
+        )
+    return problems
+
+
+def decode_some(data: DataSet, count: int) -> list[str]:
+    """A line for each of up to `count` images of each split, drawn at random, that does not decode."""
+    problems, tried = [], Counter()
+    for name, part in data.splits.items():
+        for place in np.random.default_rng(0).permutation(len(part))[: 0 if part.in_memory else count]:
+            tried[name] += 1
             try:
                 part.read(int(place))
             except cli.UserError as error:
                 problems.append(str(error))
+    if tried:
+        print("decoded", ", ".join(f"{tried[name]} of {len(data.splits[name])} {name} images" for name in tried))
     return problems
+
+
+def find_twins(splits: dict[str, ImageSet]) -> list[str]:
+    """A line for each image that is, byte for byte, in two splits or in two classes of one.
+
+    Files are told apart by size first, then by their first 4,096 bytes, and only then by all of them.
+    """
+    groups: list[list[tuple[str, ImageSet, int]]] = [
+        [(name, part, place) for name, part in splits.items() for place in range(len(part))]
+    ]
+    for key in (size_of, beginning_of, lambda part, place: part.sha256(place)):
+        by_key: dict = {}
+        for number, group in enumerate(groups):
+            for name, part, place in group:
+                by_key.setdefault((number, key(part, place)), []).append((name, part, place))
+        groups = [group for group in by_key.values() if len(group) > 1]
+    problems = []
+    for group in groups:
+        (name, part, place), *others = group
+        for other, there, at in others:
+            if other != name or there.labels[at] != part.labels[place]:
+                problems.append(
+                    f"{part.sources[place]} of {name} and {there.sources[at]} of {other} are the same image"
+                )
+    return problems
+
+
+def size_of(part: ImageSet, place: int) -> int:
+    """Bytes of an image's file; 0 in memory."""
+    return 0 if part.in_memory else os.stat(part.images[place]).st_size
+
+
+def beginning_of(part: ImageSet, place: int) -> bytes:
+    """The first 4,096 bytes of an image's file; nothing in memory."""
+    if part.in_memory:
+        return b""
+    with open(part.images[place], "rb") as file:
+        return file.read(4096)
+
+
+def check(data: DataSet, imb_ratio: float | None, decode: int) -> tuple[list[str], list[str]]:
+    """What is wrong with a data set that could be loaded, and what is odd in the published data themselves."""
+    problems = wrong_counts(data, imb_ratio) + shared_between_splits(data) + wrong_checksums(data) + wrong_names(data)
+    unreadable = find_unreadable(data.splits)
+    problems += unreadable
+    twins = [] if unreadable else find_twins(data.splits)
+    published = bool(datasets.TABLE[data.name].counts)
+    return problems + decode_some(data, decode) + ([] if published else twins), twins if published else []
 
 
 def same_content(data: DataSet) -> list[str]:
@@ -111,15 +192,20 @@ def main(argv: list[str] | None = None) -> int:
     print(f"training images a class: {data.counts.max()} down to {data.counts.min()}")
     if data.note:
         print(data.note)
-    problems = problems_of(data, args.imb_ratio, args.decode)
+    problems, oddities = check(data, args.imb_ratio, args.decode)
     if args.shots is not None:
         drawn = fewshot.draw_shots(data, args.shots, args.shot_seed)
         print(
             f"{len(drawn.train)} shots, digest {fewshot.shots_digest(drawn.train)}, the first {drawn.train.sources[0]}"
         )
         problems += same_content(drawn)
-    for problem in problems:
+    for oddity in oddities[:SHOWN]:
+        print(f"in the published data: {oddity}")
+    for problem in problems[:SHOWN]:
         print(f"problem: {problem}")
+    for kind, lines in (("such oddities", oddities), ("problems", problems)):
+        if len(lines) > SHOWN:
+            print(f"and {len(lines) - SHOWN} more {kind}")
     print(f"{len(problems)} problems" if problems else "all as expected")
     return 1 if problems else 0
 

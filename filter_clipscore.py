@@ -352,7 +352,8 @@ def report_kept(
         f"{args.spectrum / 'scores.csv'}: {total} of {len(rows)} images kept ({total / len(rows):.1%}) {by}, "
         f"{new} newly scored{f', {drawn} scored when they were drawn' if drawn else ''}"
     )
-    if line := acceptance.paper_line(args.dataset, args.imb_ratio, len(rows), total):
+    published = datasets.TABLE[args.dataset].acceptance.get(args.imb_ratio)
+    if line := acceptance.paper_line(published, len(rows), total):
         print(line)
 
 

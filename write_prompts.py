@@ -197,6 +197,18 @@ def main(argv: list[str] | None = None) -> int:
     known = datasets.TABLE[args.dataset]
     spoken = {label: spoken_name(name) for label, name in names.items()}
 
+    if known.names_file and any(name.isdecimal() for name in names.values()):
+        raise cli.UserError(
+            f"{args.hard}: the classes are called by numbers ({next(iter(names.values()))} ...); expected "
+            f"{known.names_file} in --data-root, and find_hard.py run again"
+        )
+    if args.source != "file":  # a class that shows nothing has prompts of its own
+        for label in [label for label in new if spoken[label] in known.empty_prompts]:
+            own = known.empty_prompts[spoken[label]]
+            prompts[label] = {
+                "class_name": names[label], "score_prompt": own[0], "prompts": own, "source": "empty scenes"
+            }  # fmt: skip
+
     def add(label: int, texts: list[str], source: str, **marks) -> None:
         score_prompt = prompts.get(label, {}).get("score_prompt") or known.score_prompt.replace("{}", spoken[label])
         entry = {"class_name": names[label], "score_prompt": score_prompt, "prompts": texts, "source": source}
@@ -210,19 +222,20 @@ def main(argv: list[str] | None = None) -> int:
         add(label, list(texts.values()), f"llm {args.llm}", filled_from_scenes=[texts[text] for text in filled])
         save()
 
+    unwritten = [label for label in new if label not in prompts or not prompts[label].get("prompts")]
     if args.source == "template":
-        for label in new:
+        for label in unwritten:
             add(label, [template.replace("{}", spoken[label]) for template in known.templates], "template")
     elif args.source == "scenes":
-        for label in new:
-            described = scenes.describe(spoken[label], args.count)
-            add(label, [args.frame.replace("{}", text) for text in described], "scenes")
-    elif args.source == "llm" and new:
-        write_by_llm(new, spoken, args, add_described)
+        for label in unwritten:
+            scene = scenes.describe(spoken[label], args.count)
+            add(label, [args.frame.replace("{}", text) for text in scene], "scenes")
+    elif args.source == "llm" and unwritten:
+        write_by_llm(unwritten, spoken, args, add_described)
     elif args.source == "domains":
         domains = summary.read_domains(args.domains)["domains"]
         form = "instruction" if args.instructions else "prompt"
-        for label in new:
+        for label in unwritten:
             texts = [domain[form].replace("{}", spoken[label]) for domain in domains]
             add(label, texts, f"domains {args.domains.name}", domains=[domain["name"] for domain in domains])
     elif args.source == "file":

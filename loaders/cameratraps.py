@@ -202,6 +202,14 @@ TOYCAM_DEFAULTS = {
         "workers": 0,
     },
 }
+# Prompts of the class that shows no animal: "a photo of empty in the wild" means nothing to a public generator.
+EMPTY_PROMPTS = {
+    "empty": [
+        "a photo of an empty scene in the wild",
+        "a photo of a landscape without an animal in the wild",
+        "a photo of plants and bare ground in the wild",
+    ]
+}
 KNOWN = {"load": load, "templates": [TEMPLATE], "score_prompt": TEMPLATE, "camera_traps": True}
 DATASETS = {
     "iwildcam": Entry(
@@ -209,8 +217,10 @@ DATASETS = {
         defaults=IWILDCAM_DEFAULTS,
         counts={"train": 129809, "val": 14961, "test": 42791, "id_val": 7314, "id_test": 8154, "classes": 182},
         acceptance={None: (197756, 90093)},
+        shared_names=True,
+        empty_prompts=EMPTY_PROMPTS,
         **KNOWN,
     ),
-    "cameratraps": Entry(layout=LAYOUTS["cameratraps"], defaults=DEFAULTS, **KNOWN),
+    "cameratraps": Entry(layout=LAYOUTS["cameratraps"], defaults=DEFAULTS, empty_prompts=EMPTY_PROMPTS, **KNOWN),
     "toycam": Entry(root="optional", defaults=TOYCAM_DEFAULTS, **KNOWN),
 }

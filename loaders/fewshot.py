@@ -272,6 +272,7 @@ DATASETS = {
         templates=TEMPLATES[name],
         score_prompt=TEMPLATES[name][0],
         counts=COUNTS[name],
+        shared_names=name == "imagenet",
     )
     for name in NAMES
 }

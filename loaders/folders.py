@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,32 +21,82 @@ from loaders.base import (
     long_tail_counts,
     with_validation,
 )
-from runtime.cli import UserError
+from runtime.text import UserError, same_form
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-def class_folders(root: Path, part: str) -> list[tuple[str, list[str]]]:
+# What systems and editors leave in folders, which is no data. Hidden files and folders are left out too.
+LITTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+
+
+def class_folders(root: Path, part: str, left_out: Counter | None = None) -> list[tuple[str, list[str]]]:
     """The classes below ROOT/PART, by the alphabet, each with its images' paths relative to `root`.
 
+    Args:
+        left_out: counts what was passed over, by its kind.
+
     Raises:
-        UserError: no such folder, no class in it, or a class without an image.
+        UserError: no such folder, no class in it, or a name that is not UTF-8.
     """
+    left_out = Counter() if left_out is None else left_out
     if not (root / part).is_dir():
         raise UserError(f"--data-root {root}: no folder {part} there; expected {part}/CLASS/* images")
     classes = []
-    for folder in sorted(entry.name for entry in os.scandir(root / part) if entry.is_dir()):
-        names = sorted(
-            f"{part}/{folder}/{entry.name}"
-            for entry in os.scandir(root / part / folder)
-            if entry.name.lower().endswith(IMAGE_ENDINGS)
-        )
-        if not names:
-            raise UserError(f"--data-root {root}: class folder {part}/{folder} holds no image")
-        classes.append((folder, names))
+    for folder in list_folder(root / part):
+        if is_litter(folder.name):
+            left_out["hidden files and folders"] += 1
+        elif not folder.is_dir():
+            left_out["files beside the class folders"] += 1
+        else:
+            names = [
+                f"{part}/{folder.name}/{entry.name}" for entry in list_folder(folder.path) if is_image(entry, left_out)
+            ]
+            if names:
+                classes.append((folder.name, names))
+            else:
+                left_out[f"class folders without an image ({part}/{folder.name} ...)"] += 1
     if not classes:
-        raise UserError(f"--data-root {root}: no class folder in {part}; expected {part}/CLASS/* images")
+        raise UserError(f"--data-root {root}: no class folder with an image in {part}; expected {part}/CLASS/* images")
     return classes
+
+
+def list_folder(folder: Path | str) -> list[os.DirEntry]:
+    """What a folder holds, by the alphabet.
+
+    Raises:
+        UserError: it cannot be read, or a name in it is not UTF-8.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from None
+    for entry in entries:
+        try:
+            entry.name.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{folder}: the name {os.fsencode(entry.name)!r} is not UTF-8; expected it renamed"
+            ) from None
+    return entries
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is no data by its name: hidden, or left by a system."""
+    return name.startswith(".") or name in LITTER
+
+
+def is_image(entry: os.DirEntry, left_out: Counter) -> bool:
+    """Whether an entry of a class folder is an image that is read; what it is otherwise is counted."""
+    if is_litter(entry.name):
+        left_out["hidden files and folders"] += 1
+    elif entry.is_dir():
+        left_out["folders within classes"] += 1
+    elif not entry.name.lower().endswith(IMAGE_ENDINGS):
+        left_out[f"files ending in {Path(entry.name).suffix or 'nothing'}"] += 1
+    else:
+        return True
+    return False
 
 
 def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
@@ -53,13 +105,19 @@ def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
     With `imb_ratio` the training set is made long-tailed, in the alphabet's order of the classes; otherwise it is taken
     as it is. Without a val folder a validation set is held out of the training set.
     """
+    left_out: Counter = Counter()
     by_part = {
-        part: class_folders(root, part) for part in ("train", "val", "test") if part != "val" or (root / part).is_dir()
+        part: class_folders(root, part, left_out)
+        for part in ("train", "val", "test")
+        if part != "val" or (root / part).is_dir()
     }
     class_names = [folder for folder, _ in by_part["train"]]
+    label_of = {same_form(folder): label for label, folder in enumerate(class_names)}
+    passed = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
+    passed = f"; left out: {passed}" if passed else ""
     sets = {}
     for part, classes in by_part.items():
-        unknown = sorted({folder for folder, _ in classes} - set(class_names))
+        unknown = [folder for folder, _ in classes if same_form(folder) not in label_of]
         if unknown:
             raise UserError(f"--data-root {root}: {part}/{unknown[0]} is no class of train; expected the same folders")
         counts = {folder: len(names) for folder, names in classes}
@@ -72,10 +130,11 @@ def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
                 for label, (folder, names) in enumerate(classes)
             ]
         names = [name for _, some in classes for name in some]
-        labels = [class_names.index(folder) for folder, some in classes for _ in some]
+        labels = [label_of[same_form(folder)] for folder, some in classes for _ in some]
         sets[part] = file_set(root, names, labels)
     if "val" not in sets:
-        return with_validation(name, class_names, sets["train"], sets["test"], seed, [])
+        held = with_validation(name, class_names, sets["train"], sets["test"], seed, [])
+        return dataclasses.replace(held, note=held.note + passed)
     return DataSet(
         name,
         class_names,
@@ -84,7 +143,7 @@ def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
         sets["test"],
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        note="validation: the folder val",
+        note=f"validation: the folder val{passed}",
     )
 
 

@@ -9,6 +9,7 @@ from loaders.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     LARGE,
+    PAPER_SCORE_PROMPT,
     REFINER,
     DataSet,
     Entry,
@@ -19,10 +20,11 @@ from loaders.base import (
 )
 from runtime.text import UserError, parse_json, parse_whole, read_lines, read_text
 
+NAMES_FILE = "categories.json"  # iNaturalist's names, which train2018.json itself holds as numbers alone
 LAYOUTS = {
     "imagenet_lt": "expected ILSVRC2012's train and val folders and ImageNet_LT_train.txt, _val.txt and _test.txt",
     "places_lt": "expected data_256, val_256 and so on, and Places_LT_train.txt, _val.txt and _test.txt",
-    "inat2018": "expected train2018.json, val2018.json and the folder train_val2018",
+    "inat2018": "expected train2018.json, val2018.json, categories.json and the folder train_val2018",
 }
 LIST_FILES = {"imagenet_lt": "ImageNet_LT_{}.txt", "places_lt": "Places_LT_{}.txt"}
 
@@ -55,16 +57,16 @@ def load_listed(name: str, imb_ratio: float | None, root: Path, seed: int) -> Da
     classes = {"imagenet_lt": 1000, "places_lt": 365}[name]
     lists = {part: root / LIST_FILES[name].format(part) for part in ("train", "val", "test")}
     read = {part: read_list(path, classes) for part, path in lists.items()}
-    folders = {}
+    folders: dict[int, tuple[str, ...]] = {}
     for path, label in zip(*read["train"], strict=True):
         folders.setdefault(label, Path(path).parts[1:-1])
-    class_names = ["/".join(folders.get(label, (str(label),))) for label in range(classes)]
     if name == "imagenet_lt":
+        wnids = ["/".join(folders.get(label, (str(label),))) for label in range(classes)]
         names, labels = read["test"]
-        read["test"] = (imagenet_val_layout(root, names, labels, class_names), labels)
-        class_names = imagenet_names(class_names)
+        read["test"] = (imagenet_val_layout(root, names, labels, wnids), labels)
+        class_names = imagenet_names(wnids)
     else:
-        class_names = ["/".join(folders.get(label, ("", str(label)))[1:]).replace("_", " ") for label in range(classes)]
+        class_names = [places_name(folders.get(label, (str(label),))) for label in range(classes)]
     sets = {part: listed_set(root, *rows, lists[part]) for part, rows in read.items()}
     return DataSet(
         name,
@@ -91,13 +93,43 @@ def imagenet_val_layout(root: Path, names: list[str], labels: list[int], wnids: 
     return next((other for other in (flat, nested) if not missing_files(root, other[:1])), names)
 
 
+# Two pairs of classes share a name in CLIP's list; one of each takes WordNet's.
+OWN_NAMES = {744: "projectile", 836: "sunglass"}
+
+
 def imagenet_names(wnids: list[str]) -> list[str]:
-    """English names of ImageNet classes; a folder that is no ImageNet id keeps its name."""
+    """The names that CLIP's authors gave ImageNet's classes; a folder that is no ImageNet id keeps its name."""
+    import open_clip
     from timm.data import ImageNetInfo
 
-    info = ImageNetInfo("imagenet-1k")
-    known = set(info.label_names())
-    return [info.label_name_to_description(wnid).split(",")[0] if wnid in known else wnid for wnid in wnids]
+    places = {wnid: place for place, wnid in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    names = dict(enumerate(open_clip.IMAGENET_CLASSNAMES)) | OWN_NAMES
+    return [names[places[wnid]] if wnid in places else wnid for wnid in wnids]
+
+
+def places_name(folders: tuple[str, ...]) -> str:
+    """The name of a class of Places by its images' folders: a/art_school, or art_school alone, is `art school`."""
+    if len(folders) > 1 and len(folders[0]) == 1:  # the initial letter under which Places files its classes
+        folders = folders[1:]
+    return "/".join(folders).replace("_", " ")
+
+
+def inat_names(root: Path, classes: int) -> list[str] | None:
+    """The species of categories.json by class index; None where there is no such file.
+
+    Raises:
+        UserError: another file than the organisers', or one that lacks a class.
+    """
+    path = root / NAMES_FILE
+    if not path.is_file():
+        return None
+    try:
+        names = {int(row["id"]): str(row["name"]) for row in parse_json(read_text(path), path)}
+        return [names[label] for label in range(classes)]
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not iNaturalist's list of categories ({type(error).__name__}: {error})") from None
 
 
 def load_inat2018(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
@@ -124,6 +156,7 @@ def load_inat2018(name: str, imb_ratio: float | None, root: Path, seed: int) -> 
                 raise UserError(f"{path}: {file_name} has category {label}; expected one below {len(class_names)}")
         rows.sort()
         sets[part] = listed_set(root, [file_name for file_name, _ in rows], (label for _, label in rows), path)
+    class_names = inat_names(root, len(class_names)) or class_names
     return with_validation(name, class_names, sets["train"], sets["val"], seed, list(paths.values()))
 
 
@@ -132,6 +165,7 @@ DATASETS = {
     "imagenet_lt": Entry(
         load=load_listed,
         layout=LAYOUTS["imagenet_lt"],
+        score_prompt=PAPER_SCORE_PROMPT,
         defaults=DEFAULTS,
         counts={"train": 115846, "val": 20000, "test": 50000, "classes": 1000},
         checksums={
@@ -144,13 +178,16 @@ DATASETS = {
     "places_lt": Entry(
         load=load_listed,
         layout=LAYOUTS["places_lt"],
+        score_prompt=PAPER_SCORE_PROMPT,
         defaults=DEFAULTS,
         counts={"train": 62500, "val": 7300, "test": 36500, "classes": 365},
     ),
     "inat2018": Entry(
         load=load_inat2018,
         layout=LAYOUTS["inat2018"],
+        score_prompt=PAPER_SCORE_PROMPT,
         defaults=DEFAULTS | {"generate_spectrum": REFINER | {"seeds": 4}},
+        names_file=NAMES_FILE,
         counts={"train": 437513, "test": 24426, "classes": 8142},
         acceptance={None: (179824, 75234)},
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from PIL import Image
 
 import check_data
 import datasets
-from loaders import base, digits
+from loaders import base, digits, lists
 from loaders.sources import read_sources
 from runtime.cli import UserError
 
@@ -248,9 +250,6 @@ def test_imagefolder_made_long_tailed(tmp_path):
     draw_files(tmp_path, ["test/d/0.png"])
     with pytest.raises(UserError, match="test/d is no class of train"):
         datasets.load("imagefolder", None, tmp_path)
-    (tmp_path / "train/e").mkdir()
-    with pytest.raises(UserError, match="train/e holds no image"):
-        datasets.load("imagefolder", None, tmp_path)
 
 
 WNIDS = ["n01440764", "n01443537"]  # tench, goldfish
@@ -392,3 +391,105 @@ def test_digits_with_the_webs_scans_keep_the_groups_and_the_test_set_of_digits()
         name: group.tolist() for name, group in data.groups.items()
     }
     assert plus.test.sources == data.test.sources and len(set(plus.train.sources)) == len(plus.train)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names, litter, and what check_data finds
+
+
+def test_imagenets_names_are_those_of_clip_and_no_two_classes_share_one():
+    from timm.data import ImageNetInfo
+
+    names = lists.imagenet_names(ImageNetInfo("imagenet-1k").label_names())
+    assert (names[0], names[134], names[517]) == ("tench", "crane bird", "construction crane")
+    assert (names[657], names[744], names[836], names[837]) == ("missile", "projectile", "sunglass", "sunglasses")
+    assert len(set(names)) == 1000 and base.name_problems(names) == []
+    assert lists.imagenet_names(["cats", "n01440764"]) == ["cats", "tench"]
+
+
+@pytest.mark.parametrize(
+    ("folders", "name"),
+    [(("a", "art_school"), "art school"), (("art_school",), "art school"), (("b", "barn", "indoor"), "barn/indoor")],
+)
+def test_both_forms_of_the_lists_of_places_give_names(folders, name):
+    assert lists.places_name(folders) == name
+
+
+def test_empty_and_shared_names_are_problems():
+    found = base.name_problems(["crane", "caf\u00e9", " ", "crane", "cafe\u0301", "a_b", "a b"])
+    assert found == [
+        "class 2 has an empty name",
+        "classes [0, 3] are all called 'crane'",
+        "classes [1, 4] are all called 'caf\u00e9'",
+        "classes [5, 6] are all called 'a b'",
+    ]
+
+
+def test_inat2018_takes_its_names_from_categories_json(tmp_path):
+    train = [(f"train_val2018/Mammalia/{label}/{i}.jpg", label) for label in range(2) for i in range(6)]
+    draw_files(tmp_path, [name for name, _ in [*train, ("train_val2018/Mammalia/0/99.jpg", 0)]])
+    inat2018(tmp_path, {"train": train, "val": [("train_val2018/Mammalia/0/99.jpg", 0)]})
+    (tmp_path / "categories.json").write_text('[{"id": 1, "name": "Lynx lynx"}, {"id": 0, "name": "Alces alces"}]')
+    assert datasets.load("inat2018", None, tmp_path).class_names == ["Alces alces", "Lynx lynx"]
+    (tmp_path / "categories.json").write_text('[{"id": 0, "name": "Alces alces"}]')
+    with pytest.raises(UserError, match="categories.json: not iNaturalist's list of categories .KeyError: 1."):
+        datasets.load("inat2018", None, tmp_path)
+
+
+def test_what_is_no_data_is_left_out_and_counted(tmp_path):
+    draw_files(tmp_path, [f"{part}/{c}/{i}.png" for part in ("train", "test") for c in "ab" for i in range(6)])
+    for name in ("train/a/._0.png", "train/a/Thumbs.db", "train/a/notes.txt", "train/.ipynb_checkpoints/x.png",
+                 "train/__MACOSX/a/0.png", "train/b/old/0.png", "train/b/0.GIF", "test/readme.md"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "train/a/folder.png").mkdir()
+    (tmp_path / "train/c").mkdir()
+    data = datasets.load("imagefolder", None, tmp_path)
+    assert data.class_names == ["a", "b"] and data.published_counts.tolist() == [6, 6]
+    assert data.note.endswith(
+        "left out: 1 class folders without an image (train/c ...), 1 files beside the class folders, "
+        "1 files ending in .GIF, 1 files ending in .txt, 2 folders within classes, 4 hidden files and folders"
+    )
+
+
+def test_names_that_are_not_utf8_are_refused_and_both_forms_of_a_letter_are_one_class(tmp_path):
+    draw_files(tmp_path, [f"train/caf\u00e9/{i}.png" for i in range(6)] + ["test/cafe\u0301/0.png"])
+    assert datasets.load("imagefolder", None, tmp_path).test.labels.tolist() == [0]
+    (tmp_path / "train/caf\u00e9" / os.fsdecode(b"\xe9.png")).write_bytes(b"x")
+    with pytest.raises(UserError, match=r"the name b'\\xe9.png' is not UTF-8; expected it renamed"):
+        datasets.load("imagefolder", None, tmp_path)
+
+
+def test_check_data_looks_into_the_files(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in [f"{part}/{c}/{i}.png" for part in ("train", "val", "test") for c in "ab" for i in range(3)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / name)
+    flags = ["--dataset", "imagefolder", "--data-root", str(tmp_path), "--decode", "2"]
+    assert check_data.main(flags) == 0
+    assert "decoded 2 of 6 train, 2 of 6 val, 2 of 6 test" in capsys.readouterr().out.replace(" images", "")
+    shutil.copy(tmp_path / "train/a/0.png", tmp_path / "test/a/copy.png")
+    shutil.copy(tmp_path / "train/a/1.png", tmp_path / "train/b/copy.png")
+    shutil.copy(tmp_path / "train/a/2.png", tmp_path / "train/a/copy.png")  # twice in one class: no leak
+    assert check_data.main(flags) == 1
+    out = capsys.readouterr().out
+    assert "train/a/0.png of train and test/a/copy.png of test are the same image" in out
+    assert "train/a/1.png of train and train/b/copy.png of train are the same image" in out and "2 problems" in out
+    (tmp_path / "val/a/0.png").write_bytes(b"")
+    (tmp_path / "test/b/0.png").write_bytes(b"no image")
+    assert check_data.main([*flags[:-1], "0"]) == 1
+    out = capsys.readouterr().out
+    assert f"val: {tmp_path}/val/a/0.png: is empty" in out and f"{tmp_path}/test/b/0.png: not a readable image" in out
+    data = datasets.load("imagefolder", None, tmp_path)
+    with pytest.raises(UserError, match="2 images cannot be read: val: .*is empty; test: .*not a readable image"):
+        base.stop_on_unreadable(data.splits)
+
+
+def test_every_entry_of_the_table_is_whole():
+    for name, entry in datasets.TABLE.items():
+        assert entry.score_prompt.count("{}") == 1 and all("{}" in template for template in entry.templates), name
+        assert bool(entry.layout) == (entry.root == "needed"), name
+        assert {"generate_spectrum", "filter_clipscore", "train_lt"} <= entry.defaults.keys(), name
+    # DisCL takes CLIPScore against "a photo of X", without an article.
+    paper = ("imagenet_lt", "places_lt", "inat2018", "cifar10_lt", "cifar100_lt")
+    assert {datasets.TABLE[name].score_prompt for name in paper} == {"a photo of {}"}

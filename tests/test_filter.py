@@ -217,11 +217,11 @@ def test_the_acceptance_table_by_hand():
 
 
 def test_the_papers_rate_stands_beside_ours():
-    line = acceptance.paper_line("imagenet_lt", None, 1000, 400)
+    line = acceptance.paper_line(datasets.TABLE["imagenet_lt"].acceptance[None], 1000, 400)
     assert "46.5% on this data set (24,141 of 51,917)" in line and "40.0% (400 of 1,000)" in line
-    assert "31.2%" in acceptance.paper_line("cifar100_lt", 100.0, 10, 1)
-    assert acceptance.paper_line("cifar100_lt", 10.0, 10, 1) == ""
-    assert acceptance.paper_line("digits", 30.0, 10, 1) == ""
+    # v4, Table 5: 324 hard images x 8 at ratio 100, 268 x 8 at 50.
+    assert datasets.TABLE["cifar100_lt"].acceptance == {100: (324 * 8, 809), 50: (268 * 8, 668)}
+    assert acceptance.paper_line(None, 10, 1) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -303,3 +303,22 @@ def test_every_class_is_put_into_every_domain(hard, tmp_path):
 def test_domain_flags_go_together(hard, arguments, message):
     with pytest.raises(UserError, match=message):
         write_prompts.main(["--hard", str(hard), "--out", str(hard.with_name("p.json")), *arguments])
+
+
+def test_a_class_of_empty_images_has_prompts_of_its_own_and_numbers_for_names_stop(tmp_path):
+    rows = [{"source": f"{i}.jpg", "label": i, "class_name": name, "reason": "x", "score": 0}
+            for i, name in enumerate(["empty", "red_fox"])]  # fmt: skip
+    tables.write_hard(tmp_path / "hard.csv", rows)
+    for source in ("template", "scenes"):
+        out = tmp_path / f"{source}.json"
+        assert write_prompts.main(["--dataset", "iwildcam", "--hard", str(tmp_path / "hard.csv"), "--out", str(out),
+                                   "--source", source]) == 0  # fmt: skip
+        content = json.loads(out.read_text())
+        assert content["0"]["score_prompt"] == "a photo of an empty scene in the wild"
+        assert not any("of empty" in text or "an empty resting" in text for text in content["0"]["prompts"])
+        assert content["1"]["score_prompt"] == "a photo of red fox in the wild" and len(content["0"]["prompts"]) == 3
+    tables.write_hard(tmp_path / "hard.csv", [rows[0] | {"class_name": "0042"}])
+    with pytest.raises(UserError, match=r"called by numbers \(0042 ...\); expected categories.json in --data-root"):
+        write_prompts.main(
+            ["--dataset", "inat2018", "--hard", str(tmp_path / "hard.csv"), "--out", str(tmp_path / "o")]
+        )
