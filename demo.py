@@ -1,4 +1,4 @@
-"""The whole road on an embedded benchmark, in about three minutes on two CPU cores.
+"""All steps on an embedded benchmark, in about three minutes on two CPU cores.
 
 Finds the hard images, draws a spectrum for them with a tiny Stable Diffusion from assets/, filters it with the tiny
 CLIP beside it, trains with and without curricula over several seeds, reports, and says what came out.

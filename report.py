@@ -39,7 +39,7 @@ from spectrum import folder as spectrum_folder
 from spectrum.tables import read_scores
 
 GROUPS = ("many", "medium", "few")
-TRAINERS = ("train_lt", "train_iwildcam")  # the scripts whose runs make tables
+TRAINERS = ("train_lt", "train_iwildcam", "train_fewshot")  # the scripts whose runs make tables
 PANELS = {
     "val_overall": "validation accuracy, all classes (%)",
     "val_few": "validation accuracy, few-shot (%)",
@@ -327,7 +327,7 @@ def effective_arguments(script: str, words: list[str]) -> dict:
     Raises:
         UserError: no trainer, or its parser refuses the arguments.
     """
-    if script not in TRAINERS:
+    if script not in TRAINERS or not Path(__file__).with_name(f"{script}.py").is_file():
         raise cli.UserError(f"{' '.join(words)}: a command of {script}.py; expected one of {', '.join(TRAINERS)}")
     said = io.StringIO()
     try:

@@ -19,9 +19,10 @@ from runtime import runs
 from runtime.cli import UserError
 
 NOT_FIGURES = ("epoch", "per_class")
+INPUT_NAMES = {"init_checkpoint": "start model"}  # what a row's name calls an input that differs
 SHOWN = 3  # flags that a row's name says; a note has all of them
 # Flags that never change a result (or only its rounding), and those whose content `inputs` of args.json compares.
-NEVER = {"seed", "spectrum", "init_checkpoint", "out", "overwrite", "device", "workers", "data_root",
+NEVER = {"seed", "shot_seed", "spectrum", "init_checkpoint", "out", "overwrite", "device", "workers", "data_root",
          "compile", "memory_format", "grad_checkpointing", "checkpoint_every", "help"}  # fmt: skip
 NAMED = {
     "dataset",
@@ -218,7 +219,7 @@ def split_by_data(found: list[dict]) -> dict[str, list[dict]]:
     """Runs by table: those of one data set, ratio and model whose images are the same."""
     by_data: dict[str, dict[object, list[dict]]] = {}
     for run in found:
-        by_data.setdefault(table_name(run["args"]), {}).setdefault(run["inputs"].get("data"), []).append(run)
+        by_data.setdefault(table_name(run["args"]), {}).setdefault(compared_inputs(run).get("data"), []).append(run)
     tables = {}
     for name, versions in by_data.items():
         for data, some in versions.items():
@@ -227,12 +228,17 @@ def split_by_data(found: list[dict]) -> dict[str, list[dict]]:
     return tables
 
 
+def compared_inputs(run: dict) -> dict:
+    """The digests that runs of one row share. Few-shot draws, which a row averages over, have images of their own."""
+    return {} if run["args"].get("shots") else run["inputs"]
+
+
 def group_runs(found: list[dict], wanted: list[Recipe], effective: Callable[[str, list[str]], dict]) -> list[Row]:
     """Runs of one table as rows; `name_rows` gives them names."""
     groups: dict[str, Row] = {}
     for run in found:
         args = run["args"]
-        script = "train_iwildcam" if "clip" in args else "train_lt"
+        script = "train_fewshot" if "shots" in args else "train_iwildcam" if "clip" in args else "train_lt"
         ratio = [] if args.get("imb_ratio") is None else ["--imb-ratio", f"{args['imb_ratio']:g}"]
         try:
             defaults = effective(script, ["--dataset", args["dataset"], *ratio])
@@ -242,12 +248,16 @@ def group_runs(found: list[dict], wanted: list[Recipe], effective: Callable[[str
         base = row_name(args)
         like, differences = nearest_recipe(args, defaults, [one for one in wanted if row_name(one.args) == base])
         settings = changing(defaults | args)
-        key = json.dumps([base, settings, run["inputs"]], sort_keys=True, default=str)
+        key = json.dumps([base, settings, compared_inputs(run)], sort_keys=True, default=str)
         row = groups.setdefault(key, Row(base, [], base, settings, differences, None if differences else like, like))
         add_run(row, run)
     for row in groups.values():
-        row.runs.sort(key=lambda run: run["args"]["seed"])
+        row.runs.sort(key=draw_and_seed)
     return list(groups.values())
+
+
+def draw_and_seed(run: dict) -> tuple[int, int]:
+    return run["args"].get("shot_seed") or 0, run["args"]["seed"]
 
 
 def add_run(row: Row, run: dict) -> None:
@@ -257,7 +267,7 @@ def add_run(row: Row, run: dict) -> None:
         UserError: the row has another run of that seed, with other results.
     """
     for other in row.runs:
-        if other["args"]["seed"] == run["args"]["seed"]:
+        if draw_and_seed(other) == draw_and_seed(run):
             if other["results"]["last"] != run["results"]["last"]:
                 raise UserError(
                     f"{run['folder']} and {other['folder']} are the same run with the same seed, but have other "
@@ -328,15 +338,15 @@ def name_rows(rows: list[Row]) -> list[str]:
         words = [typed(flag, row.differences[flag][0]) for flag in special]
         shown = words if len(words) <= SHOWN else [*words[:SHOWN], f"{len(words) - SHOWN} flags more"]
         row.name = row.base + (f" ({', '.join(shown)})" if shown else "")
-    for what in ("spectrum", "init_checkpoint"):
-        for name in {row.name for row in rows}:
+    for what in sorted({what for row in rows for what in compared_inputs(row.runs[0])} - {"data"}):
+        for name in dict.fromkeys(row.name for row in rows):
             sharing = [row for row in rows if row.name == name]
             digests = {str(row.runs[0]["inputs"].get(what)) for row in sharing}
             if len(digests) > 1:
                 for row in sharing:
                     digest = str(row.runs[0]["inputs"].get(what) or "not recorded")[:8]
-                    row.name += f", {'spectrum' if what == 'spectrum' else 'start model'} {digest}"
-    for name in {row.name for row in rows}:
+                    row.name += f", {INPUT_NAMES.get(what, what)} {digest}"
+    for name in dict.fromkeys(row.name for row in rows):
         for number, row in enumerate([row for row in rows if row.name == name][1:], 2):
             row.name += f", {number}"
     return [typed(flag, own[0].differences[flag][0]) for flag in sorted(common) if not names_say(flag, own[0].args)]

@@ -2,7 +2,7 @@
 
 Everything after the script's name is that script's own command line; its parser checks it before anything is submitted.
 A job runs the script from a snapshot of the code taken now, so that later edits change nothing. After a preemption or a
-time limit it is requeued, runs the same command again, and so goes on where it was.
+time limit it is requeued and runs the same command again, which resumes.
 
 Reads:  the script's arguments (files given by @file too)
 Writes: FOLDER/submission.json, FOLDER/code-DATE (the snapshot), FOLDER/logs (submitit's files, the tasks' output)

@@ -192,7 +192,7 @@ def test_a_users_own_recipe_that_cannot_be_read_is_named_and_stops_nothing(tmp_p
     assert [recipe.path.name for recipe in found] == ["f.args"] and len(complaints) == 4
     assert "a.args: expected a header of five lines" in complaints[0]
     assert "unrecognized arguments: --no-such-flag" in complaints[1]
-    assert "train_mine.py; expected one of train_lt, train_iwildcam" in complaints[2]
+    assert "train_mine.py; expected one of train_lt, train_iwildcam, train_fewshot" in complaints[2]
     assert "d.args: not UTF-8" in complaints[3]
 
 

@@ -194,6 +194,18 @@ def test_groups_at_their_bounds():
     assert {name: group.tolist() for name, group in groups.items()} == {"many": [0], "medium": [1, 2], "few": [3]}
 
 
+def test_few_shot_draws_are_averaged_though_their_images_differ(tmp_path):
+    folders = [
+        tmp_path
+        / write_run(tmp_path / f"{d}{s}", s, 70 + d, 40, shots=4, shot_seed=d, inputs={"data": d, "spectrum": d})
+        for d in range(3)
+        for s in range(2)
+    ]
+    [table] = tables.read(folders, [], lambda *_: {})
+    assert [len(row.runs) for row in table.rows.values()] == [6]
+    assert tables.results_of(next(iter(table.rows.values())), "overall")[0] == 71
+
+
 def test_better_and_worse_need_two_standard_errors():
     # 70, 72, 74: mean 72, standard deviation 2, error 2 / root 3 = 1.155; 60, 62, 64 the same: together 1.633.
     def row(*values):
