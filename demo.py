@@ -31,7 +31,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 
-from runtime import cli, files, runs, steps
+from runtime import cli, files, steps
 
 # Rows of the table: loss and curriculum, and for Balanced Softmax the prior of a stage (real counts, or the stage's).
 ROWS = {
@@ -153,7 +153,7 @@ def write_table(out: Path, dataset: str, results: dict[tuple[str, ...], list[dic
         f"Mean (standard deviation) over {count} training seeds of one spectrum; {tested}. Differences: mean ± "
         "standard error of the runs' differences, seed by seed."
     )
-    runs.write_text(out / "demo.md", f"{table}\n\n{note}\n")
+    files.write_text(out / "demo.md", f"{table}\n\n{note}\n")
     print(f"\n{table}\n\n{note}\n")
     return sentences
 
@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     # Step 6: the report, and the table that README shows.
     everywhere = [place for places in folders.values() for place in places]
     steps.run("report.py", "--runs", *everywhere, "--spectrum", folder, "--out", args.out)
-    results = {row: [runs.read_json(place / "results.json") for place in places] for row, places in folders.items()}
+    results = {row: [files.read_json(place / "results.json") for place in places] for row, places in folders.items()}
     sentences = write_table(args.out, args.dataset, results)
     print("\n".join(sentences))
     print(

@@ -47,8 +47,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
 import models
 from loaders import cifar, digits, toycam
-from runtime import cli, runs
+from runtime import checkpoints, cli, files, runs
 from runtime.device import pick_device
+from runtime.signals import StopSignals
 
 MAX_TOKENS = 16
 CHECKPOINT_SECONDS = 300
@@ -444,7 +445,7 @@ class Work:
         deadline: when --minutes end, in seconds of time.monotonic().
     """
 
-    def __init__(self, args, web, sizes: Sizes, signals: runs.StopSignals):
+    def __init__(self, args, web, sizes: Sizes, signals: StopSignals):
         self.web, self.sizes, self.signals = web, sizes, signals
         self.device = pick_device(args.device)
         bf16 = args.precision == "bf16" or (args.precision == "auto" and self.device.startswith("cuda"))
@@ -454,13 +455,13 @@ class Work:
         settings = {
             "benchmark": args.benchmark,
             "caption_noise": args.caption_noise,
-            "start": runs.digest_files(sorted((args.start / "unet").iterdir())) if args.start else None,
+            "start": files.digest_files(sorted((args.start / "unet").iterdir())) if args.start else None,
             "sizes": json.loads(json.dumps(vars(sizes))),
             "bf16": bf16,
             "noise": "DDPMScheduler",  # older checkpoints, whose generators learnt time backwards, have no such entry
         }
         self.state = {"settings": settings, "seconds": 0.0, "finished": {}, "current": None}
-        saved = runs.load_latest_checkpoint(self.path, "cpu")
+        saved = checkpoints.load_latest_checkpoint(self.path, "cpu")
         if saved:
             runs.stop_on_difference(self.path, saved["settings"], settings, "a new folder")
             self.state = saved
@@ -491,8 +492,8 @@ class Work:
     def save(self) -> None:
         self.state["seconds"] = self.seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        runs.save_checkpoint(self.path, self.state)
-        runs.previous_checkpoint(self.path).unlink(missing_ok=True)
+        checkpoints.save_checkpoint(self.path, self.state)
+        checkpoints.remove_previous(self.path)
 
 
 def fit(
@@ -884,7 +885,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from diffusers import StableDiffusionImg2ImgPipeline
 
-    with runs.StopSignals() as signals:
+    with StopSignals() as signals:
         web = WEBS[args.benchmark](args.data_root, args.caption_noise)
         work = Work(args, web, SIZES[args.sizes or args.benchmark], signals)
         tokenizer = make_tokenizer(web)
@@ -911,7 +912,7 @@ def main(argv: list[str] | None = None) -> int:
         clip = (args.start.parent if args.start else args.out) / "tiny_clip"
         result = check(web, args.out / "tiny_sd", clip, judge, work.device)
         result |= {"caption_noise": args.caption_noise, "minutes": work.seconds / 60, "device": work.device_name}
-    runs.write_json(args.out / "tiny_sd/agreement.json", result)
+    files.write_json(args.out / "tiny_sd/agreement.json", result)
     work.path.unlink()
     print(json.dumps(result, indent=2))
     if backwards := [name for name, (right, opposite) in result["loss_by_timestep"].items() if right >= opposite]:

@@ -25,7 +25,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import demo
-from runtime import cli, runs, steps
+from runtime import cli, files, steps
 
 NOISES = (0, 0.2, 0.4, 0.6)
 LOOKS = {"digits": "a look that the generator has not seen", "digits_web": "the generator's own look"}
@@ -135,7 +135,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
-    runs.write_text(path, text.getvalue())
+    files.write_text(path, text.getvalue())
 
 
 def draw_figure(path: Path, table: list[dict]) -> None:
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     # One table of all runs, and the figure.
     table = []
     for (setting, _, curriculum, seed), place in zip(waiting, folders, strict=True):
-        last = runs.read_json(place / "results.json")["last"]
+        last = files.read_json(place / "results.json")["last"]
         figures = {name: round(last[name], 2) for name in ("few", "overall")}
         table.append(setting | {"curriculum": curriculum, "seed": seed} | figures)
     write_csv(args.out / "runs.csv", table)
