@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import datasets
-from loaders.base import LongTailed
+from loaders.base import DataSet
 from runtime import cli, runs
 from spectrum import tables
 
@@ -87,7 +87,7 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def find_few(data: LongTailed, few_max: int) -> list[int]:
+def find_few(data: DataSet, few_max: int) -> list[int]:
     """Indices of the training images of few-shot classes.
 
     Raises:
@@ -113,7 +113,7 @@ def evaluated_weights(state: dict) -> dict:
     return {name.removeprefix(prefix): value for name, value in state["average"].items() if name.startswith(prefix)}
 
 
-def checkpoint_batches(args, data: LongTailed, places: list[int]):
+def checkpoint_batches(args, data: DataSet, places: list[int]):
     """Batches of (places, probabilities of all classes (n, C) or None, place -> what is wrong), by a checkpoint.
 
     The images are those of the run's own evaluation: its size, its crop, its normalisation.
@@ -158,7 +158,7 @@ def checkpoint_batches(args, data: LongTailed, places: list[int]):
         done += len(images)
 
 
-def clip_batches(args, data: LongTailed, places: list[int]):
+def clip_batches(args, data: DataSet, places: list[int]):
     """As `checkpoint_batches`, by a CLIP: the softmax of the scaled cosines to each class's mean text embedding."""
     import torch
     from torch.nn import functional as F
@@ -177,7 +177,7 @@ def clip_batches(args, data: LongTailed, places: list[int]):
         yield found, (scale * vectors @ head.T).softmax(1) if found else None, wrong
 
 
-def probabilities(args, data: LongTailed) -> np.ndarray:
+def probabilities(args, data: DataSet) -> np.ndarray:
     """The true class's probability of every training image, float64 (N,); NaN where it cannot be read.
 
     Raises:
@@ -272,7 +272,7 @@ def draw_probabilities(scores: np.ndarray, hard: list[int], path: Path) -> None:
     save_figure(figure, path)
 
 
-def print_counts(hard: list[dict], data: LongTailed) -> None:
+def print_counts(hard: list[dict], data: DataSet) -> None:
     """Hard images of each class, most first."""
     found = Counter(row["label"] for row in hard)
     for label, number in found.most_common(SHOWN):

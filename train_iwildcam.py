@@ -32,7 +32,7 @@ import numpy as np
 import curricula
 import datasets
 from curricula import REAL
-from loaders.base import ImageSet, LongTailed
+from loaders.base import DataSet, ImageSet
 from reporting import names
 from runtime import cli, files
 from runtime.signals import StopSignals
@@ -331,7 +331,7 @@ class Trainer(loop.Trainer):
         loop.write_results(self, state, writer, results, metrics)
 
 
-def write_tables(folder: Path, data: LongTailed, predicted: dict[str, np.ndarray]) -> None:
+def write_tables(folder: Path, data: DataSet, predicted: dict[str, np.ndarray]) -> None:
     """per_class.csv and per_location.csv of both test sets: images, accuracy and F1 in percent."""
     from training import evaluation
 

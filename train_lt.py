@@ -29,7 +29,7 @@ import numpy as np
 import curricula
 import datasets
 from curricula import REAL
-from loaders.base import ImageSet, LongTailed
+from loaders.base import DataSet, ImageSet
 from loaders.pictures import read_image
 from reporting import names
 from runtime import cli, files
@@ -377,7 +377,7 @@ def run_folder(args) -> Path:
     return args.out or Path("runs", f"{name}_seed{args.seed}")
 
 
-def write_subset(path: Path, data: LongTailed) -> None:
+def write_subset(path: Path, data: DataSet) -> None:
     """Which images a long-tailed draw took: split, source, label."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -423,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(
-    args, data: LongTailed, synthetic: dict, levels: list[int], hard_classes: list[int], signals: StopSignals
+    args, data: DataSet, synthetic: dict, levels: list[int], hard_classes: list[int], signals: StopSignals
 ) -> tuple[Trainer, dict]:
     """The model, its optimiser and the images on the device, and the run's state: new, or its last checkpoint's."""
     import torch

@@ -27,7 +27,7 @@ from timing import compare
 
 import models
 import train_iwildcam
-from loaders import cameratraps, defaults
+from loaders import cameratraps
 from runtime import cli
 from runtime.device import pick_device
 from runtime.runs import StopSignals, environment
@@ -38,7 +38,9 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "bench/bench_flyp")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--architecture", metavar="NAME", help="open_clip architecture, with random weights")
-    model.add_argument("--clip", default=defaults.TOYCAM_CLIP, metavar="NAME", help="or a CLIP as load_clip takes it")
+    model.add_argument(
+        "--clip", default=cameratraps.TOYCAM_CLIP, metavar="NAME", help="or a CLIP as load_clip takes it"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--batch-size", type=cli.whole(2), default=256, metavar="N", help="images in a step")
     parser.add_argument("--steps", type=cli.whole(2), default=8, metavar="N", help="steps of one measurement")

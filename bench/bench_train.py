@@ -30,7 +30,7 @@ from timing import compare
 import models
 import train_lt
 from loaders import cifar
-from loaders.base import IMAGENET_MEAN, IMAGENET_STD, ImageSet, LongTailed
+from loaders.base import IMAGENET_MEAN, IMAGENET_STD, DataSet, ImageSet
 from runtime import cli
 from runtime.device import pick_device
 from runtime.runs import StopSignals, environment
@@ -69,7 +69,7 @@ def bench_cifar(args, device: str) -> dict:
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, count)
     part = ImageSet(pixels, labels, [f"index:{i}" for i in range(count)])
-    data = LongTailed("bench", [str(i) for i in range(100)], part, part, part, mean=MEAN, std=STD)
+    data = DataSet("bench", [str(i) for i in range(100)], part, part, part, mean=MEAN, std=STD)
     trainer, _ = train_lt.prepare(own, data, {}, [], StopSignals())
 
     class Plain(torch.utils.data.Dataset):

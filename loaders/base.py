@@ -222,9 +222,6 @@ class Entry:
     shared_index: bool = False
 
 
-LongTailed = DataSet  # its old name
-
-
 def long_tail_counts(largest: int, classes: int, imb_ratio: float) -> list[int]:
     """Class counts int(largest * imb_ratio^(-k / (classes - 1))): CIFAR-LT's exponential rule (Cao et al., 2019)."""
     # The small addend keeps 60 / 30 at 2 where the power comes out at 1.9999999999999998.
@@ -305,10 +302,12 @@ def find_unreadable(splits: dict[str, ImageSet]) -> list[str]:
     Only headers are read, 32 at a time: some 5,000 images a second from a local disk.
     """
     paths = {path: name for name, part in splits.items() if not part.in_memory for path in part.images}
+    if not paths:
+        return []
     with cli.progress(len(paths), "looking at every image", "image") as bar, ThreadPoolExecutor(32) as pool:
         found = []
         for path, error in zip(paths, pool.map(header_error, paths), strict=True):
-            found += [f"{paths[path]}: {path}: {error}"] if error else []
+            found += [f"{paths[path]}: {path} ({error})"] if error else []
             bar.update()
     return found
 
@@ -319,7 +318,7 @@ def stop_on_unreadable(splits: dict[str, ImageSet]) -> None:
     if found:
         more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
         raise UserError(
-            f"{len(found)} images cannot be read: {'; '.join(found[:20])}{more}. Expected them mended, or taken out"
+            f"{len(found)} images cannot be used: {'; '.join(found[:20])}{more}. Expected them mended or taken out"
         )
 
 

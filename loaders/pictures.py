@@ -110,11 +110,11 @@ def header_error(path: Path) -> str:
     """What is wrong with an image file as far as its header tells; empty where nothing is."""
     try:
         if not path.stat().st_size:
-            return "is empty"
+            return "empty"
         with open_image(path, ""):
             return ""
     except FileNotFoundError:
-        return "no such file"
+        return "missing"
     except UserError as error:
         return str(error).removeprefix(": ")
     except OSError as error:

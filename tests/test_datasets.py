@@ -479,9 +479,9 @@ def test_check_data_looks_into_the_files(tmp_path, capsys):
     (tmp_path / "test/b/0.png").write_bytes(b"no image")
     assert check_data.main([*flags[:-1], "0"]) == 1
     out = capsys.readouterr().out
-    assert f"val: {tmp_path}/val/a/0.png: is empty" in out and f"{tmp_path}/test/b/0.png: not a readable image" in out
+    assert f"val: {tmp_path}/val/a/0.png (empty)" in out and f"{tmp_path}/test/b/0.png (not a readable image" in out
     data = datasets.load("imagefolder", None, tmp_path)
-    with pytest.raises(UserError, match="2 images cannot be read: val: .*is empty; test: .*not a readable image"):
+    with pytest.raises(UserError, match="2 images cannot be used: val: .*(empty).*; test: .*not a readable image"):
         base.stop_on_unreadable(data.splits)
 
 

@@ -14,7 +14,7 @@ from test_prompts import save_llm
 
 import datasets
 import describe_domains
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from runtime.cli import UserError
 from spectrum import domains as summary
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from training import diffusion
 from training.tuner import batch_and_steps, rate_at
 

@@ -14,7 +14,7 @@ from test_prompts import DOMAINS
 
 import generate_spectrum
 import write_prompts
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum.domains import write_source_domains

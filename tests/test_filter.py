@@ -15,7 +15,7 @@ from PIL import Image
 
 import datasets
 import filter_clipscore
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from runtime import files, runs
 from runtime.cli import UserError
 from spectrum import acceptance, quotas, tables

@@ -13,7 +13,7 @@ from PIL import Image
 import datasets
 import find_hard
 import train_lt
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from models import build_classifier
 from runtime import runs
 from runtime.cli import UserError

@@ -21,7 +21,7 @@ import generate_spectrum
 import models
 from generation import generator as generators
 from generation import worklist
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum import tables

@@ -24,7 +24,7 @@ import models
 from generation import generator as generators
 from generation.plan import choose_prompt
 from generation.worklist import Batch
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from loaders.sources import Sources
 from runtime import runs
 from spectrum import folder as spectrum_folder

@@ -19,7 +19,7 @@ import models
 import tune_generator
 from generation import loras
 from loaders import digits
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum import tables

@@ -17,7 +17,7 @@ from PIL import Image
 import check_data
 import datasets
 import models
-from loaders import cameratraps, defaults, toycam
+from loaders import base, cameratraps, toycam
 from runtime.cli import UserError
 from training import clip as clip_tuning
 from training import evaluation, losses, stores
@@ -77,7 +77,7 @@ def test_no_picture_of_the_web_is_one_of_the_data_set():
 def test_the_class_table_is_whole():
     names = cameratraps.class_names()
     assert len(names) == 182 and all(names) and names[0] == "empty"
-    rows = list(csv.DictReader((defaults.ASSETS / "iwildcam_classes.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((base.ASSETS / "iwildcam_classes.csv").open(encoding="utf-8")))
     assert [int(row["index"]) for row in rows] == list(range(182))
     known = {row["scientific_name"]: row["english_name"] for row in rows}
     assert known["panthera leo"] == "lion" and known["loxodonta africana"] == "african bush elephant"
@@ -206,7 +206,7 @@ def test_merged_classes_share_the_target():
 
 @pytest.fixture(scope="module")
 def tiny():
-    clip, _, tokenizer = models.load_clip(defaults.TOYCAM_CLIP, "cpu")
+    clip, _, tokenizer = models.load_clip(cameratraps.TOYCAM_CLIP, "cpu")
     return SimpleNamespace(clip=clip, tokenizer=tokenizer, tuned=clip_tuning.TunedClip(clip))
 
 
@@ -233,7 +233,7 @@ def test_the_zero_shot_head_is_the_mean_of_the_captions_and_its_logits_are_scale
 
 
 def test_a_linear_head_starts_as_the_zero_shot_one_and_leaves_the_text_tower_out(tiny):
-    clip, _, tokenizer = models.load_clip(defaults.TOYCAM_CLIP, "cpu")
+    clip, _, tokenizer = models.load_clip(cameratraps.TOYCAM_CLIP, "cpu")
     tokens = tokenizer(clip_tuning.captions_of(toycam.CLASSES, ["a photo of {}."]))
     head = clip_tuning.zero_shot_head(clip_tuning.TunedClip(clip), tokens, 5)
     tuned, images = clip_tuning.TunedClip(clip, head), torch.randn(4, 3, 16, 16)

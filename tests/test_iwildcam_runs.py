@@ -23,7 +23,7 @@ import generate_spectrum
 import models
 import train_iwildcam
 import write_prompts
-from loaders import defaults, toycam
+from loaders import cameratraps, toycam
 from runtime import runs
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
@@ -92,7 +92,7 @@ def count_steps(monkeypatch, at: int, act) -> None:
 def test_ones_own_camera_traps_train_as_toycam_does(small, tmp_path):
     shutil.copytree(small.root, tmp_path / "own")
     (tmp_path / "own/class_names.txt").write_text("\n".join(toycam.CLASSES), encoding="utf-8")
-    same = ["--clip", defaults.TOYCAM_CLIP, "--precision", "fp32", "--lr", "3e-4", "--workers", "0"]
+    same = ["--clip", cameratraps.TOYCAM_CLIP, "--precision", "fp32", "--lr", "3e-4", "--workers", "0"]
     assert train(small, tmp_path / "toycam", *same) == 0
     own = ["--dataset", "cameratraps", "--data-root", str(tmp_path / "own"), *same]
     assert train(small, tmp_path / "cameratraps", *own) == 0
@@ -132,7 +132,7 @@ def test_a_run_leaves_what_it_says_and_its_figures_agree(small, tmp_path):
 @pytest.mark.slow
 def test_the_tuned_weights_are_read_back_by_find_hard(small, tmp_path):
     train(small, tmp_path / "r", "--epochs", "1", "--warmup-epochs", "0")
-    shutil.copytree(defaults.TOYCAM_CLIP, tmp_path / "clip")
+    shutil.copytree(cameratraps.TOYCAM_CLIP, tmp_path / "clip")
     (tmp_path / "clip/open_clip_model.safetensors").unlink()
     shutil.copy(tmp_path / "r/clip.safetensors", tmp_path / "clip/open_clip_model.safetensors")
     clip, _, _ = models.load_clip(str(tmp_path / "clip"), "cpu")
@@ -159,7 +159,7 @@ def test_a_linear_head_trains(small, tmp_path, loss):
     history = runs.read_json_lines(tmp_path / "r/history.jsonl")
     assert history[-1]["loss"] < history[0]["loss"]
     state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["model"]
-    original = models.load_clip(defaults.TOYCAM_CLIP, "cpu")[0].state_dict()
+    original = models.load_clip(cameratraps.TOYCAM_CLIP, "cpu")[0].state_dict()
     assert torch.equal(state["clip.text_projection"], original["text_projection"])
     assert not torch.equal(state["clip.visual.conv1.weight"], original["visual.conv1.weight"])
 
@@ -352,7 +352,7 @@ def test_bad_flags_are_named(small, tmp_path, extra, message):
 
 
 def test_a_clip_checkpoint_of_another_architecture_is_named(small, tmp_path):
-    shutil.copytree(defaults.TOYCAM_CLIP, tmp_path / "clip")
+    shutil.copytree(cameratraps.TOYCAM_CLIP, tmp_path / "clip")
     config = tmp_path / "clip/open_clip_config.json"
     content = runs.read_json(config)
     content["model_cfg"]["vision_cfg"]["layers"] += 1

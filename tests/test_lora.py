@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from training import diffusion, lora
 
 TINY = str(ASSETS / "tiny_sd")

@@ -494,7 +494,9 @@ def test_images_that_cannot_be_used_are_named_together_before_any_training(photo
     (tmp_path / "p/test/class1/0.jpg").write_bytes(b"no image")
     (tmp_path / "p/train/class0/3.jpg").write_bytes(b"")
     flags = ["--dataset", "imagefolder", "--data-root", str(tmp_path / "p"), "--batch-size", "2"]
-    with pytest.raises(UserError, match=r"^2 images cannot be used: .*3.jpg \(empty\); test: .*0.jpg \(not an image\)"):
+    with pytest.raises(
+        UserError, match=r"^2 images cannot be used: .*3.jpg \(empty\); test: .*0.jpg \(not a readable image"
+    ):
         train_lt.main([*flags, "--out", str(tmp_path / "r")])
     assert not (tmp_path / "r/checkpoint.pt").exists()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from runtime.cli import UserError
 from training.networks import CifarResNet, CosineHead, FullPrecisionLinear
 

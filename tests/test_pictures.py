@@ -141,4 +141,4 @@ def test_a_header_tells_what_it_can(tmp_path):
         (tmp_path / name).write_bytes(damaged()[name])
     halves().save(tmp_path / "fine.png")
     found = [pictures.header_error(tmp_path / name) for name in ("fine.png", "empty.png", "none.png", "text.jpg")]
-    assert found[:3] == ["", "is empty", "no such file"] and found[3].startswith("not a readable image")
+    assert found[:3] == ["", "empty", "missing"] and found[3].startswith("not a readable image")

@@ -12,7 +12,7 @@ import torch
 import datasets
 import generate_spectrum
 import train_fewshot
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS
 from reporting import names
 from runtime.cli import UserError
 from spectrum import tables

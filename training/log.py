@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from curricula import REAL
-from loaders.base import LongTailed
+from loaders.base import DataSet
 from runtime import cli, runs
 from training.pool import Pool
 
@@ -24,7 +24,7 @@ def open_writer(folder: Path, epoch: int):
     return SummaryWriter(str(folder), purge_step=epoch)
 
 
-def sheet(pool: Pool, data: LongTailed, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
+def sheet(pool: Pool, data: DataSet, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
     """A picture of some of an epoch's training images before augmentation, half of them synthetic if it has any."""
     from reporting import figures
 
@@ -36,7 +36,7 @@ def sheet(pool: Pool, data: LongTailed, seed: int, epoch: int, places: np.ndarra
     return figures.sheet(read_images(pool, chosen), captions_of(pool, data, chosen))
 
 
-def spectrum_sheet(pool: Pool, data: LongTailed, source_ids: np.ndarray, levels: list[int]) -> np.ndarray:
+def spectrum_sheet(pool: Pool, data: DataSet, source_ids: np.ndarray, levels: list[int]) -> np.ndarray:
     """Some hard images, each beside one synthetic image of each level: uint8 (height, width, 3).
 
     Args:
@@ -60,7 +60,7 @@ def read_images(pool: Pool, places: np.ndarray) -> list[np.ndarray]:
     return [image.permute(1, 2, 0).cpu().numpy() for part in parts for image in part]
 
 
-def captions_of(pool: Pool, data: LongTailed, places: np.ndarray) -> list[tuple[str, str]]:
+def captions_of(pool: Pool, data: DataSet, places: np.ndarray) -> list[tuple[str, str]]:
     """Level and class of the images at some places."""
     levels = ["real" if level == REAL else f"level {level}" for level in pool.levels[places]]
     return list(zip(levels, (data.spoken_names[label] for label in pool.labels[places]), strict=True))

@@ -17,7 +17,7 @@ import numpy as np
 
 import curricula
 from curricula import REAL
-from loaders.base import LongTailed
+from loaders.base import DataSet
 from runtime import checkpoints, cli, files, runs
 from runtime.signals import StopSignals
 from training import distributed, log, optimization
@@ -108,7 +108,7 @@ class Trainer:
     """
 
     args: object
-    data: LongTailed
+    data: DataSet
     levels: list[int]
     pool: Pool
     model: object

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import curricula
 from curricula import REAL
-from loaders.base import ImageSet, LongTailed
-from runtime import cli, steps
+from loaders.base import DataSet, ImageSet, stop_on_unreadable
+from runtime import steps
 from spectrum import folder as spectrum_folder
 from training import distributed
 from training.flags import DEFAULT_SPECTRUM
@@ -46,7 +44,7 @@ class Pool:
 
 def build_pool(
     args,
-    data: LongTailed,
+    data: DataSet,
     synthetic: dict[int, ImageSet],
     levels: list[int],
     store: Callable[[list[ImageSet]], object],
@@ -79,34 +77,9 @@ def check_files(args, splits: dict[str, ImageSet]) -> None:
     Raises:
         UserError: a file is missing, empty or no image.
     """
-    paths = [(split, path) for split, part in splits.items() if not part.in_memory for path in part.images]
     with distributed.first_process_first(args.device):
-        if distributed.rank() > 0 or not paths:
-            return
-        wrong = []
-        with ThreadPoolExecutor(16) as readers, cli.progress(len(paths), "checking the images", "image") as bar:
-            for (split, path), error in zip(paths, readers.map(header_error, (path for _, path in paths)), strict=True):
-                bar.update()
-                if error:
-                    wrong.append(f"{split}: {path} ({error})")
-    if wrong:
-        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise cli.UserError(
-            f"{len(wrong)} images cannot be used: {'; '.join(wrong[:SHOWN])}{more}. Expected them mended or taken out"
-        )
-
-
-def header_error(path: Path) -> str:
-    """What is wrong with an image file, going by its header alone; empty if nothing."""
-    try:
-        if path.stat().st_size == 0:
-            return "empty"
-        with Image.open(path):
-            return ""
-    except FileNotFoundError:
-        return "missing"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return "not an image"
+        if distributed.rank() == 0:
+            stop_on_unreadable(splits)
 
 
 def prepare_spectrum(args) -> tuple[list[int], list[int]]:
