@@ -123,13 +123,13 @@ def embed(args, data, rows: list[dict], clip, real: list[str]) -> tuple[np.ndarr
     ):
         cache = VectorCache(args.spectrum / "edits" / f"clip_{what}_{digest}.npz", width)
         todo = cache.missing(names)
-        with cli.progress(len(todo), f"embedding {what}", "image") as bar:
-            for places, vectors, wrong in clip.images(todo, read) if todo else ():
-                if wrong:
-                    raise cli.UserError(f"{wrong[min(wrong)]}")
-                cache.add([todo[place] for place in places], vectors.numpy())
-                bar.update(len(places))
         if todo:
+            with cli.progress(len(todo), f"embedding {what}", "image") as bar:
+                for places, vectors, wrong in clip.images(todo, read):
+                    if wrong:
+                        raise cli.UserError(wrong[min(wrong)])
+                    cache.add([todo[place] for place in places], vectors.numpy())
+                    bar.update(len(places))
             cache.save()
         found.append(cache.get(names))
     return found[0], found[1]

@@ -383,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
         levels, _ = prepare_spectrum(args)
         loop.stage_of(args, 0, levels)
         synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
-        inputs["spectrum"] = files.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
+        inputs["spectrum"] = files.digest_files(spectrum_folder.decisive_files(args.spectrum))
         hard = {row["source"] for row in spectrum_folder.read_rows(args.spectrum)}
         say_hard(args, len(hard), levels, synthetic)
     return loop.run(args, inputs, lambda signals: prepare(args, data, synthetic, levels, hard, signals))

@@ -34,8 +34,9 @@ from loaders.pictures import read_image
 from reporting import names
 from runtime import cli, files
 from runtime.signals import StopSignals
+from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
-from training import distributed, flags, log, loop, losses, optimization
+from training import additions, distributed, flags, log, loop, losses, optimization
 from training.pool import build_pool, check_files, prepare_spectrum, print_gaps
 
 DRAWN = ("cifar10_lt", "cifar100_lt", "imagefolder")  # data sets that --imb-ratio draws a part of
@@ -46,6 +47,7 @@ def build_parser() -> cli.Parser:
     datasets.add_flags(parser)
     flags.add_run_flags(parser)
     add_curriculum_flags(parser.add_argument_group("curriculum"))
+    additions.add_flags(parser.add_argument_group("additions"))
     add_loss_flags(parser.add_argument_group("loss"))
     add_model_flags(parser.add_argument_group("model and images"))
     add_training_flags(parser.add_argument_group("training"))
@@ -110,6 +112,12 @@ def add_loss_flags(group) -> None:
         help="epoch from which --drw weights (default: four fifths of --epochs)",
     )
     group.add_argument(
+        "--class-weights",
+        choices=["none", "inverse"],
+        default="none",
+        help="inverse: a class weighs 1 / its images in the epoch, synthetic ones counted in; the largest weight is 1",
+    )
+    group.add_argument(
         "--real-weight",
         type=cli.number(0, 1),
         metavar="LAMBDA",
@@ -135,11 +143,11 @@ def add_model_flags(group) -> None:
     )
     group.add_argument(
         "--augment",
-        choices=["none", "shift", "crop_flip", "resized_crop", "cuda"],
+        choices=["none", "shift", "crop_flip", "resized_crop", "cuda", "resize"],
         default="shift",
         help="shift: by up to 1/8, edges repeated; crop_flip: the same on black, and mirrored; resized_crop: a random "
         "part of a large image, mirrored; cuda: crop_flip or resized_crop, and as many random operations as the "
-        "class's level of learning says",
+        "class's level of learning says; resize: nothing, and large images whole, squeezed to a square",
     )
     group.add_argument(
         "--color-jitter",
@@ -180,6 +188,14 @@ def check_flags(args) -> None:
         raise cli.UserError(f"--mix {args.mix}: a mixed image has no one class to weight; expected no --drw")
     if args.drw and args.loss in ("bs", "la"):
         raise cli.UserError(f"--drw: --loss {args.loss} corrects for the class counts itself; expected ce, focal, ldam")
+    if args.class_weights != "none" and (args.drw or args.loss != "ce" or args.mix != "none"):
+        raise cli.UserError("--class-weights inverse: expected --loss ce, without --drw and --mix")
+    if args.add and args.curriculum in ("none", "adaptive"):
+        raise cli.UserError(f"--add {args.add}: --curriculum {args.curriculum} names no level; expected all or another")
+    if args.leave_out and args.curriculum != "none":
+        raise cli.UserError("--leave-out: expected --curriculum none, a base model for filter_edits.py")
+    if args.add_once and not args.add:
+        raise cli.UserError("--add-once: expected with --add only")
     if args.ema == 1:
         raise cli.UserError("--ema 1: an average that never moves; expected less than 1, such as 0.999")
     flags.check_flags(args)
@@ -193,11 +209,13 @@ class Trainer(loop.Trainer):
         is_hard: whether a class is hard, bool (C,).
         val: the validation images (training/stores.py).
         learned: the level of learning of each class, int (C,), which --augment cuda goes by; None without it.
+        wanted: with --add, edits of each class in an epoch, int (C,); None for one of every source.
     """
 
     is_hard: np.ndarray
     val: object
     learned: np.ndarray | None = None
+    wanted: np.ndarray | None = None
 
     def __post_init__(self):
         if self.args.loss == "ldam":
@@ -212,7 +230,7 @@ class Trainer(loop.Trainer):
         args, data, rows = self.args, self.data, batch.rows
         counts = self.class_counts(batch.of)
         weights = losses.image_weights(
-            batch.labels, batch.synthetic, self.class_weights(batch.of.epoch, counts), args.real_weight
+            batch.labels, batch.synthetic, self.class_weights(batch.of, counts), args.real_weight
         )
 
         # Augment the images, and mix them with each other.
@@ -243,9 +261,13 @@ class Trainer(loop.Trainer):
             return torch.bincount(this.labels, minlength=len(self.data.class_names))
         return torch.from_numpy(self.data.counts).to(self.device)
 
-    def class_weights(self, epoch: int, counts):
-        """The weights of deferred re-weighting, float (C,), from its epoch on; None before it."""
-        args = self.args
+    def class_weights(self, this: loop.Pass, counts):
+        """The weights of the classes, float (C,): of deferred re-weighting from its epoch on, or --class-weights."""
+        import torch
+
+        args, epoch = self.args, this.epoch
+        if args.class_weights == "inverse":
+            return losses.inverse_weights(torch.bincount(this.labels, minlength=len(self.data.class_names)))
         start = args.epochs * 4 // 5 if args.drw_epoch is None else args.drw_epoch
         return losses.class_balanced_weights(counts).float() if args.drw and epoch >= start else None
 
@@ -293,7 +315,21 @@ class Trainer(loop.Trainer):
 
     def epoch_places(self, epoch: int, stage: list[int]) -> np.ndarray:
         """See training.Trainer."""
+        args = self.args
+        places = self.mixed_places(epoch, stage)
+        if args.epoch_images:
+            places = curricula.repeat_to(places, args.epoch_images, np.random.default_rng([args.seed, epoch, 4]))
+        return places
+
+    def mixed_places(self, epoch: int, stage: list[int]) -> np.ndarray:
+        """The real and the synthetic images of an epoch: by --add, or as the curriculum mixes them."""
         args, pool = self.args, self.pool
+        if args.add and stage:
+            rng = np.random.default_rng([args.seed, 5] if args.add_once else [args.seed, epoch, 5])
+            edits = np.flatnonzero(np.isin(pool.levels, stage) & (pool.levels < REAL))
+            sources = [pool.sources[place] for place in edits]
+            chosen = curricula.choose_additions(pool.labels[edits], sources, self.wanted, rng)
+            return np.concatenate([np.flatnonzero(pool.levels == REAL), edits[chosen]])
         share = args.hard_share if args.hard_share is not None else self.is_hard.mean()
         rng = np.random.default_rng([args.seed, epoch])
         return curricula.long_tail_epoch(
@@ -329,14 +365,12 @@ class Trainer(loop.Trainer):
 
     def finish(self, state: dict, writer) -> None:
         """Test the last and the best-by-validation weights, and write what the run leaves."""
-        from training import evaluation
-
         args, data = self.args, self.data
         test, places = build_store(args, [data.test], self.device), np.arange(len(data.test))
         logits = self.predict(test, places)
-        last = evaluation.accuracies(logits, data.test.labels, data.groups)
+        last = additions.test_figures(data, logits)
         self.evaluated.load_state_dict(state["best"]["model"])
-        best = evaluation.accuracies(self.predict(test, places), data.test.labels, data.groups)
+        best = additions.test_figures(data, self.predict(test, places))
         if not writer:
             return
         results = {
@@ -350,7 +384,8 @@ class Trainer(loop.Trainer):
         if len(data.groups["few"]):
             with log.decoration("confusion.png"):
                 self.show_confusion(logits, writer)
-        metrics = {f"test/{name}": last[name] for name in ("overall", *data.groups) if last[name] is not None}
+        named = ("overall", *data.groups, "macro_f1", "id", "ood", "balanced", "worst_group")
+        metrics = {f"test/{name}": last[name] for name in named if last.get(name) is not None}
         loop.write_results(self, state, writer, results, metrics)
         shown = ", ".join(f"{name.removeprefix('test/')} {value:.1f}" for name, value in metrics.items())
         print(f"{args.out}: test accuracy % after the last epoch: {shown}")
@@ -394,6 +429,9 @@ def main(argv: list[str] | None = None) -> int:
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
+    if args.extra_real or args.leave_out:
+        data = additions.choose_training_images(args, data)
+    wanted = additions.count_wanted(args, data) if args.add else None
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
     check_files(args, data.splits)
@@ -401,15 +439,15 @@ def main(argv: list[str] | None = None) -> int:
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
         levels, hard_classes = prepare_spectrum(args)
-        if len(hard_classes) == len(data.class_names):
+        if len(hard_classes) == len(data.class_names) and not args.add:
             raise cli.UserError(
                 f"{args.spectrum}: every class has hard images, so that a stage has no others to mix them with; "
-                "expected a spectrum of some classes (find_hard.py --rule few), or train_iwildcam.py, which replaces "
-                "hard images"
+                "expected --add, a spectrum of some classes (find_hard.py --rule few), or train_iwildcam.py, which "
+                "replaces hard images"
             )
         loop.stage_of(args, 0, levels)
         synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
-        inputs["spectrum"] = files.digest_files([args.spectrum / "plan.json", args.spectrum / "scores.csv"])
+        inputs["spectrum"] = files.digest_files(spectrum_folder.decisive_files(args.spectrum))
         print_gaps(hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:
         inputs["init_checkpoint"] = files.digest_files([args.init_checkpoint])
@@ -417,7 +455,9 @@ def main(argv: list[str] | None = None) -> int:
     def begin(signals: StopSignals) -> tuple[Trainer, dict]:
         if distributed.rank() == 0 and args.dataset in DRAWN and args.imb_ratio is not None:
             write_subset(args.out / "subset.csv", data)
-        return prepare(args, data, synthetic, levels, hard_classes, signals)
+        trainer, state = prepare(args, data, synthetic, levels, hard_classes, signals)
+        trainer.wanted = wanted
+        return trainer, state
 
     return loop.run(args, inputs, begin)
 
@@ -459,7 +499,8 @@ def build_store(args, sets: list[ImageSet], device: str, randaugment: bool = Fal
     """The images of some sets as one store (training/stores.py)."""
     from training import stores
 
-    return stores.build(sets, device, args.image_size, args.workers, args.memory_format, randaugment)
+    crop = stores.WHOLE if args.augment == "resize" else stores.IMAGENET_CROP
+    return stores.build(sets, device, args.image_size, args.workers, args.memory_format, randaugment, crop)
 
 
 if __name__ == "__main__":

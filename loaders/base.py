@@ -228,6 +228,14 @@ def long_tail_counts(largest: int, classes: int, imb_ratio: float) -> list[int]:
     return [int(largest * imb_ratio ** (-k / (classes - 1)) + 1e-9) for k in range(classes)]
 
 
+def join_sets(one: ImageSet, other: ImageSet) -> ImageSet:
+    """The images of two sets of one data set, one after the other."""
+    images = np.concatenate([one.images, other.images]) if one.in_memory else [*one.images, *other.images]
+    known = one.domains is not None and other.domains is not None
+    domains = np.concatenate([one.domains, other.domains]) if known else None
+    return ImageSet(images, np.concatenate([one.labels, other.labels]), [*one.sources, *other.sources], domains)
+
+
 def fold_of(source: str, folds: int) -> int:
     """The part, 0 to folds - 1, that an image belongs to where a training set is cut into `folds` parts."""
     return int.from_bytes(hashlib.blake2b(f"fold\0{source}".encode(), digest_size=8).digest(), "big") % folds

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-AUGMENTATIONS = ("none", "shift", "crop_flip", "resized_crop", "cuda")
+AUGMENTATIONS = ("none", "shift", "crop_flip", "resized_crop", "cuda", "resize")
 ALL = slice(None)
 
 

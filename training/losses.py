@@ -119,6 +119,14 @@ def contrastive(
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
+def inverse_weights(counts: torch.Tensor) -> torch.Tensor:
+    """Class weights 1 / count, float (C,), scaled so that the largest is 1; 0 for a class without an image (ALIA)."""
+    import torch
+
+    weights = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0)
+    return weights / weights.max()
+
+
 def image_weights(
     labels: torch.Tensor,
     synthetic: torch.Tensor,

@@ -32,24 +32,33 @@ class Crop:
         least_area: of a random crop, as a share of the image's.
         zoom: of a test image, the shorter side over the side of the centre crop.
         filter: bilinear or bicubic.
+        whole: take the whole image always, squeezed to a square, as ALIA does.
     """
 
     least_area: float = 0.08
     zoom: float = 256 / 224
     filter: str = "bilinear"
+    whole: bool = False
 
 
 IMAGENET_CROP = Crop()
+WHOLE = Crop(whole=True)
 CLIP_CROP = Crop(least_area=0.9, zoom=1.0, filter="bicubic")  # open_clip's, which FLYP takes
 
 
 def build(
-    sets: list[ImageSet], device: str, image_size: int, workers: int, memory_format: str, randaugment: bool = False
+    sets: list[ImageSet],
+    device: str,
+    image_size: int,
+    workers: int,
+    memory_format: str,
+    randaugment: bool = False,
+    crop: Crop = IMAGENET_CROP,
 ):
     """The images of several sets, one after another, as one store of images (InMemory or Decoded)."""
     if sets[0].in_memory:
         return InMemory(np.concatenate([one.images for one in sets]), device, memory_format, randaugment)
-    return Decoded([path for one in sets for path in one.images], device, image_size, workers, randaugment)
+    return Decoded([path for one in sets for path in one.images], device, image_size, workers, randaugment, crop)
 
 
 class InMemory:
@@ -258,7 +267,12 @@ def decode(path: Path, size: int, rng: np.random.Generator | None, crop: Crop = 
         raise UserError(f"{path}: not a readable image ({error.strerror})") from None
     with pictures.open_image(io.BytesIO(content), str(path)) as image:
         (width, height), stored = pictures.upright_size(image), image.size
-        box = centre_box(width, height, crop.zoom) if rng is None else random_box(width, height, rng, crop.least_area)
+        if crop.whole:
+            box = 0, 0, width, height
+        elif rng is None:
+            box = centre_box(width, height, crop.zoom)
+        else:
+            box = random_box(width, height, rng, crop.least_area)
         needed = size / min(box[2] - box[0], box[3] - box[1])
         image.draft("RGB", (math.ceil(stored[0] * needed), math.ceil(stored[1] * needed)))
         whole = image.size == stored and pictures.orientation_of(image) == 1
