@@ -14,8 +14,7 @@ from PIL import Image
 import datasets
 import filter_edits
 import train_lt
-from loaders.base import fold_of
-from loaders.defaults import ASSETS
+from loaders.base import ASSETS, fold_of
 from runtime import runs
 from runtime.cli import UserError
 from spectrum import edit_rules

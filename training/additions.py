@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import curricula
-from loaders.base import LongTailed, fold_of, join_sets
+from loaders.base import DataSet, fold_of, join_sets
 from runtime import cli
 
 
@@ -40,7 +40,7 @@ def add_flags(group) -> None:
     )
 
 
-def choose_training_images(args, data: LongTailed) -> LongTailed:
+def choose_training_images(args, data: DataSet) -> DataSet:
     """The data set with the training images that --leave-out and --extra-real ask for.
 
     Raises:
@@ -61,7 +61,7 @@ def choose_training_images(args, data: LongTailed) -> LongTailed:
     return data
 
 
-def count_wanted(args, data: LongTailed) -> np.ndarray | None:
+def count_wanted(args, data: DataSet) -> np.ndarray | None:
     """Edits of each class that --add asks for, int (C,); None for one of every source.
 
     Raises:
@@ -92,7 +92,7 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
     return np.array([int(row["label"]) for row in rows], dtype=int)
 
 
-def test_figures(data: LongTailed, logits) -> dict:
+def test_figures(data: DataSet, logits) -> dict:
     """Accuracies in percent; where images have domains also by group, in and out of distribution, and macro-F1."""
     from training import domain_groups, evaluation
 
