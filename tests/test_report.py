@@ -376,6 +376,7 @@ def test_results_that_were_kept_without_a_history_make_the_table(tmp_path):
 
 def test_tables_in_the_documents_are_what_report_makes_of_the_kept_results(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes.read_all, "__defaults__", (recipes.FOLDER,))
+    monkeypatch.setattr(recipes.read_published, "__defaults__", (recipes.FOLDER / "published.csv",))
     found = {}
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         text = path.read_text(encoding="utf-8")
