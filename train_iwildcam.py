@@ -409,11 +409,12 @@ def prepare(
     import torch
 
     import models
-    from runtime.device import pick_device
+    from runtime.device import check_bfloat16, pick_device
     from training import clip as clip_tuning
     from training import stores
 
     device = pick_device(args.device)
+    check_bfloat16(args.precision, device)
     torch.manual_seed(files.digest_int("weights", args.seed))
     clip, _, tokenizer = models.load_clip(args.clip, device)
     size, mean, std = clip_tuning.input_of(clip, args.clip)
@@ -433,7 +434,7 @@ def prepare(
     if args.grad_checkpointing:
         clip.set_grad_checkpointing(True)
     if args.loss == "lpft" and not (args.out / "checkpoint.pt").exists():
-        model.set_head(*probe(args, data, model, pool, device))
+        model.set_head(*probe(args, data, model, pool, device, signals))
     optimizer = optimization.build_optimizer(args, model)
     state = loop.start_or_resume(args, model, optimizer, None, device)
     pool.images.unreadable |= state.get("unreadable", {})
@@ -447,8 +448,12 @@ def prepare(
     return trainer, state
 
 
-def probe(args, data, model, pool: Pool, device: str) -> tuple:
-    """The linear probe of lpft: weights and bias of the head, fitted to the real training images' embeddings."""
+def probe(args, data, model, pool: Pool, device: str, signals: StopSignals) -> tuple:
+    """The linear probe of lpft: weights and bias of the head, fitted to the real training images' embeddings.
+
+    Raises:
+        loop.Stopped: a signal came.
+    """
     import torch
 
     from training import clip as clip_tuning
@@ -456,7 +461,14 @@ def probe(args, data, model, pool: Pool, device: str) -> tuple:
 
     places = np.flatnonzero((pool.levels == REAL) & ~pool.held)
     embedder, width = clip_tuning.Embedder(model), model.head.in_features
-    features = evaluation.predict(embedder, pool.images, places, data, device, args.precision, width=width)
+
+    def stop_on_signal() -> None:
+        if distributed.any_of(signals.received is not None, device):
+            raise loop.Stopped()
+
+    features = evaluation.predict(
+        embedder, pool.images, places, data, device, args.precision, width=width, between=stop_on_signal
+    )
     wrong = torch.tensor([float(place in pool.images.unreadable) for place in places])
     keep = distributed.total(wrong, device).cpu() == 0
     labels = torch.from_numpy(pool.labels[places])

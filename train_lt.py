@@ -469,9 +469,10 @@ def prepare(
     import torch
 
     import models
-    from runtime.device import pick_device
+    from runtime.device import check_bfloat16, pick_device
 
     device = pick_device(args.device)
+    check_bfloat16(args.precision, device)
     torch.manual_seed(files.digest_int("weights", args.seed))
     size = data.train.images.shape[1] if data.train.in_memory else args.image_size
     model = models.build_classifier(args.model, len(data.class_names), size, args.pretrained, args.loss == "ldam")

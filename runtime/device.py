@@ -20,3 +20,9 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here: {first_line(error)}") from error
     return name
+
+
+def check_bfloat16(precision: str, device: str) -> None:
+    """Raise UserError where `precision` is bf16 and the card has no bfloat16 (compute capability below 8)."""
+    if precision == "bf16" and device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] < 8:
+        raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; expected fp32")

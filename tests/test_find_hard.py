@@ -142,6 +142,23 @@ def test_a_run_of_train_lt_gives_the_probabilities(tmp_path):
         find_hard.main([*arguments[:-1], str(tmp_path / "third.csv")])
 
 
+def test_a_run_gives_the_probabilities_of_its_averaged_weights_and_ldams_scale(tmp_path):
+    folder, out = tmp_path / "run", tmp_path / "hard.csv"
+    flags = ["--epochs", "1", "--curriculum", "none", "--loss", "ldam", "--ema", "0.5"]
+    assert train_lt.main(["--out", str(folder), *flags]) == 0
+    arguments = ["--rule", "confidence", "--checkpoint", str(folder), "--fraction", "1", "--out", str(out)]
+    assert find_hard.main(arguments) == 0
+    data = datasets.load("digits", 30)
+    model = build_classifier("resnet8", 10, cosine_head=True).eval()
+    average = torch.load(folder / "checkpoint.pt", weights_only=True)["average"]
+    del average["n_averaged"]
+    model.load_state_dict({name.removeprefix("module."): value for name, value in average.items()})
+    with torch.no_grad():
+        cosines = model(torch.from_numpy(data.train.images).permute(0, 3, 1, 2).float() / 127.5 - 1)
+    expected = (30 * cosines).softmax(1)[torch.arange(184), data.train.labels]
+    assert [float(row["score"]) for row in hard_rows(out)] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_an_unreadable_training_image_is_left_out_and_named(tmp_path, monkeypatch, capsys):
     def read(names):
         for name in names:

@@ -271,6 +271,8 @@ def test_weights_between_two_models_by_hand():
     found = clip_tuning.interpolate(zero, tuned, 0.25)
     assert found["w"].tolist() == [0.25, 3.0] and found["count"] == 9
     assert torch.equal(clip_tuning.interpolate(zero, tuned, 0.0)["w"], zero["w"])
+    mask = {"mask": torch.tensor([0.0, -torch.inf])}  # of a text tower: between two infinities lies no number
+    assert clip_tuning.interpolate(mask, mask, 0.25)["mask"].tolist() == [0.0, -torch.inf]
     assert torch.equal(clip_tuning.interpolate(zero, tuned, 1.0)["w"], tuned["w"])
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ import train_lt
 from loaders import base, cifar
 from runtime import checkpoints, runs
 from runtime.cli import UserError
+from runtime.device import check_bfloat16
 from training import augmentations, distributed, evaluation, flags, loop, optimization, stores
 from training.networks import CifarResNet
 
@@ -31,8 +33,8 @@ def test_the_channels_statistics_are_the_published_ones():
 
 
 def test_images_are_reduced_with_antialiasing(tmp_path):
-    """Stripes of one pixel, black and white, are grey once they are reduced to a quarter."""
-    stripes = np.tile(np.array([0, 255], np.uint8), 64)
+    """Stripes are grey once reduced to a quarter; without antialiasing only the two black pixels of four are read."""
+    stripes = np.tile(np.array([255, 0, 0, 255], np.uint8), 32)
     Image.fromarray(np.repeat(np.tile(stripes, (128, 1))[..., None], 3, 2)).save(tmp_path / "a.png")
     pixels = stores.decode(tmp_path / "a.png", 28, None)
     assert pixels[:, 2:-2].min() > 110 and pixels[:, 2:-2].max() < 145
@@ -204,3 +206,39 @@ def test_older_spellings_are_accepted_and_not_shown(capsys):
         parse(["--help"])
     shown = capsys.readouterr().out
     assert "--keep-others" in shown and "--undersample" not in shown and "--balanced" not in shown
+
+
+def test_bfloat16_is_refused_where_the_card_has_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    for capability, refused in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        check_bfloat16("fp32", "cuda:0")
+        check_bfloat16("bf16", "cpu")
+        with pytest.raises(UserError, match="Tesla T4 has no bfloat16") if refused else nullcontext():
+            check_bfloat16("bf16", "cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            1,
+            "out of memory .*expected a smaller",
+        ),
+        (MemoryError(), 1, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "out of memory"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), 2, "another process of this run"),
+    ],
+)
+def test_errors_of_memory_and_of_other_processes_are_one_line(monkeypatch, error, processes, message):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(UserError, match=message) as found, distributed.plain_errors():
+        raise error
+    assert "\n" not in str(found.value)
+
+
+def test_other_errors_are_left_as_they_are(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="a bug"), distributed.plain_errors():
+        raise RuntimeError("a bug")
