@@ -1,6 +1,6 @@
 """Step 1: which training images are hard.
 
---rule few: in a long-tailed data set, all images of the few-shot classes, those with fewer than --few-max training
+--rule few: in a long-tailed data set, all images of the few-shot classes, those with fewer than --few-below training
 images (DisCL). --rule confidence: images on which a model gives the true class a low probability, as in data of low
 quality (DisCL). The model is a run of train_lt.py (--checkpoint) or a CLIP, zero-shot or fine-tuned (--clip). --rule
 all: every training image, which ALIA edits.
@@ -42,12 +42,13 @@ def build_parser() -> cli.Parser:
         "all: every training image",
     )
     parser.add_argument(
-        "--few-max",
+        "--few-below",
         type=cli.whole(1),
         default=20,
         metavar="IMAGES",
         help="a class is few-shot with fewer training images than this, those held out for validation counted in",
     )
+    parser.accept_old("--few-max", "--few-below")
     parser.add_argument("--out", type=Path, default=Path("runs/hard.csv"), metavar="FILE", help="the table to write")
     group = parser.add_argument_group("confidence")
     rule = group.add_mutually_exclusive_group()
@@ -87,18 +88,18 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def find_few(data: DataSet, few_max: int) -> list[int]:
+def find_few(data: DataSet, few_below: int) -> list[int]:
     """Indices of the training images of few-shot classes.
 
     Raises:
         UserError: no class is.
     """
     counts = data.published_counts
-    if counts.min() >= few_max:
+    if counts.min() >= few_below:
         raise cli.UserError(
-            f"--few-max {few_max}: no class of {data.name} has fewer images; the smallest has {counts.min()}"
+            f"--few-below {few_below}: no class of {data.name} has fewer images; the smallest has {counts.min()}"
         )
-    return [place for place, label in enumerate(data.train.labels.tolist()) if counts[label] < few_max]
+    return [place for place, label in enumerate(data.train.labels.tolist()) if counts[label] < few_below]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,18 +236,18 @@ def find_unlikely(scores: np.ndarray, fraction: float, threshold: float | None) 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draw_counts(counts: np.ndarray, few_max: int, path: Path) -> None:
+def draw_counts(counts: np.ndarray, few_below: int, path: Path) -> None:
     """Training images of each class (C,), in descending order, few-shot classes in another colour."""
     from reporting.figures import COLOURS, new_figure, save_figure
 
     ordered = np.sort(counts)[::-1]
     figure, axis = new_figure(figsize=(6, 3))
     for colour, chosen, name in (
-        (COLOURS[0], ordered >= few_max, "others"),
-        (COLOURS[1], ordered < few_max, f"few-shot: fewer than {few_max}"),
+        (COLOURS[0], ordered >= few_below, "others"),
+        (COLOURS[1], ordered < few_below, f"few-shot: fewer than {few_below}"),
     ):
         axis.bar(np.flatnonzero(chosen), ordered[chosen], width=1, color=colour, label=name)
-    axis.axhline(few_max, color="black", linewidth=0.8, linestyle="--")
+    axis.axhline(few_below, color="black", linewidth=0.8, linestyle="--")
     axis.set(xlabel="classes, by training images", ylabel="training images")
     axis.legend(fontsize=8)
     save_figure(figure, path)
@@ -296,9 +297,9 @@ def main(argv: list[str] | None = None) -> int:
     picture = args.out.with_suffix(".png")
     missing = []
     if args.rule in ("few", "all"):
-        places = find_few(data, args.few_max) if args.rule == "few" else list(range(len(data.train)))
+        places = find_few(data, args.few_below) if args.rule == "few" else list(range(len(data.train)))
         scores = data.published_counts[data.train.labels]
-        draw_counts(data.published_counts, args.few_max, picture)
+        draw_counts(data.published_counts, args.few_below, picture)
     else:
         scores = probabilities(args, data)
         places = find_unlikely(scores, args.fraction, args.threshold)

@@ -18,6 +18,7 @@ import numpy as np
 
 from runtime.cli import UserError
 from runtime.runs import read_json, write_text
+from runtime.text import read_csv
 
 DOMAIN_KEYS = ("name", "prompt", "instruction")
 SOURCE_COLUMNS = ["source", "label", "domain"]
@@ -278,17 +279,11 @@ def read_source_domains(path: Path) -> dict[str, str]:
     Raises:
         UserError: missing, not such a table, or a source that is there twice.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, restval=""))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a readable CSV file ({error})") from None
-    if not rows or not set(SOURCE_COLUMNS) <= rows[0].keys():
+    rows = list(read_csv(path, SOURCE_COLUMNS))
+    if not rows:
         raise UserError(f"{path}: expected the columns {','.join(SOURCE_COLUMNS)}, and at least one row")
     found: dict[str, str] = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         if row["source"] in found:
             raise UserError(f"{path} row {number}: {row['source']} is there twice; expected each image once")
         found[row["source"]] = row["domain"]

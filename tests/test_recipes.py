@@ -203,10 +203,10 @@ def test_a_users_own_recipe_that_cannot_be_read_is_named_and_stops_nothing(tmp_p
 @pytest.mark.parametrize(
     ("inner", "message"),
     [
-        ("--few-maxx 7", "unrecognized arguments: --few-maxx 7, in {}/base.args"),
-        ("--few-max 0", "argument --few-max: '0': expected a whole number of 1 or more, in {}/base.args"),
+        ("--few-belowx 7", "unrecognized arguments: --few-belowx 7, in {}/base.args"),
+        ("--few-below 0", "argument --few-below: '0': expected a whole number of 1 or more, in {}/base.args"),
         ("--rule some", "argument --rule: invalid choice: 'some' (choose from "),
-        ("@other.args", "{}/other.args: No such file or directory, which {}/base.args includes"),
+        ("@other.args", "{}/other.args: no such file, which {}/base.args includes"),
         ("@row.args", "{}/row.args: includes itself"),
         ('--out "x', "{}/base.args: No closing quotation"),
     ],
@@ -223,19 +223,19 @@ def test_what_is_wrong_in_a_recipe_names_the_file(tmp_path, capsys, inner, messa
 
 
 def test_what_is_wrong_on_the_command_line_blames_no_recipe(tmp_path, capsys):
-    (tmp_path / "row.args").write_text("--dataset digits --few-max 7\n")
+    (tmp_path / "row.args").write_text("--dataset digits --few-below 7\n")
     with pytest.raises(SystemExit):
-        find_hard.build_parser().parse_args([f"@{tmp_path}/row.args", "--few-max", "none"])
+        find_hard.build_parser().parse_args([f"@{tmp_path}/row.args", "--few-below", "none"])
     assert capsys.readouterr().err.endswith("'none': expected a whole number of 1 or more (see --help)\n")
 
 
 def test_an_included_file_lies_beside_the_one_that_includes_it(tmp_path, monkeypatch):
     (tmp_path / "a/b").mkdir(parents=True)
-    (tmp_path / "a/base.args").write_text("--few-max 7 --rule few\n")
-    (tmp_path / "a/b/row.args").write_text("@../base.args\n--few-max 8  # the later one holds\n")
+    (tmp_path / "a/base.args").write_text("--few-below 7 --rule few\n")
+    (tmp_path / "a/b/row.args").write_text("@../base.args\n--few-below 8  # the later one holds\n")
     monkeypatch.chdir(tmp_path)
     args = find_hard.build_parser().parse_args(["@a/b/row.args"])
-    assert (args.few_max, args.rule) == (8, "few")
+    assert (args.few_below, args.rule) == (8, "few")
 
 
 def test_the_data_root_comes_from_the_flag_or_one_variable(tmp_path, monkeypatch):

@@ -338,15 +338,15 @@ def test_hard_images_of_digits_are_those_of_the_seven_few_shot_classes(tmp_path)
     assert ["three", "few", "19"] in scores and ["nine", "few", "2"] in scores
 
 
-@pytest.mark.parametrize(("few_max", "images"), [("3", 4), ("19", 36), ("20", 55), ("61", 184)])
-def test_few_max_is_the_first_count_that_is_not_few(tmp_path, few_max, images):
-    find_hard.main(["--few-max", few_max, "--out", str(tmp_path / "hard.csv")])
+@pytest.mark.parametrize(("few_below", "images"), [("3", 4), ("19", 36), ("20", 55), ("61", 184)])
+def test_few_max_is_the_first_count_that_is_not_few(tmp_path, few_below, images):
+    find_hard.main(["--few-below", few_below, "--out", str(tmp_path / "hard.csv")])
     assert len(tables.read_hard(tmp_path / "hard.csv")) == images
 
 
 def test_no_hard_image_is_one_line_and_exit_code_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "find_hard.py"), "--few-max", "2", "--out", "hard.csv"],
+        [sys.executable, str(ROOT / "find_hard.py"), "--few-below", "2", "--out", "hard.csv"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -355,7 +355,7 @@ def test_no_hard_image_is_one_line_and_exit_code_2(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        "find_hard.py: error: --few-max 2: no class of digits has fewer images; the smallest has 2\n"
+        "find_hard.py: error: --few-below 2: no class of digits has fewer images; the smallest has 2\n"
     )
     assert not list(tmp_path.iterdir())
 
@@ -399,11 +399,12 @@ def test_write_prompts_leaves_a_damaged_file_as_it_is(tmp_path):
 
 def test_an_argument_file_may_hold_comments_quotes_and_several_arguments_a_line(tmp_path):
     path = write(
-        tmp_path / "a.args", '# a comment\n\n--dataset digits --few-max 7  # seven\n--out "a folder/hard #1.csv"\n'
+        tmp_path / "a.args", '# a comment\n\n--dataset digits --few-below 7  # seven\n--out "a folder/hard #1.csv"\n'
     )
     args = find_hard.build_parser().parse_args([f"@{path}"])
-    assert (args.dataset, args.few_max, args.out) == ("digits", 7, Path("a folder/hard #1.csv"))
-    assert find_hard.build_parser().parse_args([f"@{path}", "--few-max", "9"]).few_max == 9
+    assert (args.dataset, args.few_below, args.out) == ("digits", 7, Path("a folder/hard #1.csv"))
+    assert find_hard.build_parser().parse_args([f"@{path}", "--few-below", "9"]).few_below == 9
+    assert find_hard.build_parser().parse_args(["--few-max", "9"]).few_below == 9  # the old spelling
 
 
 def test_defaults_follow_the_data_set_and_give_way_to_what_is_said(tmp_path):
@@ -418,9 +419,9 @@ def test_defaults_follow_the_data_set_and_give_way_to_what_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("--few-max 7 --no-such-flag 1\n", "unrecognized arguments: --no-such-flag 1"),
+        ("--few-below 7 --no-such-flag 1\n", "unrecognized arguments: --no-such-flag 1"),
         ("--few 7\n", "unrecognized arguments: --few 7"),
-        ("--few-max many\n", "argument --few-max: 'many': expected a whole number of 1 or more"),
+        ("--few-below many\n", "argument --few-below: 'many': expected a whole number of 1 or more"),
         ("--dataset nothing\n", "argument --dataset: invalid choice: 'nothing'"),
         ("--dataset\n", "argument --dataset: expected one argument"),
         ('--out "runs/hard.csv\n', "a.args"),

@@ -58,7 +58,7 @@ def test_whole_numbers(word, value):
 
 def test_a_number_of_5000_digits_and_a_windows_file_are_one_line_on_the_command_line(tmp_path, capsys):
     (tmp_path / "a.args").write_bytes(b"--out caf\xe9")
-    for argv in (["--few-max", "9" * 5000], [f"@{tmp_path / 'a.args'}"]):
+    for argv in (["--few-below", "9" * 5000], [f"@{tmp_path / 'a.args'}"]):
         with pytest.raises(SystemExit) as caught:
             find_hard.main(argv)
         assert caught.value.code == 2
