@@ -28,6 +28,7 @@ generator's autoencoder divides by (8 for all published ones: 480x270 becomes 48
 from __future__ import annotations
 
 import argparse
+import math
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,6 +39,7 @@ from generation.guidance import image_guidance_by_level
 from generation.job import Job
 from generation.plan import DrawPlan, count_seeds, make_settings, order_planned
 from generation.prefetch import Prefetcher
+from generation.texts import find_cut
 from generation.worklist import Batch
 from generation.writer import SAVE_OPTIONS
 from loaders.sources import Sources
@@ -45,6 +47,8 @@ from runtime import cli, runs
 from spectrum import folder as spectrum_folder
 from spectrum.tables import Hard, read_hard, read_prompts
 from spectrum.units import Unit
+
+MOST_AREA = 2  # sources of more pixels than so many times a generator's native area are drawn at that area
 
 
 def size(text: str) -> str | tuple[int, int]:
@@ -159,6 +163,12 @@ def add_level_flags(group) -> None:
         "describe_domains.py",
     )
     group.add_argument(
+        "--on-long-prompt",
+        choices=["cut", "error"],
+        default="cut",
+        help="what to do with prompts of more tokens than the generator reads: cut them, as it does, or stop",
+    )
+    group.add_argument(
         "--pure-noise",
         action="store_true",
         help="start level 0 from noise alone; else from the source at strength 1, as the paper does, which leaves a "
@@ -178,8 +188,9 @@ def add_image_flags(group) -> None:
         type=size,
         default="source",
         metavar="WxH",
-        help="pixels to draw at: source (the source's size), native (its shape, the area that the generator was made "
-        "for) or WIDTHxHEIGHT; sides are rounded to what the generator divides by",
+        help="pixels to draw at: source (the source's size; larger photographs than a known generator can draw well as "
+        "native), native (its shape, the area that the generator was made for) or WIDTHxHEIGHT; sides are rounded to "
+        "what the generator divides by",
     )
     group.add_argument(
         "--save-size",
@@ -327,6 +338,27 @@ def check_generator(args):
     return known
 
 
+def keep_branch(args, settings: dict) -> None:
+    """Note the branch in place of the commit where a folder was begun by a version that noted branches."""
+    path = args.out / "plan.json"
+    if path.exists() and runs.read_json(path).get("revision") == (args.revision or "main"):
+        settings["revision"] = args.revision or "main"
+
+
+def check_long_prompts(plan: DrawPlan, pipe) -> None:
+    """Say how many prompts the generator cuts, or raise UserError where --on-long-prompt says so."""
+    texts = {text for row in plan.hard.values() for text in plan.prompts[row.label]["prompts"]}
+    texts = sorted(texts | {text for text in plan.asked.values() if text})
+    cut = find_cut(pipe, texts)
+    if cut:
+        what = f"{len(cut)} of {len(texts)} prompts are longer than {plan.args.generator} reads"
+        if plan.args.on_long_prompt == "error":
+            raise cli.UserError(
+                f"--prompts: {what}, the first {cut[0]!r}; expected shorter ones, or --on-long-prompt cut"
+            )
+        print(f"{what}, and are cut, the first {cut[0]!r}", flush=True)
+
+
 def stop_on_other_settings(folder: Path, settings: dict) -> None:
     """Raise UserError where a spectrum folder was begun with other settings."""
     if (folder / "plan.json").exists():
@@ -369,10 +401,17 @@ def find_todo(plan: DrawPlan) -> tuple[list[Batch], set[Unit]]:
     return [batch for batch in mine if not done.issuperset(batch.units)], done
 
 
-def warn_of_small_images(args, todo: list[Batch], native: int) -> None:
-    """Say so where images are drawn much smaller than a known generator can."""
+def warn_of_sizes(plan: DrawPlan, todo: list[Batch]) -> None:
+    """Say so where sources are drawn smaller than they are, or images much smaller than a known generator can."""
     import models
 
+    args, native = plan.args, plan.native
+    large = sum(width * height > plan.most for width, height in plan.sizes.values()) if args.size == "source" else 0
+    if large:
+        print(
+            f"--size source: {large} sources are larger than {args.generator} draws well, and are drawn in their shape "
+            f"at its native area, {native}x{native}; --save-size source saves them at their own size"
+        )
     width, height = min((batch.size for batch in todo), default=(native, native))
     if args.generator in models.GENERATORS and min(width, height) < native / 4:
         print(
@@ -392,12 +431,14 @@ def draw(plan: DrawPlan, folder: Path, sources: Sources, files: dict[str, Path],
     job = Job(plan, folder, Prefetcher(sources, plan.unreadable, preprocess, plan.sizes), scorer)
     if todo:
         device = pick_device(args.device)
-        pipe = models.load_generator(args.generator, device, args.revision, args.dtype, args.scheduler)
+        revision = args.revision if Path(args.generator).is_dir() else plan.settings["revision"]
+        pipe = models.load_generator(args.generator, device, revision, args.dtype, args.scheduler)
         adapters = loras.Adapters(pipe, files) if files else None
         if "all" in files:
             adapters.switch("all")
         stop_on_other_settings(args.out, plan.settings)  # another shard's, perhaps written since
         runs.write_json(args.out / "plan.json", plan.settings)
+        check_long_prompts(plan, pipe)
         job.draw(pipe, todo, done, stop, adapters)
     if stop.received:
         print(f"{args.out}: {stop.received} after {job.saved} images; run the same command again to go on")
@@ -468,6 +509,7 @@ def main(argv: list[str] | None = None) -> int:
     if not editor:
         check_steps(args)
     settings = make_settings(args, hard, prompts, generator, dtype, adapters, editor)
+    keep_branch(args, settings)
     stop_on_other_settings(args.out, settings)
 
     with ExitStack() as stack:
@@ -485,10 +527,11 @@ def main(argv: list[str] | None = None) -> int:
         # Look at the sources, lay out the batches, and find those that are not drawn yet.
         train = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed).train
         sources = Sources(train, args.data_root)
-        plan.read_sizes(sources, known.native, models.latent_multiple(args.generator, args.revision))
+        most = MOST_AREA * known.native**2 if args.generator in models.GENERATORS else math.inf
+        plan.read_sizes(sources, known.native, models.latent_multiple(args.generator, args.revision), most)
         todo, done = find_todo(plan)
         stop_on_changed_sources(plan, sources, todo)
-        warn_of_small_images(args, todo, known.native)
+        warn_of_sizes(plan, todo)
         if args.dry_run:
             plan.print_forecast(todo)
             return 0

@@ -274,7 +274,18 @@ def describe_generator(name_or_path: str, revision: str | None) -> dict[str, str
     if local.is_dir():  # a folder may move or be trained again: its content is what counts
         files = sorted(path for path in local.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
         return {"generator": local.name, "revision": digest_files(files)}
-    return {"generator": name_or_path, "revision": revision or "main"}
+    return {"generator": name_or_path, "revision": resolve_revision(name_or_path, revision or "main")}
+
+
+def resolve_revision(name: str, revision: str) -> str:
+    """The commit that a branch or tag means: as the hub says, else the copy here; itself if none knows."""
+    import huggingface_hub
+
+    try:
+        return huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10).sha
+    except Exception:  # no network, no such model, a private one: loading says so, if the copy here does not do
+        cached = huggingface_hub.try_to_load_from_cache(name, "model_index.json", revision=revision)
+        return Path(cached).parent.name if isinstance(cached, str) else revision
 
 
 def count_lora_weights(name_or_path: str, revision: str | None, parts: list[str], rank: int) -> dict[str, int]:
@@ -340,10 +351,13 @@ def check_generator(name_or_path: str) -> None:
 
 
 def generator_dtype(dtype: str, device: str) -> str:
-    """The key of DTYPES that `dtype` means on a device: `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    """The key of DTYPES that `dtype` means on a device: `auto` is float32 on a CPU, and on a GPU
+    bfloat16 where the card computes in it (compute capability 8 and up), else float16."""
     if dtype != "auto":
         return dtype
-    return "bfloat16" if device.startswith("cuda") else "float32"
+    if not device.startswith("cuda"):
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
 
 
 def latent_multiple(name_or_path: str, revision: str | None = None) -> int:

@@ -7,6 +7,7 @@ each image); what is done here, once instead of at each call, is what stands bef
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -58,6 +59,10 @@ def _bytes(tensors: tuple[torch.Tensor, ...]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
+class Interrupted(Exception):
+    """A signal came while a batch was being drawn: nothing of it is kept, and the same command draws it again."""
+
+
 class Generator:
     """A pipeline, and what it has encoded.
 
@@ -78,8 +83,15 @@ class Generator:
         self.cache = Cache(cache_mb)
         self.adapter: str | None = None
         self.adapters = adapters
+        self.stop = None  # a StopSignals, which is looked at after each denoising step
+        self.accepted = inspect.signature(type(pipe).__call__).parameters
         # These pipelines know latents by their four channels: any other number would be encoded as an image.
         self.by_latents = type(pipe).__name__ in LATENT_PIPELINES and pipe.vae.config.latent_channels == 4
+        if type(self) is Generator and "strength" not in self.accepted:
+            raise UserError(
+                f"--generator: {type(pipe).__name__} has no strength, by which levels are drawn; expected an "
+                "image-to-image pipeline that has one"
+            )
         if pure_noise and not self.by_latents:
             raise UserError(
                 f"--pure-noise: not possible with {type(pipe).__name__} as this generator has it; expected a Stable "
@@ -106,6 +118,45 @@ class Generator:
     def start_timestep(self, level: int) -> int:
         """The timestep that a level's denoising starts at, -1 where only the pipeline itself knows."""
         return int(self.timesteps[self.steps - steps_at(level, self.steps)]) if self.by_latents else -1
+
+    def strength_of(self, run: int) -> float:
+        """The strength at which the pipeline runs so many of its steps."""
+        if run == self.steps:
+            return 1.0
+        # Most run int(steps * strength) steps: half a step more keeps that from falling one short.
+        strengths = [(run + 0.5) / self.steps, (run - 0.5) / self.steps]
+        if self.by_latents or not hasattr(self.pipe, "get_timesteps"):
+            return strengths[0]
+        # SD3, Flux, Qwen-Image and Z-Image leave out int(steps - steps * strength): half a step less is right there.
+        return next(
+            (one for one in strengths if self.pipe.get_timesteps(self.steps, one, self.pipe.device)[1] == run),
+            strengths[0],
+        )
+
+    def _run(self, run: int, **call):
+        """Call the pipeline, and make sure that it runs the steps that are recorded.
+
+        Raises:
+            Interrupted: a signal came.
+            UserError: it ran another number of steps.
+        """
+        ran = []
+
+        def count(pipe, step, timestep, state: dict) -> dict:
+            ran.append(step)
+            if self.stop is not None and self.stop.received:
+                raise Interrupted
+            return state
+
+        if "callback_on_step_end" in self.accepted:
+            call["callback_on_step_end"] = count
+        drawn = self.pipe(**call)
+        if ran and len(ran) != run and getattr(self.pipe.scheduler, "order", 1) == 1:
+            raise UserError(
+                f"--generator: {type(self.pipe).__name__} ran {len(ran)} denoising steps where {run} were asked for; "
+                "expected another --steps or --scheduler"
+            )
+        return drawn
 
     def missing_sources(self, batch: Batch) -> list[str]:
         """The sources of a batch whose images `draw` has to be given."""
@@ -136,8 +187,7 @@ class Generator:
         generators = [torch.Generator().manual_seed(unit.noise_seed(redraw)) for unit in units]
         run = steps_at(batch.level, self.steps)
         call = {
-            # The half step keeps int(steps * strength), which the pipeline computes, from falling one short.
-            "strength": min(1.0, (run + 0.5) / self.steps),
+            "strength": self.strength_of(run),
             "num_inference_steps": self.steps,
             "guidance_scale": self.text_guidance,
             "generator": generators,
@@ -146,7 +196,8 @@ class Generator:
             if not self._is_pure(batch):
                 self._encode_sources(batch, images)
             self._encode_texts(texts, batch.adapter)
-            latents = self.pipe(
+            latents = self._run(
+                run,
                 image=self._noised_from(batch, generators),
                 output_type="latent",
                 **call,
@@ -160,7 +211,14 @@ class Generator:
                 Image.frombytes("RGB", batch.size, self.cache.get(key)[0].numpy().tobytes())
                 for key in self._source_keys(batch)
             ]
-            drawn = self.pipe(prompt=texts, image=pictures, output_type="pt", **call).images
+            size = {"width": batch.size[0], "height": batch.size[1]}  # else some draw the model's own square
+            call |= {name: side for name, side in size.items() if name in self.accepted}
+            drawn = self._run(run, prompt=texts, image=pictures, output_type="pt", **call).images
+            if drawn.shape[-2:] != (batch.size[1], batch.size[0]):
+                raise UserError(
+                    f"--size: {type(self.pipe).__name__} drew {drawn.shape[-1]}x{drawn.shape[-2]}, not "
+                    f"{batch.size[0]}x{batch.size[1]}; expected a size that this generator can draw"
+                )
         self.cache.shrink()
         return drawn[: len(units) - surplus].float()
 

@@ -14,7 +14,7 @@ from generation.plan import DrawPlan
 from generation.prefetch import Prefetcher
 from generation.sizes import resize
 from generation.worklist import Batch
-from generation.writer import ImageWriter
+from generation.writer import ImageWriter, as_saved
 from runtime import cli, runs
 from spectrum.domains import domain_of_prompt
 from spectrum.units import Unit
@@ -41,9 +41,15 @@ class Job:
         self.at_once: dict[tuple[int, int], int] = {}  # of a size, set where a batch did not fit into memory
 
     def draw(self, pipe, todo: list[Batch], done: set[Unit], stop: runs.StopSignals, adapters=None) -> None:
-        """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again."""
+        """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again.
+
+        A signal ends it at the next denoising step, without the batch in flight.
+        """
+        from generation.generator import Interrupted
+
         args = self.args
         self.generator = self.build_generator(pipe, adapters)
+        self.generator.stop = stop
         if args.compile:
             pipe.unet.compile()
         self.scheduler = type(pipe.scheduler).__name__
@@ -55,7 +61,10 @@ class Job:
                 for batch, following in itertools.zip_longest(todo, todo[1:]):
                     if stop.received:
                         break
-                    self.draw_batch(batch, following, redraw, done, writer)
+                    try:
+                        self.draw_batch(batch, following, redraw, done, writer)
+                    except Interrupted:
+                        break
                     bar.update(self.plan.steps_of(batch.level) * len(batch.units))
                     self.stop_if_broken(writer)
                 writer.drain()
@@ -179,10 +188,10 @@ class Job:
             some = batch._replace(units=[batch.units[index] for index in waiting])
             pixels, good, arrived = self.draw_once(some, redraw, self.read_sources(some) if redraw else images)
             arrived()
-            # Score them at the size at which they are saved.
+            # Score what their files will hold.
             rows = [self.row(unit, redraw, batch.size) for unit in some.units]
             pictures = [
-                resize(Image.fromarray(image.numpy()), (row["width"], row["height"]))
+                as_saved(resize(Image.fromarray(image.numpy()), (row["width"], row["height"])), args.format)
                 for image, row in zip(pixels, rows, strict=True)
             ]
             scores = self.scorer.score(pictures, [row["label"] for row in rows], [unit.source for unit in some.units])

@@ -173,6 +173,7 @@ class DrawPlan:
         unreadable: why, for each source that cannot be opened.
         native: side in pixels of the images that the generator was made for.
         multiple: what the sides of its images must divide by.
+        most: pixels from which up sources are drawn at the native area, unless --size names a size.
 
     Raises:
         UserError: further units that are none, or that ask for another prompt than the plan's.
@@ -196,15 +197,15 @@ class DrawPlan:
         self.frozen: list[dict[str, tuple[int, int]]] = []
         self.sizes: dict[str, tuple[int, int]] = {}
         self.unreadable: dict[str, str] = {}
-        self.native, self.multiple = 0, 1
+        self.native, self.multiple, self.most = 0, 1, math.inf
 
-    def read_sizes(self, sources: Sources, native: int, multiple: int) -> None:
+    def read_sizes(self, sources: Sources, native: int, multiple: int, most: float = math.inf) -> None:
         """Look at the sources, where their sizes matter, and note these for all processes.
 
         Raises:
             UserError: not one of them can be opened, or one belongs to another data set.
         """
-        self.native, self.multiple = native, multiple
+        self.native, self.multiple, self.most = native, multiple, most
         if "source" not in (self.args.size, self.args.save_size) and self.args.size != "native":
             return
         while True:
@@ -236,7 +237,7 @@ class DrawPlan:
 
     def draw_size_of(self, source: str) -> tuple[int, int]:
         """Width and height at which a source is drawn."""
-        return draw_size(self.sizes.get(source, (0, 0)), self.args.size, self.native, self.multiple)
+        return draw_size(self.sizes.get(source, (0, 0)), self.args.size, self.native, self.multiple, self.most)
 
     def save_size_of(self, source: str, drawn: tuple[int, int]) -> tuple[int, int]:
         """Width and height at which an image of a source is saved, drawn at `drawn`."""

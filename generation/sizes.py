@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 from PIL import Image
@@ -16,7 +17,9 @@ def round_size(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     return width, height
 
 
-def draw_size(source: tuple[int, int], asked: str | tuple[int, int], native: int, multiple: int) -> tuple[int, int]:
+def draw_size(
+    source: tuple[int, int], asked: str | tuple[int, int], native: int, multiple: int, most: float = math.inf
+) -> tuple[int, int]:
     """The size at which a source is drawn.
 
     Args:
@@ -25,8 +28,9 @@ def draw_size(source: tuple[int, int], asked: str | tuple[int, int], native: int
             height.
         native: side in pixels that the generator was made for.
         multiple: what the generator's sides must divide by.
+        most: pixels from which up a source is drawn as `native` asks, where `source` is asked for.
     """
-    if asked == "native":
+    if asked == "native" or (asked == "source" and source[0] * source[1] > most):
         scale = native / (source[0] * source[1]) ** 0.5
         return round_size((round(source[0] * scale), round(source[1] * scale)), multiple)
     return round_size(source if asked == "source" else asked, multiple)

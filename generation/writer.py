@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import threading
 import time
@@ -25,6 +26,15 @@ SAVE_OPTIONS = {
 # Bytes a pixel of photographs, for estimates before there are images to go by.
 BYTES_PER_PIXEL = {"png": 1.7, "jpg": 0.6, "webp": 0.4}
 AHEAD = 4  # batches that may wait to be written before drawing waits for the disk
+
+
+def as_saved(image: Image.Image, suffix: str) -> Image.Image:
+    """What a file of this format will hold of an image: jpg and webp lose some of it."""
+    if suffix == "png":
+        return image
+    content = io.BytesIO()
+    image.save(content, **SAVE_OPTIONS[suffix])
+    return Image.open(content).convert("RGB")
 
 
 def save_image(pixels: np.ndarray, path: Path, size: tuple[int, int] | None = None) -> None:

@@ -170,7 +170,7 @@ DEFAULTS: dict[str, dict] = {
     },
 }
 IWILDCAM_DEFAULTS = DEFAULTS | {
-    "generate_spectrum": DEFAULTS["generate_spectrum"] | {"size": (480, 270)},
+    "generate_spectrum": DEFAULTS["generate_spectrum"] | {"size": (480, 270), "save_size": (480, 270)},
     "train_iwildcam": DEFAULTS["train_iwildcam"]
     | {"progress_images": 2000, "real_pass_images": 30000, "warmup_epochs": 0.986},  # 500 steps
 }

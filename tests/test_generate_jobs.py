@@ -596,6 +596,98 @@ def test_a_pipeline_of_any_other_kind_is_called_with_images_and_texts(monkeypatc
     assert (draw_one(other, 50, source) - expected).abs().max() < 1e-4
 
 
+def tiny_sd3():
+    """A Stable Diffusion 3 in small, made for squares of 64 pixels: it counts steps otherwise, and takes a size."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Img2ImgPipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    tokenizer = models.load_generator(TINY, "cpu").tokenizer
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=16, max_position_embeddings=tokenizer.model_max_length,
+    )  # fmt: skip
+    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
+    transformer = SD3Transformer2DModel(
+        sample_size=32, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+        pos_embed_max_size=64,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, shift_factor=0.1,
+    )  # fmt: skip
+    pipe = StableDiffusion3Img2ImgPipeline(
+        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.eval(),
+        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
+        text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(("level", "steps"), [(0, 10), (50, 5), (70, 3), (90, 1)])
+def test_sd3_runs_the_steps_and_draws_the_size_that_are_recorded(level, steps):
+    pipe, calls = tiny_sd3(), []
+    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(0))
+    generator = generators.Generator(pipe, steps=10, text_guidance=3.0)
+    batch = worklist.Batch(level, (32, 24), None, [Unit("a", level, 0)])
+    drawn = generator.draw(batch, 0, ["a nine"], {"a": Image.linear_gradient("L").resize((32, 24)).convert("RGB")})
+    assert (len(calls), drawn.shape) == (steps, (1, 3, 24, 32))
+    assert worklist.steps_at(level, 10) == steps
+
+
+def test_a_pipeline_that_runs_other_steps_than_recorded_stops_the_job(monkeypatch):
+    generator = generators.Generator(models.load_generator(TINY, "cpu"), steps=4, text_guidance=3.0)
+    monkeypatch.setattr(generators.Generator, "strength_of", lambda self, run: 0.9)
+    with pytest.raises(UserError, match="ran 3 denoising steps where 2 were asked for"):
+        draw_one(generator, 50, Image.new("RGB", (16, 16), "grey"))
+
+
+def test_a_pipeline_without_a_strength_is_refused():
+    from diffusers import StableDiffusionPipeline
+
+    parts = models.load_generator(TINY, "cpu").components
+    text = StableDiffusionPipeline(**parts | {"safety_checker": None}, requires_safety_checker=False)
+    with pytest.raises(UserError, match="StableDiffusionPipeline has no strength"):
+        generators.Generator(text, steps=4, text_guidance=3.0)
+
+
+def test_a_signal_between_denoising_steps_ends_the_job_without_the_batch_in_flight(few, tmp_path, monkeypatch):
+    real = models.load_generator
+
+    def load(*arguments):
+        pipe = real(*arguments)
+        pipe.unet.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        return pipe
+
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "load_generator", load)
+        draw(few, tmp_path / "s", code=75)
+    assert contents(tmp_path / "s") == {}
+    draw(few, tmp_path / "s")
+    assert contents(tmp_path / "s") == contents(few[1])
+
+
+def test_prompts_that_the_generator_cuts_are_counted_and_may_be_an_error(few, tmp_path, road, capsys):
+    tokenizer = models.load_generator(TINY, "cpu").tokenizer
+    longest = "nine " * (tokenizer.model_max_length - 2)  # and the marks of begin and end
+    prompts = json.loads(road.prompts.read_text())
+    label = str(tables.read_hard(Path(few[0][1]))[0].label)
+    prompts[label]["prompts"] = [longest.strip(), (longest + "nine").strip()]
+    (tmp_path / "p.json").write_text(json.dumps(prompts))
+    command = [*few[0], "--prompts", str(tmp_path / "p.json"), "--levels", "90", "--out"]
+    with pytest.raises(UserError, match=r"--prompts: 1 of \d+ prompts are longer than .* reads, the first 'nine nine"):
+        generate_spectrum.main([*command, str(tmp_path / "s"), "--on-long-prompt", "error"])
+    assert generate_spectrum.main([*command, str(tmp_path / "t")]) == 0
+    assert "prompts are longer than" in capsys.readouterr().out
+
+
 def test_latents_of_another_number_of_channels_are_no_images():
     """diffusers takes what has four channels for latents, and would encode latents of eight as if they were images."""
     from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -152,7 +152,7 @@ def test_shards_and_signals_change_nothing(few, scored, tmp_path, monkeypatch, c
     with monkeypatch.context() as patched:
         patched.setattr(generators, "to_host", to_host)
         draw(few, out, *HIGH, code=75)
-    assert len(contents(out)) == 5  # the batch in flight, with all of its redraws
+    assert len(contents(out)) == 0  # the batch in flight is left where a redraw would begin
     assert "of them with a CLIPScore" not in capsys.readouterr().out
     for shard in ("0/3", "1/3", "2/3"):
         draw(few, out, *HIGH, "--shard", shard)
@@ -172,8 +172,10 @@ def test_an_image_lost_from_a_batch_comes_back_the_same(few, scored, tmp_path): 
     assert contents(out) == contents(scored[1])
 
 
-def test_small_saved_images_are_scored_as_saved(few, tmp_path):  # noqa: F811
-    out = draw(few, tmp_path / "s", "--size", "32x32", "--save-size", "12x12", "--score", "--max-redraws", "0")
+@pytest.mark.parametrize("image_format", ["png", "jpg"])
+def test_small_saved_images_are_scored_as_saved(few, tmp_path, image_format):  # noqa: F811
+    flags = ["--size", "32x32", "--save-size", "12x12", "--format", image_format]
+    out = draw(few, tmp_path / "s", *flags, "--score", "--max-redraws", "0")
     sources = dict(road_sources())
     for name, row in list(rows_of(out).items())[::9]:
         image = Image.open(out / name)

@@ -241,3 +241,23 @@ def test_the_tokenizers_give_each_caption_word_one_token():
     tokens = tokenizer(["a photo of a three", "a seven in purple ink on yellow paper"])
     ends = (tokens == tokens.max()).int().argmax(1)  # padding is the end token too: the first one ends the text
     assert ends.tolist() == [6, 9]  # a start token and one for each word
+
+
+@pytest.mark.parametrize(("major", "dtype"), [(7, "float16"), (8, "bfloat16"), (9, "bfloat16")])
+def test_bfloat16_is_taken_where_the_card_computes_in_it(monkeypatch, major, dtype):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (major, 5))
+    assert models.generator_dtype("auto", "cuda") == dtype
+    assert models.generator_dtype("auto", "cpu") == models.generator_dtype("float32", "cuda") == "float32"
+
+
+def test_a_revision_is_the_commit_that_the_hub_or_the_copy_here_says(monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha="c0ffee"))
+    assert models.describe_generator("a/b", None) == {"generator": "a/b", "revision": "c0ffee"}
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: (_ for _ in ()).throw(OSError("offline")))
+    copy = tmp_path / "snapshots/beef/model_index.json"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(copy))
+    assert models.describe_generator("a/b", None)["revision"] == "beef"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
+    assert models.describe_generator("a/b", "v1")["revision"] == "v1"

@@ -94,3 +94,17 @@ def test_a_million_units_are_planned_in_30_seconds_and_a_gigabyte():
     done = subprocess.run([sys.executable, "-c", MILLION, str(ROOT)], capture_output=True, text=True, check=True)
     seconds, gigabytes = map(float, done.stdout.split())
     assert seconds < 30 and gigabytes < 1
+
+
+def test_photographs_far_larger_than_the_generator_draws_are_drawn_at_its_native_area():
+    """12 megapixels of 4:3: 1024 * 1024 pixels of that shape are 1182 x 887; 1600 x 1200 stays below twice the area."""
+    assert draw_size((4000, 3000), "source", 1024, 8, most=2 * 1024**2) == (1184, 888)
+    assert draw_size((1600, 1200), "source", 1024, 8, most=2 * 1024**2) == (1600, 1200)
+    assert draw_size((4000, 3000), (640, 480), 1024, 8, most=2 * 1024**2) == (640, 480)
+
+
+def test_iwildcam_is_drawn_at_480x272_and_saved_and_scored_at_480x270():
+    import generate_spectrum
+
+    args = generate_spectrum.build_parser().parse_args(["--dataset", "iwildcam"])
+    assert args.size == args.save_size == (480, 270)
