@@ -173,7 +173,8 @@ def run_fewshot(args) -> int:
     for name, folder in folders.items():
         scored = ("--spectrum", folder, "--prompts", tuned / "prompts.json", "--threshold", -1, "--distance")
         steps.run("filter_clipscore.py", *data, *scored)
-        distances[name] = next(csv.DictReader((folder / "distance.csv").read_text().splitlines()))["mmd"]
+        found = next(csv.DictReader((folder / "distance.csv").read_text().splitlines()))
+        distances[name] = f"{float(found['mmd']):.3f}"
     # Train on real images, on synthetic ones, and on both.
     rows = {"real": ("--images", "real", "--epochs", 120)}
     for name, folder in folders.items():

@@ -166,6 +166,7 @@ def run_folder(args) -> Path:
     """Where a run goes: --out, or a name that its main settings make."""
     words = [args.dataset, f"{args.shots}shots" if args.shots else "whole", args.images]
     words += [f"clip_{args.tune}" if args.model == "clip" else args.model.replace(":", "-")]
+    words += ["zero-shot"] * (args.model == "clip" and not args.lr)
     if args.images != "real":
         words += [args.curriculum, args.spectrum.name]
     return args.out or Path("runs", "_".join(words) + f"_draw{args.shot_seed}_seed{args.seed}")

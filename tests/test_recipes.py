@@ -20,7 +20,6 @@ import datasets
 import find_hard
 import models
 import report
-import train_iwildcam
 import train_lt
 from reporting import names, recipes, tables
 from runtime import cli, runs
@@ -80,8 +79,9 @@ def test_a_recipe_says_what_it_is(path):
 
 def test_no_two_recipes_share_a_run_folder_or_a_row():
     trained = [parse(path) for path in WITH_COMMAND if command_of(path)[0].startswith("train_")]
-    trainers = {"clip": train_iwildcam, "model": train_lt}
-    folders = [str(trainers["clip" if "clip" in args else "model"].run_folder(args)) for args in trained]
+    scripts = [command_of(path)[0] for path in WITH_COMMAND if command_of(path)[0].startswith("train_")]
+    pairs = zip(scripts, trained, strict=True)
+    folders = [str(importlib.import_module(script).run_folder(args)) for script, args in pairs]
     assert len(folders) > 100 and len(set(folders)) == len(folders)
     named = [(names.table_name(vars(args)), names.row_name(vars(args))) for args in trained]
     assert len(set(named)) == len(named)
