@@ -371,7 +371,8 @@ def test_the_other_process_leaves_with_the_first(road, tmp_path):
 SCRIPT = """
 import glob, os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
-import augmentations, train_lt
+import train_lt
+from training import augmentations
 augment, steps = augmentations.augment, []
 def counting(*args):
     steps.append(1)

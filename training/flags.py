@@ -1,4 +1,4 @@
-"""The flags that all trainers of a curriculum have."""
+"""The flags of the trainers: those that all have, and the losses, models and images of train_lt.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import curricula
 from runtime import cli
-from training import optimization
+from training import losses, optimization
 
 DEFAULT_SPECTRUM = Path("runs/spectrum")
 
@@ -127,6 +127,87 @@ def add_training_flags(group) -> None:
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     group.add_argument(
         "--clip-grad", type=cli.number(0), metavar="NORM", help="shorten a step's gradient to NORM (default: leave it)"
+    )
+
+
+def add_loss_flags(group) -> None:
+    group.add_argument(
+        "--loss",
+        choices=losses.LOSSES,
+        default="ce",
+        help="ce: cross-entropy; bs: Balanced Softmax; focal; ldam: label-distribution-aware margins; la: logit "
+        "adjustment",
+    )
+    group.add_argument(
+        "--prior",
+        choices=["real", "stage"],
+        default="real",
+        help="class counts that the losses take: of the real training set, or of the epoch's own images",
+    )
+    group.add_argument("--focal-gamma", type=cli.number(0), default=2.0, metavar="GAMMA", help="exponent of focal")
+    group.add_argument(
+        "--ldam-margin", type=cli.number(0), default=0.5, metavar="COSINE", help="ldam's margin of the smallest class"
+    )
+    group.add_argument(
+        "--la-tau", type=cli.number(0), default=1.0, metavar="TAU", help="factor of la's log class shares"
+    )
+    group.add_argument(
+        "--drw", action="store_true", help="deferred re-weighting: classes weighted by their effective number of images"
+    )
+    group.add_argument(
+        "--drw-epoch",
+        type=cli.whole(0),
+        metavar="N",
+        help="epoch from which --drw weights (default: four fifths of --epochs)",
+    )
+    group.add_argument(
+        "--class-weights",
+        choices=["none", "inverse"],
+        default="none",
+        help="inverse: a class weighs 1 / its images in the epoch, synthetic ones counted in; the largest weight is 1",
+    )
+    group.add_argument(
+        "--real-weight",
+        type=cli.number(0, 1),
+        metavar="LAMBDA",
+        help="a batch's loss is LAMBDA * that of its real images + (1 - LAMBDA) * that of its synthetic ones "
+        "(default: all images weigh the same)",
+    )
+
+
+def add_model_flags(group) -> None:
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        default="resnet32",
+        help="classifier: resnet8, 14, 20, 32, 44, 56, 110 for small images, resnet10, 18, 34, 50, 101, 152 for large; "
+        "timm:NAME",
+    )
+    group.add_argument("--pretrained", action="store_true", help="start from timm's weights of a timm: model")
+    group.add_argument(
+        "--init-checkpoint", type=cli.existing_file, metavar="FILE", help="start from these weights of the same model"
+    )
+    group.add_argument(
+        "--image-size", type=cli.whole(8), default=224, metavar="PIXELS", help="side that large images are resized to"
+    )
+    group.add_argument(
+        "--augment",
+        choices=["none", "shift", "crop_flip", "resized_crop", "cuda", "resize"],
+        default="shift",
+        help="shift: by up to 1/8, edges repeated; crop_flip: the same on black, and mirrored; resized_crop: a random "
+        "part of a large image, mirrored; cuda: crop_flip or resized_crop, and as many random operations as the "
+        "class's level of learning says; resize: nothing, and large images whole, squeezed to a square",
+    )
+    group.add_argument(
+        "--color-jitter",
+        type=cli.number(0, 1),
+        default=0.0,
+        metavar="STRENGTH",
+        help="random brightness, contrast and saturation, by a factor of up to 1 +- STRENGTH",
+    )
+    group.add_argument("--randaugment", action="store_true", help="torchvision's RandAugment of each image")
+    group.add_argument(
+        "--mix", choices=["none", "cutmix", "mixup"], default="none", help="mix the images of a batch with each other"
     )
 
 
