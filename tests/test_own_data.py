@@ -16,7 +16,7 @@ from PIL import Image
 TINY = f"--clip {ROOT}/assets/tiny_clip"
 # What makes a command cheap, appended to it as typed.
 CHEAP = {
-    "generate_spectrum": f"--generator {ROOT}/assets/tiny_sd {TINY} --steps 4 --seeds 1 --size 16x16",
+    "generate_spectrum": f"--generator {ROOT}/assets/tiny_sd {TINY} --steps 10 --seeds 1 --size 16x16",
     "filter_clipscore": f"{TINY} --threshold -1",
     "train_lt": "--epochs 6 --curriculum-epochs 5 --warmup-epochs 0 --step-epochs 1 --image-size 32 --workers 0",
 }
@@ -41,7 +41,17 @@ def write_odd_folder(root):
                 form.save(folder / f"{i}{ending}", **({"exif": turned} if ending == ".webp" else {}))
     folder = root / "train/plain cat"
     Image.fromarray((rng.random((40, 48)) * 65535).astype("uint16")).save(folder / "deep.png")
-    for path in (folder / "Thumbs.db", folder / "notes.txt", root / "train/readme.txt", root / ".DS_Store"):
+    for name in ("train/.ipynb_checkpoints", "train/__MACOSX"):
+        (root / name).mkdir()
+        (root / name / "._a.jpg").write_bytes(b"no image")
+    for path in (
+        folder / "._0.jpg",
+        folder / ".hidden.jpg",
+        folder / "Thumbs.db",
+        folder / "notes.txt",
+        root / "train/readme.txt",
+        root / ".DS_Store",
+    ):
         path.write_bytes(b"no image")
 
 
