@@ -181,3 +181,42 @@ def test_adapters_of_an_attention_layer_reach_the_projections_that_they_name(bat
     torch.testing.assert_close(merged(x, x, x, need_weights=False, attn_mask=mask)[0], moved)
     torch.testing.assert_close(merged.in_proj_weight[:8] - before[0][:8], delta)
     assert torch.equal(merged.in_proj_weight[8:16], before[0][8:16]) and torch.equal(merged.out_proj.weight, before[1])
+
+
+@pytest.mark.parametrize("kind", ["refiner", "base"])
+def test_sdxl_is_tuned_with_its_sizes_and_saved_for_plain_diffusers(kind, tmp_path):
+    """Both text encoders of the base, the one of the refiner; a step reaches every adapter; the file loads."""
+    from test_generate_jobs import TINY_REFINER, tiny_base
+
+    from bench import bench_spectrum as bench
+
+    pipe = tiny_base() if kind == "base" else bench.build_refiner(TINY_REFINER)
+    for module in (pipe.unet, pipe.vae, *lora.text_encoders(pipe).values()):
+        module.requires_grad_(False)
+    layers = lora.add_adapters(pipe, ["unet", "text"], 2, 2, 2)
+    lora.start_adapters(layers, [0, 1])
+    prompts = [["a photo of a two"] * 2, ["a photo of a nine"] * 2]
+    z = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    times = torch.tensor([10, 400, 10, 900])
+
+    def loss() -> torch.Tensor:
+        told = diffusion.conditions(pipe, diffusion.encode_prompts(pipe, prompts), 64)
+        return diffusion.denoising_loss(pipe, diffusion.noise_scheduler(pipe), z, z.flip(1), times, told)
+
+    optimizer = torch.optim.SGD(lora.parameters(layers), 10.0)
+    loss().sum().backward()
+    assert (lora.clip_gradients(layers, 1.0) > 0).all()
+    optimizer.step()
+    # The base reads its first text encoder one layer before the last; that encoder has but one here.
+    read = [layer for name, layer in layers.items() if kind == "refiner" or not name.startswith("text_encoder.")]
+    assert all(layer.b.abs().sum() > 0 for layer in read)
+    expected = loss().detach()
+    lora.save_adapter(tmp_path / "pytorch_lora_weights.safetensors", lora.adapter_weights(layers, 1), 2, 2, {})
+    for module in (pipe.unet, *lora.text_encoders(pipe).values()):
+        lora.remove_adapters(module)
+    pipe.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        loaded = loss()
+    torch.testing.assert_close(loaded[2:], expected[2:], atol=1e-5, rtol=1e-4)
+    components = {"refiner": {"unet", "text_encoder_2"}, "base": {"unet", "text_encoder", "text_encoder_2"}}[kind]
+    assert {name.split(".")[0] for name in layers} == components

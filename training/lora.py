@@ -119,7 +119,8 @@ def clip_gradients(layers: dict[str, GroupedLinear], norm: float) -> torch.Tenso
     Returns:
         The norms before, float (groups,).
     """
-    gradients = [parameter.grad for parameter in parameters(layers)]
+    # SDXL reads its first text encoder one layer before the last, whose adapters have no gradient.
+    gradients = [parameter.grad for parameter in parameters(layers) if parameter.grad is not None]
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
     factors = (norm / (norms + 1e-6)).clamp(max=1)
     for gradient in gradients:
