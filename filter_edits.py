@@ -101,6 +101,8 @@ def check_flags(args) -> None:
         raise cli.UserError(f"--rules {' '.join(args.rules)}: expected --domains, the file of describe_domains.py")
     if ("confidence" in rules) != bool(args.checkpoint):
         raise cli.UserError("--checkpoint: expected with --rules confidence, and only with it")
+    if (rules - {"confidence"} or args.judge_class == "clip") and not args.clip:
+        raise cli.UserError(f"--rules {' '.join(args.rules)}: expected --clip, such as ViT-L-14:openai, ALIA's")
     if args.judge_class == "clip" and "confidence" not in rules:
         raise cli.UserError("--judge-class clip: expected with --rules confidence")
 

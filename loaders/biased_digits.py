@@ -84,8 +84,9 @@ DATASETS = {
             "find_hard": {"rule": "all"},
             "describe_domains": {"captioner": str(ASSETS / "tiny_captioner"), "superclass": "digit", "batch_size": 100},
             "generate_spectrum": digits.DEFAULTS["generate_spectrum"]
-            | {"levels": [10], "seeds": 1, "text_guidance": 3.0, "steps": 20},
+            | {"generator": str(ASSETS / "tiny_sd"), "levels": [10], "seeds": 1, "text_guidance": 3.0, "steps": 20},
             "filter_clipscore": TINY_FILTER,
+            "filter_edits": {"clip": TINY_FILTER["clip"]},
             "train_lt": {
                 "model": "resnet8",
                 "epochs": 40,

@@ -253,6 +253,7 @@ ALIA: dict[str, dict] = {
     "find_hard": {"rule": "all"},
     "generate_spectrum": EDITS,
     "filter_clipscore": CLIP_FILTER,
+    "filter_edits": {"clip": "ViT-L-14:openai"},
     "train_lt": TRAINING,
 }
 
