@@ -100,12 +100,12 @@ def train_all(script: str, commands: list[list[str]], jobs: int) -> None:
 
 
 def row_name(row: tuple[str, ...]) -> str:
-    """A row as the table calls it: CE + d2s, or BS + d2s (prior: stage)."""
+    """A row as the report calls it: CE + d2s, or BS (stage prior) + d2s."""
     flags = dict(zip(row[::2], row[1::2], strict=True))
-    name = flags["--loss"].upper()
-    if flags["--curriculum"] != "none":
-        name += f" + {flags['--curriculum']}"
-    return name + (f" (prior: {flags['--prior']})" if "--prior" in flags else "")
+    name = flags["--loss"].upper() + (f" ({flags['--prior']} prior)" if "--prior" in flags else "")
+    curriculum = flags["--curriculum"]
+    shown = {"text_only": "text only", "all": "all levels"}.get(curriculum, curriculum)
+    return name if curriculum == "none" else f"{name} + {shown}"
 
 
 def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
@@ -122,13 +122,14 @@ def write_table(out: Path, dataset: str, results: dict[tuple[str, ...], list[dic
     """
     figures, (first, *_) = FIGURES[dataset], FIGURES[dataset]
     count = len(next(iter(results.values())))
-    heading = ["test %", *figures.values(), f"{figures[first]}: minus none", "minus all levels"]
-    lines = [" | ".join(heading), "|".join("---" for _ in heading)]
+    heading = ["test accuracy, %" if dataset == "digits" else "test, %", *figures.values()]
+    heading += [f"{figures[first]} against none", "against all levels"]
+    lines = [" | ".join(heading), " | ".join("---" for _ in heading)]
     sentences = []
     values = {row: [one["last"][first] for one in found] for row, found in results.items()}
     if dataset == "toycam":
         untuned = next(iter(results.values()))[0]["zero_shot"]
-        lines.append(" | ".join(["zero-shot", *(f"{untuned[key]:.1f}" for key in figures), "", ""]))
+        lines.append(" | ".join(["zero-shot", *(f"{untuned[key]:.1f}" for key in figures), "–", "–"]))
     for row, found in results.items():
         cells = [row_name(row)]
         for key in figures:
@@ -137,7 +138,7 @@ def write_table(out: Path, dataset: str, results: dict[tuple[str, ...], list[dic
         for other in ("none", "all"):
             against = next(r for r in results if r[1] == row[1] and r[3] == other)
             if against == row or "none" in row:
-                cells.append("")
+                cells.append("–")
                 continue
             apart, error = difference(values[row], values[against])
             cells.append(f"{apart:+.1f} ± {error:.1f}")
