@@ -347,12 +347,13 @@ def keep_branch(args, settings: dict) -> None:
 
 def check_long_prompts(plan: DrawPlan, pipe) -> None:
     """Say how many prompts the generator cuts, or raise UserError where --on-long-prompt says so."""
+    args = plan.args
     texts = {text for row in plan.hard.values() for text in plan.prompts[row.label]["prompts"]}
     texts = sorted(texts | {text for text in plan.asked.values() if text})
     cut = find_cut(pipe, texts)
     if cut:
-        what = f"{len(cut)} of {len(texts)} prompts are longer than {plan.args.generator} reads"
-        if plan.args.on_long_prompt == "error":
+        what = f"{len(cut)} of {len(texts)} prompts are longer than {args.generator} reads"
+        if args.on_long_prompt == "error":
             raise cli.UserError(
                 f"--prompts: {what}, the first {cut[0]!r}; expected shorter ones, or --on-long-prompt cut"
             )

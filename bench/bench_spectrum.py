@@ -182,29 +182,32 @@ class UnetTimer:
 
 
 def make_inputs(folder: Path, sources: int, size: tuple[int, int]) -> tuple[list[str], list[str]]:
-    """Random images, hard.csv and prompts.json: names of the images, and the arguments that name the files."""
+    """A folder of random images, hard.csv and prompts.json: names of the images, and arguments that name the files."""
     rng = np.random.default_rng(0)
-    names = [f"{number:04d}.png" for number in range(sources)]
-    for name in names:
+    names = [f"train/{number % 10}/{number:04d}.png" for number in range(sources)]
+    others = [f"{split}/{label}/0.png" for split in ("val", "test") for label in range(min(sources, 10))]
+    for name in (*names, *others):
         coarse = Image.fromarray(rng.integers(0, 256, (9, 16, 3), dtype=np.uint8))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         coarse.resize(size, Image.Resampling.BICUBIC).save(folder / name)
     tables.write_hard(
         folder / "hard.csv",
         (
-            {"source": name, "label": n % 10, "class_name": "x", "reason": "few", "score": 1}
+            {"source": name, "label": n % 10, "class_name": str(n % 10), "reason": "few", "score": 1}
             for n, name in enumerate(names)
         ),
     )
     prompts = {
         str(label): {
-            "class_name": "x",
+            "class_name": str(label),
             "score_prompt": "x",
             "prompts": [f"a 8k real photo: number {label} by day", f"a 8k real photo: number {label} at night"],
         }
         for label in range(10)
     }
     runs.write_json(folder / "prompts.json", prompts)
-    inputs = ["--hard", folder / "hard.csv", "--prompts", folder / "prompts.json", "--data-root", folder]
+    inputs = ["--dataset", "imagefolder", "--data-root", folder]
+    inputs += ["--hard", folder / "hard.csv", "--prompts", folder / "prompts.json"]
     return names, [str(word) for word in inputs]
 
 

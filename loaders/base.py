@@ -324,10 +324,9 @@ def stop_on_unreadable(splits: dict[str, ImageSet]) -> None:
     """Raise UserError, naming up to 20 at once, where images cannot be used."""
     found = find_unreadable(splits)
     if found:
+        count = f"{len(found)} image{'s' * (len(found) > 1)}"
         more = f"; and {len(found) - 20} more" if len(found) > 20 else ""
-        raise UserError(
-            f"{len(found)} images cannot be used: {'; '.join(found[:20])}{more}. Expected them mended or taken out"
-        )
+        raise UserError(f"{count} cannot be used: {'; '.join(found[:20])}{more}. Expected them mended or taken out")
 
 
 def name_problems(class_names: list[str]) -> list[str]:

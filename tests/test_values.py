@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -91,14 +92,15 @@ def test_the_prior_and_the_time_of_re_weighting():
     assert train_lt.Trainer.class_counts(trainer, this).tolist() == [1, 3]
 
     def weighted(drw_epoch, epochs=10):
-        trainer.args = SimpleNamespace(drw=True, drw_epoch=drw_epoch, epochs=epochs)
+        trainer.args = SimpleNamespace(drw=True, drw_epoch=drw_epoch, epochs=epochs, class_weights="none")
         counts = torch.tensor([8, 2])
-        return [train_lt.Trainer.class_weights(trainer, epoch, counts) is not None for epoch in range(epochs)]
+        passes = [dataclasses.replace(this, epoch=epoch) for epoch in range(epochs)]
+        return [train_lt.Trainer.class_weights(trainer, one, counts) is not None for one in passes]
 
     assert weighted(3) == [False] * 3 + [True] * 7
     assert weighted(None) == [False] * 8 + [True] * 2  # four fifths
     trainer.args.drw = False
-    assert train_lt.Trainer.class_weights(trainer, 9, torch.tensor([8, 2])) is None
+    assert train_lt.Trainer.class_weights(trainer, dataclasses.replace(this, epoch=9), torch.tensor([8, 2])) is None
 
 
 def test_flyp_draws_each_of_the_captions():
