@@ -16,6 +16,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import mutants_draw
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -126,6 +128,7 @@ FAULTS = [
     Fault("selection by overall accuracy", "training/loop.py",
           'chosen_by = "macro"', 'chosen_by = "overall"', f"{VALUES} -k averaged"),
 ]  # fmt: skip
+FAULTS += [Fault(*row) for row in mutants_draw.FAULTS]
 
 
 def notices(folder: Path, fault: Fault) -> bool:

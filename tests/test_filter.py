@@ -212,7 +212,9 @@ def test_the_acceptance_table_by_hand():
     assert table[1] == [0, 50]
     assert table[2].tolist() == [[2, 1], [1, 1], [0, 1], [0, 1], [3, 2], [3, 3]]
     assert table[3].tolist() == [[1, 1], [0, 1], [0, 0], [0, 0], [1, 2], [1, 2]]
-    last = acceptance.format_table(*table).splitlines()[-1].split()
+    lines = acceptance.format_table(*table).splitlines()
+    assert lines[1].split() == ["class", "1", "1/2", "1/1", "66.7%"]  # 2 of 3 images
+    last = lines[-1].split()
     assert last == ["all", "1/3", "2/3", "50.0%"]
 
 
@@ -238,6 +240,8 @@ def test_a_top_up_plan_by_hand():
     plan = {"hard_classes": [1], "levels": [0, 50]}
     short = quotas.find_short(plan, {1: "class 1"}, made, counted, 3)
     assert [(gap["level"], gap["made"], gap["kept"], gap["short"]) for gap in short] == [(0, 0, 0, 3), (50, 4, 1, 2)]
+    enough = quotas.find_short(plan, {1: "class 1"}, made, counted, 1)  # level 50 has its one image
+    assert [(gap["level"], gap["short"]) for gap in enough] == [(0, 1)]
     prompts = {1: {"prompts": ["p0", "p1", "p2", "p3"]}}
     found = quotas.plan_top_up(rows, prompts, short[1:], first_seed=2)
     assert [tuple(row.values()) for row in found] == [
@@ -251,6 +255,9 @@ def test_a_top_up_plan_by_hand():
     # Nothing was drawn at level 0: half is taken to be accepted, and seeds begin where the plan's own end.
     first = quotas.plan_top_up(rows, prompts, short[:1], first_seed=2)
     assert [(row["level"], row["seed"]) for row in first] == [(0, 2), (0, 2), (0, 3), (0, 3), (0, 4), (0, 4)]
+    # 3 wanted where 1 of 3 was kept: 3 / (2 / 5) = 7.5, rounded up.
+    gap = {"label": 1, "level": 50, "made": 3, "kept": 1, "short": 3}
+    assert len(quotas.plan_top_up(rows, prompts, [gap], first_seed=2)) == 8
 
 
 def test_a_class_that_nearly_always_fails_gets_at_most_ten_times_what_is_missing():

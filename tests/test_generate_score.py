@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -22,6 +23,7 @@ import filter_clipscore
 import generate_spectrum
 import models
 from generation import generator as generators
+from generation.job import Job
 from generation.plan import choose_prompt
 from generation.worklist import Batch
 from loaders.base import ASSETS
@@ -238,3 +240,33 @@ def test_redraws_take_every_other_prompt_before_any_comes_again(texts, seed):
         assert choose_prompt(unit, texts, len(texts)) == others[0]
     else:
         assert choose_prompt(unit, texts, 1) == first
+
+
+def test_prompts_are_chosen_among_all():
+    assert {choose_prompt(Unit("a", 10, seed), ["p", "q", "r"]) for seed in range(40)} == {"p", "q", "r"}
+
+
+def test_the_redraw_rule_by_hand():
+    """Threshold 0.5, two redraws: a has just that at once, b's second drawing is its best, c's third is enough."""
+    scores = {"a": [0.5], "b": [0.1, 0.3, 0.2], "c": [0.4, 0.2, 0.9]}
+    drawn = []
+
+    def draw_once(batch, redraw, images):
+        drawn.append([unit.source for unit in batch.units])
+        count = len(batch.units)
+        return torch.full((count, 2, 2, 3), redraw, dtype=torch.uint8), torch.ones(count, dtype=bool), lambda: None
+
+    def score(pictures, labels, sources):
+        return [scores[name][len(drawn) - 1] for name in sources], [0.0] * len(sources)
+
+    job = SimpleNamespace(
+        args=SimpleNamespace(max_redraws=2, threshold=0.5, format="png"),
+        draw_once=draw_once,
+        read_sources=lambda batch: {},
+        row=lambda unit, redraw, size: {"width": 2, "height": 2, "label": 0, "redraws": redraw},
+        scorer=SimpleNamespace(score=score),
+    )
+    pixels, _, _, rows = Job.draw_best(job, Batch(10, (2, 2), None, [Unit(name, 10, 0) for name in "abc"]), {})
+    assert drawn == [["a", "b", "c"], ["b", "c"], ["b", "c"]]
+    assert [(row["redraws"], row["text_score"]) for row in rows] == [(0, 0.5), (1, 0.3), (2, 0.9)]
+    assert pixels[:, 0, 0, 0].tolist() == [0, 1, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -11,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from generation import worklist
+from generation.plan import DrawPlan
 from generation.sizes import draw_size, round_size
+from spectrum.tables import Hard
 
 
 def size_of(source: str) -> tuple[int, int]:
@@ -108,3 +111,16 @@ def test_iwildcam_is_drawn_at_480x272_and_saved_and_scored_at_480x270():
 
     args = generate_spectrum.build_parser().parse_args(["--dataset", "iwildcam"])
     assert args.size == args.save_size == (480, 270)
+
+
+@pytest.mark.parametrize(("asked", "saved"), [(None, (480, 272)), ("source", (480, 270)), ((64, 32), (64, 32))])
+def test_the_save_size_is_the_one_asked_for(asked, saved):
+    plan = SimpleNamespace(args=SimpleNamespace(save_size=asked), sizes={"a": (480, 270)})
+    assert DrawPlan.save_size_of(plan, "a", (480, 272)) == saved
+
+
+def test_the_lora_is_that_of_the_sources_class():
+    plan = SimpleNamespace(hard={"a": Hard("a", 7, "owl")}, adapters=["class_3", "class_7"])
+    assert DrawPlan.adapter_of(plan, "a") == "class_7"
+    plan.adapters = ["all"]
+    assert DrawPlan.adapter_of(plan, "a") is None
