@@ -381,7 +381,9 @@ def main(argv: list[str] | None = None) -> int:
         written += [path.name for path, _ in drawn]
         sections.append(("The spectrum", [page.figure(path, caption) for path, caption in drawn]))
         if args.gallery:
-            data_root = args.data_root or cli.default_data_root(spectrum_folder.read_plan(args.spectrum)["dataset"])
+            data_root = args.data_root or datasets.default_data_root(
+                spectrum_folder.read_plan(args.spectrum)["dataset"]
+            )
             written.append(str(draw_gallery(args.spectrum, data_root, args.out).relative_to(args.out)))
     # Put all of it on one page.
     begun = {names.table_name(row.args) for table in found for row in table.rows.values() if row.runs}

@@ -368,7 +368,7 @@ GRADIENTS = """
 import glob, pathlib, sys
 sys.path.insert(0, {root!r})
 import torch
-import distributed, losses
+from training import distributed, losses
 distributed.start("cpu")
 torch.manual_seed(0)
 images, texts = torch.randn(7, 5), torch.randn(7, 5)

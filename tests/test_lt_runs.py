@@ -418,7 +418,7 @@ def test_two_processes_have_the_loss_curve_of_one(road, tmp_path, extra):
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_together(road, tmp_path):
-    flags = ["--spectrum", str(road.spectrum), "--curriculum", "d2s", "--epochs", "4", "--curriculum-epochs", "3"]
+    flags = ["--spectrum", str(road.spectrum), "--curriculum", "d2s", "--epochs", "5", "--curriculum-epochs", "4"]
     flags += ["--model", "timm:test_vit", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.01", "--batch-size", "8"]
     assert train_lt.main([*flags, "--out", str(tmp_path / "one")]) == 0
     done = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "two"), STOP_AT="28")

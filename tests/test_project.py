@@ -48,7 +48,7 @@ STEPS = {
     "write_prompts": "",
     "generate_spectrum": "--levels 0 50 --seeds 1 --steps 4",
     "filter_clipscore": "--threshold -1",
-    "train_lt": "--epochs 3 --curriculum-epochs 2",
+    "train_lt": "--epochs 4 --curriculum-epochs 3",
     "report": "",
 }
 

@@ -32,7 +32,7 @@ WITH_COMMAND = [path for path in ALL if "\n# expected: " in path.read_text(encod
 CHEAP = {
     "find_hard": "",
     "write_prompts": "--count 2",
-    "generate_spectrum": f"--generator {ROOT}/assets/tiny_sd --steps 2 --seeds 1 --size 16x16 --dtype float32",
+    "generate_spectrum": f"--generator {ROOT}/assets/tiny_sd --steps 10 --seeds 1 --size 16x16 --dtype float32",
     "filter_clipscore": f"--clip {ROOT}/assets/tiny_clip --threshold -1",
     "train_lt": "--model resnet8 --batch-size 4 --image-size 32 --workers 0 --real-pass-images 8 --progress-images 2",
     "train_iwildcam": f"--clip {ROOT}/assets/toycam_clip --batch-size 4 --workers 0 --precision fp32 --device cpu "
