@@ -268,7 +268,9 @@ def test_docstring_commands_run_one_after_another(tmp_path):
     assert {f"{run}/args.json", f"{run}/checkpoint.pt", f"{run}/results.json", f"{run}/predictions.npz"} <= made
     assert {f"report/{name}" for name in ("table.md", "table.csv", "curriculum.png", "spectrum.png")} <= made
     assert "report/acceptance.png" in made
-    assert "| BS + d2s |" in (tmp_path / "runs/report/table.md").read_text(encoding="utf-8")
+    assert "| BS + d2s (--curriculum-epochs 3, --epochs 4) |" in (tmp_path / "runs/report/table.md").read_text(
+        encoding="utf-8"
+    )
     levels = [row["level"] for row in spectrum_folder.read_rows(tmp_path / "runs/spectrum", decode=True)]
     assert sorted(levels) == [0] * 55 + [50] * 55
 
