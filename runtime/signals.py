@@ -7,6 +7,8 @@ import multiprocessing
 import multiprocessing.util  # its own handler at exit, which waits, is registered here: before ours, so run after it
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class StopSignals:
@@ -30,6 +32,19 @@ class StopSignals:
 
     def _note(self, number: int, frame) -> None:
         self.received = signal.Signals(number).name
+
+
+@contextmanager
+def hold_signals() -> Iterator[None]:
+    """Within it StopSignals' signals wait, and processes that are started within it never see them.
+
+    A DataLoader's worker that is ended between its start and `leave_signals` would end the main process too.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_signals(worker: int = 0) -> None:

@@ -21,7 +21,7 @@ from loaders.pictures import read_image
 from loaders.sources import read_sources
 from runtime import cli
 from runtime.cli import UserError
-from runtime.runs import leave_signals
+from runtime.signals import hold_signals, leave_signals
 
 # What yields, for each name, its RGB image, or a line that says why there is none.
 Reader = Callable[[list[str]], Iterator[Image.Image | str]]
@@ -103,7 +103,9 @@ def batches(
         pin_memory=cuda,
         worker_init_fn=leave_signals,
     )
-    for places, stack, wrong in loader:
+    with hold_signals():
+        batches = iter(loader)
+    for places, stack, wrong in batches:
         yield places, None if stack is None else stack.to(device, non_blocking=True), wrong
 
 

@@ -20,7 +20,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from loaders import pictures
 from loaders.base import ImageSet
 from runtime.cli import UserError
-from runtime.signals import leave_signals
+from runtime.signals import hold_signals, leave_signals
 from training.class_augmentation import augmented
 
 
@@ -165,7 +165,8 @@ class Decoded:
             pin_memory=pinned,
             prefetch_factor=4 if self.workers else None,
         )
-        batches = iter(loader)
+        with hold_signals():
+            batches = iter(loader)
         try:
             for images, wrong in batches:
                 self.unreadable |= wrong
