@@ -193,6 +193,12 @@ def test_a_share_keeps_its_number_and_none_better_is_left_out(texts, share):
     assert not inside or not outside or min(inside) >= max(outside)
 
 
+def test_a_share_keeps_7_of_100_though_0_07_times_100_is_more_than_7_in_floats():
+    rows, scores = made_rows(**{f"n{i:02d}": (1, 0, i / 100) for i in range(100)})
+    acceptance.decide_kept(rows, scores, None, 0.07, "class-level")
+    assert sorted(name for name, entry in scores.items() if entry["kept"]) == [f"n{i}" for i in range(93, 100)]
+
+
 def test_images_without_a_score_are_never_kept():
     rows, scores = made_rows(a=(1, 0, 0.3), b=(1, 0, 0.1))
     scores["b"] = acceptance.no_score("unreadable")

@@ -175,7 +175,8 @@ def test_the_averaged_weights_are_evaluated_and_epochs_chosen_on_the_validation_
     found = torch.from_numpy(np.load(out / "predictions.npz")["logits"])
     assert torch.allclose(logits(averaged, data.test.images), found, atol=1e-3)
     assert not torch.allclose(logits(state["model"], data.test.images), found, atol=1e-2)
-    # The figures that epochs are chosen by: of the validation set, and the best of them.
+    # The figures that epochs are chosen by: of the validation set, each class counting alike, and the best of them.
+    assert train_lt.Trainer.chosen_by == "macro"
     predicted = logits(averaged, data.val.images).argmax(1).numpy()
     shares = [100 * (predicted[data.val.labels == label] == label).mean() for label in np.unique(data.val.labels)]
     history = runs.read_json_lines(out / "history.jsonl")
