@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 import datasets
-from runtime import cli, files, runs
+from runtime import cli, files, runs, signals
 from spectrum import captions as captioning
 from spectrum import domains as summary
 
@@ -139,8 +139,8 @@ def describe_captioner(args) -> dict:
     local = Path(args.captioner)
     digest = ""
     if local.is_dir():
-        files = [path for path in local.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".jinja")]
-        digest = runs.digest_files(sorted(files))
+        paths = [path for path in local.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".jinja")]
+        digest = files.digest_files(sorted(paths))
     return {
         "dataset": args.dataset,
         "imb_ratio": args.imb_ratio,
@@ -153,7 +153,7 @@ def describe_captioner(args) -> dict:
     }
 
 
-def caption_shard(args, data, stop: runs.StopSignals) -> None:
+def caption_shard(args, data, stop: signals.StopSignals) -> None:
     """Caption this shard's images that have no caption yet, and append each batch."""
     import models
     from runtime.device import pick_device
@@ -218,9 +218,9 @@ def ask_for_domains(args, captions: list[str], class_names: list[str]) -> list[d
     best: list[dict] = []
     with (args.out / "domains.answers.jsonl").open("a", encoding="utf-8") as raw:
         for attempt in range(args.tries):
-            rng = random.Random(runs.digest_int("captions", args.seed, attempt))
+            rng = random.Random(files.digest_int("captions", args.seed, attempt))
             shown = rng.sample(unique, min(args.sample, len(unique)))
-            seed = runs.digest_int("domains", args.seed, attempt)
+            seed = files.digest_int("domains", args.seed, attempt)
             messages = [{"role": "user", "content": FIRST_TURN.format(captions="\n".join(shown), **words)}]
             for turn in range(2):
                 answer = language_model.answer(model, tokenizer, [messages], seed + turn, args.llm_tokens)[0]
@@ -342,7 +342,7 @@ def summarise(args, data, rows: dict[str, dict]) -> None:
     label_of = dict(zip(data.train.sources, data.train.labels.tolist(), strict=True))
     labels = [label_of[name] for name in readable]
     lines = (json.dumps(rows[name], ensure_ascii=False) + "\n" for name in readable)
-    runs.write_text(args.out / "captions.jsonl", "".join(lines))
+    files.write_text(args.out / "captions.jsonl", "".join(lines))
     spoken = [name.replace("_", " ") for name in data.class_names]
     cleaned = [summary.clean_caption(rows[name]["caption"]) for name in readable]
     looping = sum(not text for text in cleaned)
@@ -354,7 +354,7 @@ def summarise(args, data, rows: dict[str, dict]) -> None:
     content = find_domains(args, [cleaned[i] for i in usable], [labels[i] for i in usable], spoken)
     assigned = add_shares(content, cleaned)
     names = [domain["name"] for domain in content["domains"]]
-    runs.write_json(args.out / "domains.json", content)
+    files.write_json(args.out / "domains.json", content)
     summary.write_source_domains(
         args.out / "sources.csv",
         (
@@ -386,14 +386,14 @@ def main(argv: list[str] | None = None) -> int:
 
     # Captions of another model or data set stop it here.
     note, made_by = args.out / "captions.json", describe_captioner(args)
-    made_by["sources"] = runs.digest_int(*data.train.sources)
+    made_by["sources"] = files.digest_int(*data.train.sources)
     if note.exists():
-        runs.stop_on_difference(note, runs.read_json(note), made_by, "delete that folder")
+        runs.stop_on_difference(note, files.read_json(note), made_by, "delete that folder")
     else:
-        runs.write_json(note, made_by)
+        files.write_json(note, made_by)
 
     # Caption what has no caption yet.
-    with runs.StopSignals() as stop:
+    with signals.StopSignals() as stop:
         caption_shard(args, data, stop)
     rows = read_all(args.out)
     missing = [name for name in data.train.sources if name not in rows]

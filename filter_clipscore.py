@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 
 import datasets
-from runtime import cli, runs
+from runtime import cli, files
 from spectrum import acceptance, distances, quotas, tables
 from spectrum import folder as spectrum_folder
 from spectrum.acceptance import SHOWN, no_score
@@ -128,18 +128,18 @@ def score_images(rows: list[dict], prompts: dict[int, dict], train, clip, args, 
     source_of = {name: i for i, name in enumerate(names)}
 
     # Score the images in the order in which they come.
-    files = [row["file_name"] for row in rows]
+    drawn = [row["file_name"] for row in rows]
     saved = time.monotonic()
     with cli.progress(len(rows), "scoring", "image") as bar:
-        for places, vectors, wrong in clip.images(files, read_files(args.spectrum)):
+        for places, vectors, wrong in clip.images(drawn, read_files(args.spectrum)):
             for place in wrong:  # its row says so, and the step ends in an error, after all others are scored
-                scores[files[place]] = no_score("unreadable")
+                scores[drawn[place]] = no_score("unreadable")
             if places:
                 text = (vectors * texts[[text_of[rows[place]["label"]] for place in places]]).sum(1).tolist()
                 image = (vectors * sources[[source_of[rows[place]["source"]] for place in places]]).sum(1).tolist()
                 for place, *pair in zip(places, text, image, strict=True):
                     finite = all(map(math.isfinite, pair))
-                    scores[files[place]] = (
+                    scores[drawn[place]] = (
                         {"text_score": round(pair[0], 6), "image_score": round(pair[1], 6)}
                         if finite
                         else no_score("score not finite")
@@ -197,7 +197,7 @@ def same_scorer(plan: dict, made_by: dict, prompts: Path) -> bool:
     """Whether the scores that generate_spectrum.py --score took are those that would be taken here."""
     score = plan.get("score") or {}
     same_clip = all(score.get(name) == made_by[name] for name in ("clip", "clip_digest"))
-    return same_clip and plan.get("prompts_digest") == runs.digest_files([prompts])
+    return same_clip and plan.get("prompts_digest") == files.digest_files([prompts])
 
 
 def gather_scores(rows: list[dict], settings: dict, note: dict, made_by: dict, args) -> tuple[dict[str, dict], int]:
@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> int:
     made_by = spectrum_folder.describe_clip(args.clip)
     made_by["score_prompts"] = {str(label): prompts[label]["score_prompt"] for label in sorted(names)}
     note_path = args.spectrum / "scores.json"
-    note = runs.read_json(note_path) if note_path.exists() else {}
+    note = files.read_json(note_path) if note_path.exists() else {}
     scores, drawn = gather_scores(rows, settings, note, made_by, args)
     new = [row for row in rows if row["file_name"] not in scores]
 
@@ -397,7 +397,7 @@ def main(argv: list[str] | None = None) -> int:
     def save() -> None:
         acceptance.decide_kept(rows, scores, args.threshold, args.keep_share, args.share_of)
         write_scores(args.spectrum / "scores.csv", rows, scores)
-        runs.write_json(note_path, note)
+        files.write_json(note_path, note)
 
     if new or args.distance:
         clip = load_clip(args)
@@ -411,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
     report_kept(rows, names, groups, made, kept, len(new), drawn, args)
     if args.min_per_class_level is not None:
         plan_top_up(rows, prompts, settings, names, made, kept, note, args)
-        runs.write_json(note_path, note)
+        files.write_json(note_path, note)
     if args.distance:
         report_distances(
             distances.measure_levels(rows, scores, train, args.data_root, clip, args.spectrum), args.spectrum

@@ -29,7 +29,7 @@ import numpy as np
 
 import datasets
 from loaders.base import fold_of
-from runtime import cli, runs
+from runtime import cli, files
 from spectrum import domains as summary
 from spectrum import edit_rules
 from spectrum import edits as edits_table
@@ -116,7 +116,7 @@ def embed(args, data, rows: list[dict], clip, real: list[str]) -> tuple[np.ndarr
     from spectrum.embeddings import read_files, read_training_images
 
     described = spectrum_folder.describe_clip(args.clip)
-    digest = f"{runs.digest_int(*described.values()):016x}"
+    digest = f"{files.digest_int(*described.values()):016x}"
     width = clip.texts([""]).shape[1]
     found = []
     for what, names, read in (
@@ -148,8 +148,8 @@ def base_probabilities(args, data, run: Path, sets: dict[str, tuple[list[str], o
     from spectrum import embeddings
     from training import evaluation, stores
 
-    trained = runs.read_json(run / "args.json")["args"]
-    digest = runs.digest_files([run / "checkpoint.pt"])
+    trained = files.read_json(run / "args.json")["args"]
+    digest = files.digest_files([run / "checkpoint.pt"])
     caches = {
         what: VectorCache(args.spectrum / "edits" / f"run_{what}_{digest}.npz", len(data.class_names)) for what in sets
     }
@@ -183,7 +183,7 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
     for run in args.checkpoint:
         if not (run / "checkpoint.pt").is_file():
             raise cli.UserError(f"--checkpoint {run}: no checkpoint.pt there; expected a run of train_lt.py")
-        trained = runs.read_json(run / "args.json")["args"]
+        trained = files.read_json(run / "args.json")["args"]
         for name in ("dataset", "imb_ratio", "data_seed"):
             if trained.get(name) != getattr(args, name):
                 raise cli.UserError(
@@ -437,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
         args.spectrum / edits_table.EDITS,
         (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)),
     )
-    runs.write_json(args.spectrum / "edits.json", note)
+    files.write_json(args.spectrum / "edits.json", note)
     print_table(rows, domains, final)
     print(
         f"{args.spectrum / 'edits.csv'}: {np.sum(final == '')} of {len(rows)} edits kept by {' and '.join(args.rules)}"

@@ -25,7 +25,7 @@ import numpy as np
 
 import datasets
 from loaders.base import DataSet
-from runtime import cli, runs
+from runtime import checkpoints, cli, files, runs
 from spectrum import tables
 
 SHOWN = 20  # classes or images that are listed one by one
@@ -130,7 +130,7 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     from training import losses, stores
     from training.augmentations import normalise
 
-    trained = runs.read_json(args.checkpoint / "args.json")["args"]
+    trained = files.read_json(args.checkpoint / "args.json")["args"]
     for name in ("dataset", "imb_ratio", "data_seed"):
         if trained[name] != getattr(args, name):
             raise cli.UserError(
@@ -144,7 +144,7 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     if not path.is_file():
         raise cli.UserError(f"--checkpoint {args.checkpoint}: no checkpoint.pt there; expected a run of train_lt.py")
     try:
-        model.load_state_dict(evaluated_weights(runs.load_checkpoint(path, "cpu")))
+        model.load_state_dict(evaluated_weights(checkpoints.load_checkpoint(path, "cpu")))
     except (KeyError, RuntimeError) as error:
         raise cli.UserError(f"{path}: does not fit the model {trained['model']} of args.json") from error
     model.to(device).eval()
@@ -185,22 +185,22 @@ def probabilities(args, data: DataSet) -> np.ndarray:
         UserError: the model gives a probability that is not finite, or the scores there are another model's.
     """
     model = args.checkpoint or Path(args.clip)
-    files = [model / "checkpoint.pt"] if args.checkpoint else sorted(model.glob("*")) if model.is_dir() else []
+    paths = [model / "checkpoint.pt"] if args.checkpoint else sorted(model.glob("*")) if model.is_dir() else []
     made_by = {
         "dataset": args.dataset,
         "imb_ratio": args.imb_ratio,
         "images": len(data.train),
-        "class_names": runs.digest_int(*data.class_names),
+        "class_names": files.digest_int(*data.class_names),
         "model": model.name if model.is_dir() else args.clip,
-        "model_digest": runs.digest_files([file for file in files if file.is_file()]),
+        "model_digest": files.digest_files([file for file in paths if file.is_file()]),
         "templates": args.templates if args.clip else [],
     }
     path, note = args.out.with_suffix(".probabilities.jsonl"), args.out.with_suffix(".probabilities.json")
     if note.exists() and path.exists():
-        runs.stop_on_difference(note, runs.read_json(note), made_by, f"delete {path}")
+        runs.stop_on_difference(note, files.read_json(note), made_by, f"delete {path}")
     else:
         path.unlink(missing_ok=True)
-        runs.write_json(note, made_by)
+        files.write_json(note, made_by)
     found = tables.read_probabilities(path) if path.exists() else {}
     # Those that could not be read are tried again.
     places = [place for place, name in enumerate(data.train.sources) if found.get(name) is None]

@@ -43,7 +43,7 @@ from generation.texts import find_cut
 from generation.worklist import Batch
 from generation.writer import SAVE_OPTIONS
 from loaders.sources import Sources
-from runtime import cli, runs
+from runtime import cli, files, runs, signals
 from spectrum import folder as spectrum_folder
 from spectrum.tables import Hard, read_hard, read_prompts
 from spectrum.units import Unit
@@ -341,7 +341,7 @@ def check_generator(args):
 def keep_branch(args, settings: dict) -> None:
     """Note the branch in place of the commit where a folder was begun by a version that noted branches."""
     path = args.out / "plan.json"
-    if path.exists() and runs.read_json(path).get("revision") == (args.revision or "main"):
+    if path.exists() and files.read_json(path).get("revision") == (args.revision or "main"):
         settings["revision"] = args.revision or "main"
 
 
@@ -421,7 +421,7 @@ def warn_of_sizes(plan: DrawPlan, todo: list[Batch]) -> None:
         )
 
 
-def draw(plan: DrawPlan, folder: Path, sources: Sources, files: dict[str, Path], todo, done, stop) -> int:
+def draw(plan: DrawPlan, folder: Path, sources: Sources, weights: dict[str, Path], todo, done, stop) -> int:
     """Load what draws, draw what is missing, and give the exit code."""
     import models
     from runtime.device import pick_device
@@ -434,11 +434,11 @@ def draw(plan: DrawPlan, folder: Path, sources: Sources, files: dict[str, Path],
         device = pick_device(args.device)
         revision = args.revision if Path(args.generator).is_dir() else plan.settings["revision"]
         pipe = models.load_generator(args.generator, device, revision, args.dtype, args.scheduler)
-        adapters = loras.Adapters(pipe, files) if files else None
-        if "all" in files:
+        adapters = loras.Adapters(pipe, weights) if weights else None
+        if "all" in weights:
             adapters.switch("all")
         stop_on_other_settings(args.out, plan.settings)  # another shard's, perhaps written since
-        runs.write_json(args.out / "plan.json", plan.settings)
+        files.write_json(args.out / "plan.json", plan.settings)
         check_long_prompts(plan, pipe)
         job.draw(pipe, todo, done, stop, adapters)
     if stop.received:
@@ -515,7 +515,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with ExitStack() as stack:
         # Hold this shard, and take further units into the plan.
-        stop = stack.enter_context(runs.StopSignals())
+        stop = stack.enter_context(signals.StopSignals())
         if not args.dry_run:
             folder = stack.enter_context(spectrum_folder.claim(args.out, *args.shard, args.batch_size))
             if args.also_draw:

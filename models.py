@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from runtime.cli import UserError, first_line
-from runtime.runs import digest_files, read_json
+from runtime.files import digest_files, read_json
 from training.networks import CifarResNet, CosineHead, FullPrecisionLinear
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -104,7 +104,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: not readable, or the weights of another architecture or number of classes.
     """
-    from runtime import runs
+    from runtime import checkpoints
 
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -115,7 +115,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         except (OSError, SafetensorError) as error:
             raise UserError(f"--init-checkpoint {path}: not readable ({first_line(error)})") from error
     else:
-        content = runs.load_checkpoint(path, "cpu")
+        content = checkpoints.load_checkpoint(path, "cpu")
         weights = content.get("model", content)
     wanted = model.state_dict()
     different = [name for name in sorted(weights.keys() ^ wanted.keys())]
@@ -141,11 +141,11 @@ def load_trained(run: Path, trained: dict, classes: int, image_size: int) -> nn.
     Raises:
         UserError: the checkpoint is not readable, or of another architecture.
     """
-    from runtime import runs
+    from runtime import checkpoints
 
     model = build_classifier(trained["model"], classes, image_size, cosine_head=trained["loss"] == "ldam")
     try:
-        model.load_state_dict(runs.load_checkpoint(run / "checkpoint.pt", "cpu")["model"])
+        model.load_state_dict(checkpoints.load_checkpoint(run / "checkpoint.pt", "cpu")["model"])
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{run / 'checkpoint.pt'}: does not fit the model {trained['model']} of args.json") from error
     return model.eval()

@@ -34,7 +34,7 @@ import datasets
 from loaders.pictures import read_image
 from loaders.sources import read_sources
 from reporting import figures, gallery, names, page, recipes, render, tables
-from runtime import cli, runs
+from runtime import cli, files, runs
 from spectrum import folder as spectrum_folder
 from spectrum.tables import read_scores
 
@@ -262,7 +262,7 @@ def draw_acceptance(folder: Path, path: Path) -> None:
 
 def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
     """The page on which a person looks through a filtered spectrum; its index.html."""
-    plan, note = spectrum_folder.read_plan(folder), runs.read_json(folder / "scores.json")
+    plan, note = spectrum_folder.read_plan(folder), files.read_json(folder / "scores.json")
     scores = read_scores(folder / "scores.csv")
     domains = {row["file_name"]: row["domain"] for row in spectrum_folder.read_rows(folder) if "domain" in row}
     rows = [
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, content in (
             ("table.md", text), ("table.tex", render.latex(found)), ("table.csv", render.long_csv(found))
         ):  # fmt: skip
-            runs.write_text(args.out / name, content)
+            files.write_text(args.out / name, content)
             written.append(name)
     # Draw the figures of each table and of the spectrum.
     for table in found:

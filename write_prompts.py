@@ -21,7 +21,7 @@ from pathlib import Path
 
 import datasets
 from loaders.base import spoken_name
-from runtime import cli, runs, text
+from runtime import cli, files, text
 from spectrum import domains as summary
 from spectrum import scenes, tables
 from spectrum.language_model import ask
@@ -118,7 +118,7 @@ def write_by_llm(labels: list[int], names: dict[int, str], args, add) -> None:
                     for label in open_labels
                     for name in [" ".join(names[label].split())]
                 ]
-                seed = runs.digest_int("llm", args.seed, open_labels[0], attempt)
+                seed = files.digest_int("llm", args.seed, open_labels[0], attempt)
                 texts = ask(model, tokenizer, questions, seed, args.max_new_tokens)
                 for label, question, text in zip(open_labels, questions, texts, strict=True):
                     for line in read_answer(text, names[label])[: args.count - len(found[label])]:
@@ -148,7 +148,7 @@ def read_own(path: Path, names: dict[int, str]) -> dict[int, list[str]]:
         UserError: neither CSV nor JSON as described, an empty prompt, or a name that two classes share.
     """
     if path.suffix == ".json":
-        content = runs.read_json(path)
+        content = files.read_json(path)
         if not isinstance(content, dict) or not all(isinstance(prompts, list) for prompts in content.values()):
             raise cli.UserError(f"{path}: expected an object with a list of prompts for each class")
         pairs = [(f"class {key!r}", key, prompt) for key, prompts in content.items() for prompt in prompts]
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         prompts[label] = entry | marks
 
     def save() -> None:
-        runs.write_json(args.out, {str(label): prompts[label] for label in sorted(prompts)})
+        files.write_json(args.out, {str(label): prompts[label] for label in sorted(prompts)})
 
     def add_described(label: int, described: list[str], filled: list[str]) -> None:
         texts = {text: args.frame.replace("{}", text) for text in described}

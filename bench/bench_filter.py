@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
 import filter_clipscore
 from loaders import digits
-from runtime import cli, runs
+from runtime import cli, files, runs
 
 PER_SOURCE = 16  # 4 levels x 4 seeds
 
@@ -58,7 +58,7 @@ def save_model(folder: Path) -> str:
 
     torch.manual_seed(0)
     folder.mkdir()
-    runs.write_json(
+    files.write_json(
         folder / "open_clip_config.json", {"model_cfg": open_clip.get_model_config("ViT-B-32"), "preprocess_cfg": {}}
     )
     save_file(open_clip.create_model("ViT-B-32").state_dict(), folder / "open_clip_model.safetensors")
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         "largest_difference": difference,
         "environment": runs.environment(),
     }
-    runs.write_json(args.out, result)
+    files.write_json(args.out, result)
     print(json.dumps({name: value for name, value in result.items() if name != "environment"}, indent=2))
     # bf16 rounds otherwise in another batch size.
     most = 1e-4 if clip.device == "cpu" else 1e-2

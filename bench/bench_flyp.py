@@ -30,7 +30,8 @@ import train_iwildcam
 from loaders import cameratraps
 from runtime import cli
 from runtime.device import pick_device
-from runtime.runs import StopSignals, environment
+from runtime.runs import environment
+from runtime.signals import StopSignals
 from training import losses
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from runtime import cli, runs
+from runtime import cli, files, runs
 from spectrum import tables
 from spectrum.units import Unit
 
@@ -47,14 +47,14 @@ def make_spectrum(folder: Path, rows: int) -> None:
     shard.mkdir(parents=True)
     labels = [str(label) for label in range(CLASSES)]
     plan = {"dataset": "digits", "imb_ratio": 30.0, "hard_classes": list(range(CLASSES)), "levels": LEVELS}
-    runs.write_json(folder / "plan.json", plan)
+    files.write_json(folder / "plan.json", plan)
     texts = {label: f"a photo of a class {label}" for label in labels}
     prompts = {
         label: {"class_name": f"class {label}", "score_prompt": texts[label], "prompts": ["p"]} for label in labels
     }
-    runs.write_json(folder / "prompts.json", prompts)
-    made_by = {"clip": clip.name, "clip_digest": runs.digest_files(sorted(clip.glob("*"))), "score_prompts": texts}
-    runs.write_json(folder / "scores.json", made_by | {"groups": dict.fromkeys(labels, "few"), "rounds": 0})
+    files.write_json(folder / "prompts.json", prompts)
+    made_by = {"clip": clip.name, "clip_digest": files.digest_files(sorted(clip.glob("*"))), "score_prompts": texts}
+    files.write_json(folder / "scores.json", made_by | {"groups": dict.fromkeys(labels, "few"), "rounds": 0})
     scores = []
     with (shard / "metadata.jsonl").open("w") as table:
         for number in range(rows):
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         "load_average": round(os.getloadavg()[0], 1),
         "environment": runs.environment(),
     }
-    runs.write_json(args.out, result)
+    files.write_json(args.out, result)
     print(json.dumps({name: value for name, value in result.items() if name != "environment"}, indent=2))
     return 0
 

@@ -34,7 +34,7 @@ import models  # noqa: E402
 from generation import generator as generators  # noqa: E402
 from generation.sizes import round_size  # noqa: E402
 from generation.worklist import steps_at  # noqa: E402
-from runtime import runs  # noqa: E402
+from runtime import files  # noqa: E402
 from runtime.device import pick_device  # noqa: E402
 from spectrum import folder as spectrum_folder  # noqa: E402
 from spectrum import tables  # noqa: E402
@@ -205,7 +205,7 @@ def make_inputs(folder: Path, sources: int, size: tuple[int, int]) -> tuple[list
         }
         for label in range(10)
     }
-    runs.write_json(folder / "prompts.json", prompts)
+    files.write_json(folder / "prompts.json", prompts)
     inputs = ["--dataset", "imagefolder", "--data-root", folder]
     inputs += ["--hard", folder / "hard.csv", "--prompts", folder / "prompts.json"]
     return names, [str(word) for word in inputs]
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None) -> dict:
         result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     print(json.dumps(result, indent=2))
     if args.out:
-        runs.write_json(args.out, result)
+        files.write_json(args.out, result)
     return result
 
 

@@ -33,7 +33,8 @@ from loaders import cifar
 from loaders.base import IMAGENET_MEAN, IMAGENET_STD, DataSet, ImageSet
 from runtime import cli
 from runtime.device import pick_device
-from runtime.runs import StopSignals, environment
+from runtime.runs import environment
+from runtime.signals import StopSignals
 from training import stores
 
 MEAN, STD = cifar.STATISTICS["cifar100_lt"]

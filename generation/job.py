@@ -15,7 +15,7 @@ from generation.prefetch import Prefetcher
 from generation.sizes import resize
 from generation.worklist import Batch
 from generation.writer import ImageWriter, as_saved
-from runtime import cli, runs
+from runtime import cli, files, signals
 from spectrum.domains import domain_of_prompt
 from spectrum.units import Unit
 
@@ -40,7 +40,7 @@ class Job:
         self.failed: list[Unit] = []
         self.at_once: dict[tuple[int, int], int] = {}  # of a size, set where a batch did not fit into memory
 
-    def draw(self, pipe, todo: list[Batch], done: set[Unit], stop: runs.StopSignals, adapters=None) -> None:
+    def draw(self, pipe, todo: list[Batch], done: set[Unit], stop: signals.StopSignals, adapters=None) -> None:
         """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again.
 
         A signal ends it at the next denoising step, without the batch in flight.
@@ -80,7 +80,7 @@ class Job:
         self.saved = writer.saved
         if not stop.received:
             speed = {"steps_per_second": total / (time.monotonic() - began), "batch_size": args.batch_size}
-            runs.write_json(self.folder / "speed.json", speed | {"seconds_waited_for_disk": writer.waited})
+            files.write_json(self.folder / "speed.json", speed | {"seconds_waited_for_disk": writer.waited})
 
     def build_generator(self, pipe, adapters):
         """What draws batches: by strength, or as an editor."""
@@ -260,7 +260,7 @@ class Job:
         print(f"{self.args.out}: {self.saved} images drawn, {self.redraws} redraws{reached}")
         if not failures:
             return 0
-        runs.write_text(path, "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures))
+        files.write_text(path, "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures))
         if self.prefetcher.unreadable:
             print(f"{len(self.prefetcher.unreadable)} sources cannot be read, the first: {failures[0]['reason']}")
         if self.failed:

@@ -15,7 +15,7 @@ from generation.sizes import draw_size, read_sizes
 from generation.worklist import Batch, steps_at
 from generation.writer import BYTES_PER_PIXEL
 from loaders.sources import Sources
-from runtime import runs
+from runtime import files
 from runtime.cli import UserError
 from spectrum import domains, tables
 from spectrum.folder import describe_clip, freeze_sizes, read_frozen_sizes
@@ -51,8 +51,8 @@ def make_settings(
         "data_seed": args.data_seed,
         "sources": len(hard),
         "hard_classes": sorted({row.label for row in hard.values()}),
-        "hard_digest": runs.digest_files([args.hard]),
-        "prompts_digest": runs.digest_files([args.prompts]),
+        "hard_digest": files.digest_files([args.hard]),
+        "prompts_digest": files.digest_files([args.prompts]),
         "levels": sorted(set(args.levels)),
         "seeds": args.seeds,
         **({"per_class": args.per_class} if args.per_class else {}),
@@ -60,7 +60,7 @@ def make_settings(
         "text_guidance": args.text_guidance,
         **generator,
         "dtype": dtype,
-        "loras": {name: runs.digest_files([path]) for name, path in loras.items()},
+        "loras": {name: files.digest_files([path]) for name, path in loras.items()},
         "scheduler": args.scheduler,
         "pure_noise": args.pure_noise,
         "size": args.size if isinstance(args.size, str) else list(args.size),
@@ -72,7 +72,7 @@ def make_settings(
         settings |= {"each_prompt": True, "seeds": max(count_seeds(args, hard, prompts).values())}
         settings["units"] = sum(1 for _ in order_planned(args, settings, hard, prompts))
     if args.skip_own_domain:
-        settings["skip_own_domain"] = runs.digest_files([args.skip_own_domain])
+        settings["skip_own_domain"] = files.digest_files([args.skip_own_domain])
     if editor:
         settings["editor"] = editor
     if args.image_guidance:
@@ -293,7 +293,7 @@ class DrawPlan:
         for level, number in sorted(by_level.items()):
             print(f"  level {level:>2}: {number} images of {self.steps_of(level)} steps")
         # Estimate the hours from the last run's rate.
-        speeds = [runs.read_json(path) for path in args.out.glob("shard-*/speed.json")]
+        speeds = [files.read_json(path) for path in args.out.glob("shard-*/speed.json")]
         rate = args.steps_per_second or max((speed["steps_per_second"] for speed in speeds), default=None)
         hours = "time unknown: no run here yet to go by, and no --steps-per-second"
         if rate:

@@ -24,7 +24,7 @@ from loaders.base import (
     file_set,
     listed_set,
 )
-from runtime.runs import digest_int
+from runtime.files import digest_int
 from runtime.text import UserError, parse_json, read_lines, read_text
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from runtime import runs
+from runtime import files
 
 CLASSES = ["empty", "deer", "boar", "bird", "snake"]
 SIZE = 16  # pixels
@@ -183,7 +183,7 @@ def draw(root: Path) -> None:
             row = (split, label, name, place, number, moment, quality)
             table.writerow(dict(zip(COLUMNS, row, strict=True)))
             number += 1
-    runs.write_text(beside / "metadata.csv", text.getvalue())
+    files.write_text(beside / "metadata.csv", text.getvalue())
     try:
         beside.rename(root)
     except OSError:  # another process was first: its pictures are the same

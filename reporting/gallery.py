@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from runtime import cli, runs
+from runtime import cli, files
 from runtime.cli import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -54,7 +54,7 @@ def write_gallery(
             write_strip(real, own, read_image, out / strip_name(number))
             bar.update(1)
     path = out / "index.html"
-    runs.write_text(path, fill_page(describe(by_source, scores, threshold, about, command)))
+    files.write_text(path, fill_page(describe(by_source, scores, threshold, about, command)))
     return path
 
 

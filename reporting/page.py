@@ -6,7 +6,7 @@ import base64
 from html import escape
 from pathlib import Path
 
-from runtime import runs
+from runtime import files
 
 STYLE = """
 body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a;
@@ -65,7 +65,7 @@ def write(path: Path, title: str, introduction: str, sections: list[tuple[str, l
     body = "".join(
         f"<section><h2>{escape(name)}</h2>\n" + "\n".join(parts) + "</section>\n" for name, parts in sections
     )
-    runs.write_text(
+    files.write_text(
         path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'

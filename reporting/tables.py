@@ -15,7 +15,7 @@ from statistics import mean, stdev
 import curricula
 from reporting.names import LOSS_NAMES, ZERO_SHOT, figure_order, is_balanced, row_name, table_name
 from reporting.recipes import SEEDS, Published, Recipe
-from runtime import runs
+from runtime import files
 from runtime.cli import UserError
 
 NOT_FIGURES = ("epoch", "per_class")
@@ -142,10 +142,10 @@ def read_run(folder: Path) -> dict:
     Raises:
         UserError: a file is damaged or has another form than the trainers write today.
     """
-    content, results = (runs.read_json(folder / name) for name in ("args.json", "results.json"))
+    content, results = (files.read_json(folder / name) for name in ("args.json", "results.json"))
     history = folder / "history.jsonl"
     try:
-        records = runs.read_json_lines(history) if history.is_file() else []
+        records = files.read_json_lines(history) if history.is_file() else []
     except ValueError as error:
         raise UserError(f"{history}: not valid JSON lines ({error})") from None
     args = content.get("args") if isinstance(content, dict) else None

@@ -14,10 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoints import load_checkpoint, load_latest_checkpoint, save_checkpoint  # noqa: F401
 from runtime.cli import UserError
-from runtime.files import digest_files, digest_int, read_json, read_json_lines, write_json, write_text  # noqa: F401
-from runtime.signals import StopSignals, leave_signals  # noqa: F401
+from runtime.files import read_json, write_json
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "numpy", "pillow")
 HERE = Path(__file__).resolve().parents[1]  # the project's own folder

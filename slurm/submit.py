@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from runtime import cli, runs
+from runtime import cli, files, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
@@ -246,7 +246,7 @@ def take_snapshot(folder: Path) -> str:
             copy = folder / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(path, copy, ignore=ignore) if path.is_dir() else shutil.copy2(path, copy)
-    runs.write_text(folder / runs.COMMIT, commit)
+    files.write_text(folder / runs.COMMIT, commit)
     return commit
 
 
@@ -318,7 +318,7 @@ def show_status(folder: Path) -> int:
     """A line for each task: job, state, command, and what it said last (progress, rate and time left, or its error)."""
     import submitit
 
-    content = runs.read_json(folder / "submission.json")
+    content = files.read_json(folder / "submission.json")
     kinds = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob, "debug": submitit.LocalJob}
     counts: dict[str, int] = {}
     for task in content["tasks"]:
@@ -390,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
                 job.wait()
                 if job.exception() is not None:
                     raise cli.UserError(f"{shlex.join(lines[jobs.index(job)])} failed; its log is {job.paths.stderr}")
-    runs.write_json(folder / "submission.json", {"cluster": args.cluster, "commit": commit, "tasks": tasks})
+    files.write_json(folder / "submission.json", {"cluster": args.cluster, "commit": commit, "tasks": tasks})
     print(f"submitted in {time.monotonic() - began:.1f} s; look with: python slurm/submit.py --status {folder}")
     return 0
 

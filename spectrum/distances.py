@@ -13,7 +13,7 @@ import numpy as np
 
 from loaders.base import ImageSet
 from runtime.cli import UserError
-from runtime.runs import digest_int
+from runtime.files import digest_int
 
 ROWS_AT_ONCE = 2048
 DISTANCE_IMAGES = 5000  # a set of more is drawn from at random: the distances need no more, and MMD is quadratic

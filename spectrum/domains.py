@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.cli import UserError
-from runtime.runs import read_json, write_text
+from runtime.files import read_json, write_text
 from runtime.text import read_csv
 
 DOMAIN_KEYS = ("name", "prompt", "instruction")

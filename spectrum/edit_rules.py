@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.runs import digest_int
+from runtime.files import digest_int
 
 SEMANTIC, CLASS, DOMAIN = "semantic", "another class", "another domain"
 EASY, CORRUPTED = "too easy", "class corrupted"

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from runtime.cli import UserError
-from runtime.runs import write_text
+from runtime.files import write_text
 
 EDITS = "edits.csv"
 COLUMNS = [

@@ -26,8 +26,7 @@ from pathlib import Path
 
 from loaders.pictures import decodes, image_size
 from runtime.cli import UserError
-from runtime.files import add_numbered, take_lock, without_garbage_collection
-from runtime.runs import digest_files, read_json
+from runtime.files import add_numbered, digest_files, read_json, take_lock, without_garbage_collection
 from runtime.text import read_csv
 from spectrum.edits import EDITS, kept_edits
 from spectrum.tables import read_extra, read_scores

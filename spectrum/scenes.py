@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 
-from runtime.runs import digest_int
+from runtime.files import digest_int
 
 LEAST_WORDS = 15
 

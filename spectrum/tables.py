@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.cli import UserError
-from runtime.files import without_garbage_collection, write_csv
-from runtime.runs import read_json
+from runtime.files import read_json, without_garbage_collection, write_csv
 from runtime.text import parse_whole, read_csv
 from spectrum.units import Unit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-from runtime.runs import digest_int
+from runtime.files import digest_int
 
 ROW_FIELDS = {
     "file_name": str,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 import train_lt
-from runtime import runs
+from runtime import checkpoints, files, runs
 from training import class_augmentation as lol
 
 TRIES = np.array([10 * (s + 1) for s in range(11)])  # 10 images at strength 0, 20 at 1, 30 at 2 ...
@@ -126,7 +126,7 @@ SHORT = ["--curriculum", "none", "--augment", "cuda", "--epochs", "4", "--model"
 @pytest.mark.slow
 def test_a_run_moves_its_levels_and_goes_on_exactly_after_a_signal(tmp_path, monkeypatch):
     assert train_lt.main([*SHORT, "--out", str(tmp_path / "whole")]) == 0
-    history = runs.read_json_lines(tmp_path / "whole/history.jsonl")
+    history = files.read_json_lines(tmp_path / "whole/history.jsonl")
     assert all({"cuda_overall", "cuda_many", "cuda_few"} <= set(record) for record in history)
     assert any(record["cuda_overall"] > 0 for record in history)
     from training import augmentations
@@ -141,7 +141,7 @@ def test_a_run_moves_its_levels_and_goes_on_exactly_after_a_signal(tmp_path, mon
 
     monkeypatch.setattr(augmentations, "augment", counting)
     assert train_lt.main([*SHORT, "--out", str(tmp_path / "r")]) == runs.RESUMABLE
-    saved = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
+    saved = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
     assert saved["partial"] and len(saved["learned"]) == 10
     assert train_lt.main([*SHORT, "--out", str(tmp_path / "r")]) == 0
     logits = [np.load(tmp_path / run / "predictions.npz")["logits"] for run in ("whole", "r")]

@@ -16,7 +16,7 @@ from PIL import Image
 import datasets
 import filter_clipscore
 from loaders.base import ASSETS
-from runtime import files, runs
+from runtime import files
 from runtime.cli import UserError
 from spectrum import acceptance, quotas, tables
 from spectrum import folder as spectrum_folder
@@ -74,9 +74,9 @@ def test_another_threshold_scores_nothing_anew(road, copy, capsys):
 
 
 def test_another_prompt_scores_its_class_anew(road, copy, tmp_path, capsys):
-    prompts = runs.read_json(road.prompts)
+    prompts = files.read_json(road.prompts)
     prompts["3"]["score_prompt"] = "a three in red ink"
-    runs.write_json(tmp_path / "other.json", prompts)
+    files.write_json(tmp_path / "other.json", prompts)
     filter_clipscore.main(["--spectrum", str(copy), "--prompts", str(tmp_path / "other.json")])
     assert "57 newly scored" in capsys.readouterr().out  # 19 sources, three levels
 
@@ -281,7 +281,7 @@ def test_rounds_are_counted_once_drawn_and_given_up_at_the_limit(road, copy, cap
     assert "in round 1 of 1" in capsys.readouterr().out
     plan = (copy / "top_up.csv").read_bytes()
     assert run(copy, road, *quota) == 0  # nothing was drawn since: the same round, the same plan
-    assert (copy / "top_up.csv").read_bytes() == plan and runs.read_json(copy / "scores.json")["rounds"] == 0
+    assert (copy / "top_up.csv").read_bytes() == plan and files.read_json(copy / "scores.json")["rounds"] == 0
 
     unit, prompt = asked[0]  # as the generator would draw it
     row = next(row for row in spectrum_folder.read_rows(copy) if row["source"] == unit.source)
@@ -292,7 +292,7 @@ def test_rounds_are_counted_once_drawn_and_given_up_at_the_limit(road, copy, cap
     capsys.readouterr()
     assert run(copy, road, *quota) == 0
     assert "given up after 1 rounds" in capsys.readouterr().out
-    assert not (copy / "top_up.csv").exists() and runs.read_json(copy / "scores.json")["rounds"] == 1
+    assert not (copy / "top_up.csv").exists() and files.read_json(copy / "scores.json")["rounds"] == 1
     short = (copy / "short.csv").read_text().splitlines()
     assert short[0] == "label,class_name,level,made,kept,short" and len(short) > 1
 
@@ -326,9 +326,9 @@ def test_the_distance_to_the_real_images_falls_as_the_level_rises(road, copy, ca
 
 def test_a_clip_whose_checkpoint_is_another_architectures_is_named(road, copy, tmp_path):
     shutil.copytree(ASSETS / "tiny_clip", tmp_path / "wide")
-    config = runs.read_json(tmp_path / "wide/open_clip_config.json")
+    config = files.read_json(tmp_path / "wide/open_clip_config.json")
     config["model_cfg"]["vision_cfg"]["width"] = 80
-    runs.write_json(tmp_path / "wide/open_clip_config.json", config)
+    files.write_json(tmp_path / "wide/open_clip_config.json", config)
     (copy / "scores.csv").unlink()
     with pytest.raises(UserError, match="--clip .*wide: its checkpoint does not match its architecture: .*"):
         run(copy, road, "--clip", str(tmp_path / "wide"))
@@ -390,7 +390,7 @@ def test_an_empty_class_name_is_named(road, tmp_path, name):
     (tmp_path / "hard.csv").write_text(f"source,label,class_name,reason,score\na,3,{name},few,1\n")
     with pytest.raises(UserError, match="hard.csv row 2: the class name of class 3 is empty"):
         tables.read_hard(tmp_path / "hard.csv")
-    runs.write_json(tmp_path / "p.json", {"3": {"class_name": name, "score_prompt": "a", "prompts": ["a"]}})
+    files.write_json(tmp_path / "p.json", {"3": {"class_name": name, "score_prompt": "a", "prompts": ["a"]}})
     with pytest.raises(UserError, match="p.json class 3: class_name or score_prompt is empty"):
         tables.read_prompts(tmp_path / "p.json", [3])
 

@@ -15,7 +15,7 @@ import datasets
 import filter_edits
 import train_lt
 from loaders.base import ASSETS, fold_of
-from runtime import runs
+from runtime import files
 from runtime.cli import UserError
 from spectrum import edit_rules
 from spectrum import folder as spectrum_folder
@@ -61,7 +61,7 @@ def made(tmp_path_factory):
         "hard_classes": list(range(10)),
         "levels": [10],
     }
-    runs.write_json(folder / "plan.json", plan)
+    files.write_json(folder / "plan.json", plan)
     prompts = {
         str(label): {
             "class_name": name, "score_prompt": f"a photo of a {name}",
@@ -70,8 +70,8 @@ def made(tmp_path_factory):
         }
         for label, name in enumerate(data.class_names)
     }  # fmt: skip
-    runs.write_json(root / "prompts.json", prompts)
-    runs.write_json(root / "domains.json", DOMAINS)
+    files.write_json(root / "prompts.json", prompts)
+    files.write_json(root / "domains.json", DOMAINS)
     return root, rows, np.array(truth)
 
 
@@ -141,7 +141,7 @@ def test_thresholds_come_from_images_that_the_model_has_not_seen(made, base, cap
     by_run = [probabilities(folder, data.train.images) for folder in folds]
     own = np.array([by_run[fold_of(name, 3)][i, data.train.labels[i]] for i, name in enumerate(data.train.sources)])
     thresholds = [own[data.train.labels == label].mean() for label in range(10)]
-    noted = runs.read_json(root / "spectrum/edits.json")["thresholds"]
+    noted = files.read_json(root / "spectrum/edits.json")["thresholds"]
     assert noted == pytest.approx(thresholds, abs=1e-5)
     for row, edit in zip(rows, found, strict=True):
         pixels = np.asarray(Image.open(root / "spectrum/shard-00000" / row["file_name"]))[None]
@@ -191,9 +191,9 @@ def test_what_cannot_be_judged_is_named(made, base, tmp_path):
     refused("--thresholds val: expected one --checkpoint, not 2", "--rules", "confidence", "--checkpoint", *both)
     other = tmp_path / "other"
     shutil.copytree(base / "all", other)
-    args = runs.read_json(other / "args.json")
+    args = files.read_json(other / "args.json")
     args["args"]["dataset"] = "digits"
-    runs.write_json(other / "args.json", args)
+    files.write_json(other / "args.json", args)
     refused(
         "was trained with --dataset digits; expected biased_digits, whose classes",
         "--rules",
@@ -202,7 +202,7 @@ def test_what_cannot_be_judged_is_named(made, base, tmp_path):
         other,
     )
     empty = tmp_path / "domains.json"
-    runs.write_json(empty, DOMAINS | {"negatives": []})
+    files.write_json(empty, DOMAINS | {"negatives": []})
     refused("--rules semantic needs a text positive", "--rules", "semantic", "--clip", CLIP, "--domains", empty)
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -221,7 +221,7 @@ def test_training_adds_edits_to_all_real_images(made, tmp_path):
     def figures(name, *flags):
         out = tmp_path / name
         assert train_lt.main([*train, *map(str, flags), "--out", str(out)]) == 0
-        return runs.read_json(out / "results.json"), runs.read_json_lines(out / "history.jsonl")
+        return files.read_json(out / "results.json"), files.read_json_lines(out / "history.jsonl")
 
     # All real images stay, and each source's edit is added once.
     results, history = figures("all", *edits, "--add", "all", "--class-weights", "inverse")
@@ -283,7 +283,7 @@ def test_a_class_that_loses_all_its_edits_is_named(made, capsys):
     root = made[0]
     content = json.loads((root / "prompts.json").read_text())
     content["3"]["score_prompt"] = "a photo of a seven"  # no three is nearest to this
-    runs.write_json(root / "wrong.json", content)
+    files.write_json(root / "wrong.json", content)
     arguments = [
         "--dataset",
         "biased_digits",

@@ -15,7 +15,7 @@ import find_hard
 import train_lt
 from loaders.base import ASSETS
 from models import build_classifier
-from runtime import runs
+from runtime import files
 from runtime.cli import UserError
 from spectrum import embeddings, tables
 
@@ -132,9 +132,9 @@ def test_a_run_of_train_lt_gives_the_probabilities(tmp_path):
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
     with pytest.raises(UserError, match="--checkpoint .*trained with --imb-ratio 30.0; expected 10"):
         find_hard.main([*arguments[:-1], str(tmp_path / "new.csv"), "--imb-ratio", "10"])
-    args = runs.read_json(folder / "args.json")
+    args = files.read_json(folder / "args.json")
     args["args"]["model"] = "resnet14"
-    runs.write_json(folder / "args.json", args)
+    files.write_json(folder / "args.json", args)
     with pytest.raises(UserError, match="checkpoint.pt: does not fit the model resnet14"):
         find_hard.main([*arguments[:-1], str(tmp_path / "other.csv")])
     (folder / "checkpoint.pt").unlink()

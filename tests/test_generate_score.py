@@ -28,7 +28,7 @@ from generation.plan import choose_prompt
 from generation.worklist import Batch
 from loaders.base import ASSETS
 from loaders.sources import Sources
-from runtime import runs
+from runtime import files
 from spectrum import folder as spectrum_folder
 from spectrum import tables
 from spectrum.units import Unit
@@ -85,17 +85,17 @@ def road_sources():
 def test_scores_against_other_texts_are_taken_anew(scored, road, tmp_path, capsys):
     out = tmp_path / "s"
     shutil.copytree(scored[1], out)
-    prompts = runs.read_json(road.prompts)
+    prompts = files.read_json(road.prompts)
     for entry in prompts.values():
         entry["score_prompt"] = "a zero in red ink"
-    runs.write_json(tmp_path / "prompts.json", prompts)
+    files.write_json(tmp_path / "prompts.json", prompts)
     assert filter_clipscore.main(["--spectrum", str(out), "--prompts", str(tmp_path / "prompts.json")]) == 0
     assert "24 newly scored\n" in capsys.readouterr().out
 
 
 def test_the_best_of_all_drawings_is_kept_and_no_more_are_made_than_needed(scored, road):
     """Each drawing made here by itself, and scored by open_clip: the row is the first that is enough, or the best."""
-    prompts = {int(label): entry for label, entry in runs.read_json(road.prompts).items()}
+    prompts = {int(label): entry for label, entry in files.read_json(road.prompts).items()}
     sources = dict(road_sources())
     generator = generators.Generator(models.load_generator(str(ASSETS / "tiny_sd_noisy"), "cpu"), 4, 3.0)
     kept = []

@@ -24,7 +24,7 @@ import models
 import train_iwildcam
 import write_prompts
 from loaders import cameratraps, toycam
-from runtime import runs
+from runtime import checkpoints, files, runs, signals
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from training import evaluation, log, loop, losses
@@ -69,7 +69,7 @@ def logits_of(folder):
 
 
 def history_of(folder):
-    return [row | {"images_per_second": 0} for row in runs.read_json_lines(folder / "history.jsonl")]
+    return [row | {"images_per_second": 0} for row in files.read_json_lines(folder / "history.jsonl")]
 
 
 def count_steps(monkeypatch, at: int, act) -> None:
@@ -101,7 +101,7 @@ def test_ones_own_camera_traps_train_as_toycam_does(small, tmp_path):
 
 def test_a_run_leaves_what_it_says_and_its_figures_agree(small, tmp_path):
     assert train(small, tmp_path / "r") == 0
-    results = runs.read_json(tmp_path / "r/results.json")
+    results = files.read_json(tmp_path / "r/results.json")
     found = np.load(tmp_path / "r/predictions.npz", allow_pickle=False)
     for domain, images in (("ood", 40), ("id", 40)):
         logits, labels = found[f"{domain}_logits"], found[f"{domain}_labels"]
@@ -115,7 +115,7 @@ def test_a_run_leaves_what_it_says_and_its_figures_agree(small, tmp_path):
         places = [row for row in csv.DictReader((tmp_path / "r/per_location.csv").open()) if row["domain"] == domain]
         right = sum(int(row["images"]) * float(row["accuracy"]) for row in places)
         assert right / images == pytest.approx(results["last"][f"{domain}_acc"], abs=0.02)
-    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    history = files.read_json_lines(tmp_path / "r/history.jsonl")
     best = max(history, key=lambda row: row["val_id_f1"])
     assert results["best_by_val"]["epoch"] == best["epoch"] and history[-1]["val_ood_f1"] > 0
     # WiSE-FT is chosen on id_val; its ends are the untuned and the tuned model.
@@ -136,7 +136,7 @@ def test_the_tuned_weights_are_read_back_by_find_hard(small, tmp_path):
     (tmp_path / "clip/open_clip_model.safetensors").unlink()
     shutil.copy(tmp_path / "r/clip.safetensors", tmp_path / "clip/open_clip_model.safetensors")
     clip, _, _ = models.load_clip(str(tmp_path / "clip"), "cpu")
-    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["model"]
+    state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["model"]
     assert all(torch.equal(value, state[f"clip.{name}"]) for name, value in clip.state_dict().items())
 
 
@@ -156,9 +156,9 @@ def test_tensorboard_names_both_domains_and_shows_the_spectrum(small, tmp_path):
 @pytest.mark.parametrize("loss", ["ce", pytest.param("lpft", marks=pytest.mark.slow)])
 def test_a_linear_head_trains(small, tmp_path, loss):
     train(small, tmp_path / "r", "--loss", loss, "--lr", "1e-3")
-    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    history = files.read_json_lines(tmp_path / "r/history.jsonl")
     assert history[-1]["loss"] < history[0]["loss"]
-    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["model"]
+    state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["model"]
     original = models.load_clip(cameratraps.TOYCAM_CLIP, "cpu")[0].state_dict()
     assert torch.equal(state["clip.text_projection"], original["text_projection"])
     assert not torch.equal(state["clip.visual.conv1.weight"], original["visual.conv1.weight"])
@@ -184,11 +184,11 @@ def test_easy_to_hard_goes_up_the_levels_and_ends_on_real_images(small, tmp_path
 
     monkeypatch.setattr(train_iwildcam.Trainer, "train", record)
     train(small, tmp_path / "r", "--curriculum", "e2h", "--epochs", "4", "--curriculum-epochs", "3")
-    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    history = files.read_json_lines(tmp_path / "r/history.jsonl")
     assert [row["levels"] for row in history] == [[50], [90], [100], [100]]
     kept = kept_sources(small)
     assert [row["images"] for row in history] == [96 - 15 + len(kept[50]), 96 - 15 + len(kept[90]), 96, 96]
-    assert runs.read_json(tmp_path / "r/args.json")["args"]["curriculum"] == "d2s"
+    assert files.read_json(tmp_path / "r/args.json")["args"]["curriculum"] == "d2s"
     hard = {row["source"] for row in csv.DictReader(small.hard.open())}
     for row, (pool, places) in zip(history, passes, strict=True):
         synthetic = [pool.sources[place] for place in places if pool.levels[place] < 100]
@@ -200,7 +200,7 @@ def test_easy_to_hard_goes_up_the_levels_and_ends_on_real_images(small, tmp_path
 
 def test_one_image_a_hard_image_keeps_an_epochs_length(small, tmp_path):
     train(small, tmp_path / "r", "--curriculum", "e2h", "--levels", "50", "90", "--per-hard-image", "1")
-    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    history = files.read_json_lines(tmp_path / "r/history.jsonl")
     assert [row["images"] for row in history] == [96] * 3
     kept = kept_sources(small)
     assert [row["synthetic_share"] for row in history] == [len(set(kept[50])) / 96, len(set(kept[90])) / 96, 0]
@@ -215,7 +215,7 @@ def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_look
 
     monkeypatch.setattr(train_iwildcam.Trainer, "train", record)
     train(small, tmp_path / "r", "--curriculum", "adaptive")
-    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    history = files.read_json_lines(tmp_path / "r/history.jsonl")
     for row in history[:2]:
         assert row["levels"] == [int(max(row["progress"], key=lambda level: row["progress"][level]))]
     assert set(history[0]["progress"]) == {"50", "90", "100"}
@@ -237,7 +237,7 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(small, tmp_pa
     train(small, tmp_path / "whole", "--curriculum", curriculum)
     count_steps(monkeypatch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert train(small, tmp_path / "r", "--curriculum", curriculum) == runs.RESUMABLE
-    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
+    state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
     partial = state["partial"]
     assert partial["pass"]["batches"] > 0 and ("progress" in partial) == (curriculum == "adaptive")
     assert train(small, tmp_path / "r", "--curriculum", curriculum) == 0
@@ -287,14 +287,14 @@ def test_an_unreadable_training_image_is_left_out_and_counted(small, tmp_path, c
     )
     assert train(small, tmp_path / "r", "--data-root", str(root), "--epochs", "2") == 0
     assert sum(sizes) == 2 * 95
-    (wrong,) = runs.read_json(tmp_path / "r/results.json")["unreadable"]
+    (wrong,) = files.read_json(tmp_path / "r/results.json")["unreadable"]
     assert wrong.startswith(str(root / "train/train_"))
     assert "1 training images cannot be read and were left out" in capsys.readouterr().out
 
 
 def test_unreadable_images_count_against_the_pass_that_they_are_in(small, tmp_path, monkeypatch):
     args = train_iwildcam.build_parser().parse_args(["--data-root", str(small.root), "--out", str(tmp_path / "r")])
-    with runs.StopSignals() as stop:
+    with signals.StopSignals() as stop:
         trainer, state = train_iwildcam.prepare(args, datasets.load("toycam", None, small.root), {}, [], set(), stop)
     trainer.pool.images.unreadable.update({place: f"image {place}" for place in (3, 50, 51, 52)})
     assert state["unreadable"] == trainer.pool.images.unreadable  # a checkpoint has them
@@ -321,7 +321,7 @@ def test_images_are_normalised_by_the_clips_own_statistics(small, tmp_path, monk
 
     monkeypatch.setattr(models, "load_clip", load_other)
     args = train_iwildcam.build_parser().parse_args(["--data-root", str(small.root), "--out", str(tmp_path / "r")])
-    with runs.StopSignals() as stop:
+    with signals.StopSignals() as stop:
         data = datasets.load("toycam", None, small.root)
         trainer, _ = train_iwildcam.prepare(args, data, {}, [], set(), stop)
     assert (trainer.data.mean, trainer.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -354,9 +354,9 @@ def test_bad_flags_are_named(small, tmp_path, extra, message):
 def test_a_clip_checkpoint_of_another_architecture_is_named(small, tmp_path):
     shutil.copytree(cameratraps.TOYCAM_CLIP, tmp_path / "clip")
     config = tmp_path / "clip/open_clip_config.json"
-    content = runs.read_json(config)
+    content = files.read_json(config)
     content["model_cfg"]["vision_cfg"]["layers"] += 1
-    runs.write_json(config, content)
+    files.write_json(config, content)
     with pytest.raises(UserError, match="its checkpoint does not match its architecture"):
         train(small, tmp_path / "r", "--clip", str(tmp_path / "clip"))
 
@@ -428,7 +428,7 @@ def test_two_processes_have_the_loss_curve_of_one(small, tmp_path, loss):
     assert train_iwildcam.main([*flags, "--out", str(tmp_path / "one")]) == 0
     done = launch(ROOT / "train_iwildcam.py", 2, *flags, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (runs.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
+    one, two = (files.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["levels"] == b["levels"] and a["images"] == b["images"] and a["val_id_f1"] == b["val_id_f1"]

@@ -17,7 +17,7 @@ from PIL import Image
 
 import datasets
 import train_lt
-from runtime import runs
+from runtime import checkpoints, files, runs, signals
 from runtime.cli import UserError
 from training import losses, stores
 
@@ -64,11 +64,11 @@ def test_a_signal_in_an_epoch_leaves_a_checkpoint_that_goes_on_to_the_same_end(
     assert train(road, tmp_path / "r", *extra) == runs.RESUMABLE
     assert f"{number.name} came; checkpoint written in epoch" in capsys.readouterr().out
     assert not (tmp_path / "r/results.json").exists()
-    partial = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["partial"]
+    partial = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["partial"]
     assert partial["pass"]["batches"] > 0
     assert train(road, tmp_path / "r", *extra) == 0
     assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
-    histories = [runs.read_json_lines(tmp_path / run / "history.jsonl") for run in ("whole", "r")]
+    histories = [files.read_json_lines(tmp_path / run / "history.jsonl") for run in ("whole", "r")]
     for whole, resumed in zip(*histories, strict=True):
         assert {**whole, "images_per_second": 0} == {**resumed, "images_per_second": 0}
 
@@ -84,7 +84,7 @@ def test_a_signal_while_a_checkpoint_is_written_is_answered_after_it(road, tmp_p
     monkeypatch.setattr(torch, "save", save_under_fire)
     assert train(road, tmp_path / "r") == runs.RESUMABLE
     assert written == [1]
-    assert runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["epoch"] == 1
+    assert checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["epoch"] == 1
 
 
 @pytest.mark.slow
@@ -103,14 +103,14 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(road, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         train(road, tmp_path / "r")
     monkeypatch.setattr(torch, "save", save)
-    assert runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["epoch"] == 2
+    assert checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["epoch"] == 2
     train(road, tmp_path / "r")
     assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
 
 
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    with runs.StopSignals():
+    with signals.StopSignals():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -130,7 +130,7 @@ def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_look
     monkeypatch.setattr(train_lt.Trainer, "train", record)
     flags = ["--levels", "0", "50", "90", "100", "--progress-images", "5", "--real-pass-images", "32"]
     train(road, tmp_path / "r", "--curriculum", "adaptive", *flags)
-    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    history = files.read_json_lines(tmp_path / "r/history.jsonl")
     for entry in history[:3]:
         best = max(entry["progress"], key=lambda level: entry["progress"][level])
         assert entry["levels"] == [int(best)]
@@ -150,7 +150,7 @@ def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_look
         if purpose == "real pass":
             assert (pool.levels[places] == 100).all() and len(places) == len(set(places.tolist())) == 32
     assert len(passes[-1][2]) == 184  # the real-only epoch has all real images
-    results = runs.read_json(tmp_path / "r/results.json")
+    results = files.read_json(tmp_path / "r/results.json")
     assert [entry.get("real_pass_images") for entry in history] == [32, 32, 32, None]
     assert results["real_pass_images"] == 96 and results["images"] == sum(len(places) for _, _, places in passes)
     assert results["images_per_second"] == pytest.approx(results["images"] / results["seconds"])
@@ -167,7 +167,7 @@ def test_progress_is_what_the_real_pass_alone_changed(road, tmp_path, monkeypatc
     monkeypatch.setattr(train_lt.Trainer, "train", learn)
     monkeypatch.setattr(train_lt.Trainer, "look", lambda self: {level: [learnt[0]] * 5 for level in self.pool.looks})
     train(road, tmp_path / "r", "--curriculum", "adaptive", "--progress-images", "5", "--levels", "0", "90")
-    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    history = files.read_json_lines(tmp_path / "r/history.jsonl")
     for entry in history[:3]:
         assert entry["progress"] == {"0": pytest.approx(0.1), "90": pytest.approx(0.1)} and entry["levels"] == [0]
 
@@ -219,7 +219,7 @@ def test_looking_changes_no_weight_and_no_statistics(road, tmp_path, monkeypatch
 def test_every_loss_trains(road, tmp_path, loss):
     extra = ["--drw", "--drw-epoch", "2"] if loss in ("ce", "ldam") else []
     assert train(road, tmp_path / "r", "--curriculum", "all", "--loss", loss, "--real-weight", "0.8", *extra) == 0
-    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    history = files.read_json_lines(tmp_path / "r/history.jsonl")
     assert history[-1]["loss"] < history[0]["loss"] or extra
 
 
@@ -276,7 +276,7 @@ def test_a_checkpoint_of_another_architecture_is_named_and_one_of_the_same_is_ta
         train(road, tmp_path / "b", "--model", "resnet14", "--init-checkpoint", checkpoint)
     train(road, tmp_path / "c", "--init-checkpoint", checkpoint, "--lr", "0")
     # A learning rate of 0 leaves the weights, though not BatchNorm's statistics, as they were.
-    states = [runs.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu")["model"] for run in "ac"]
+    states = [checkpoints.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu")["model"] for run in "ac"]
     assert torch.equal(states[0]["head.weight"], states[1]["head.weight"])
 
 
@@ -290,14 +290,14 @@ def test_a_loss_that_is_not_finite_in_a_later_epoch_keeps_the_checkpoint_before(
     monkeypatch.setattr(losses, "per_image", spoil)
     with pytest.raises(UserError, match="epoch 1: the loss is not finite"):
         train(road, tmp_path / "r")
-    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
+    state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
     assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
 
 
 @pytest.mark.slow
 def test_the_moving_average_is_that_of_the_weights(road, tmp_path):
     train(road, tmp_path / "r", "--ema", "0")  # keeps nothing: the average is the weights
-    state = runs.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
+    state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
     for name, value in state["model"].items():
         assert torch.equal(value, state["average"][f"module.{name}"])
 
@@ -348,8 +348,8 @@ def test_a_curriculum_longer_than_the_training_is_refused(road, tmp_path):
 
 def test_a_spectrum_in_which_every_class_is_hard_is_refused(road, tmp_path):
     shutil.copytree(road.spectrum, tmp_path / "s")
-    plan = runs.read_json(tmp_path / "s/plan.json")
-    runs.write_json(tmp_path / "s/plan.json", plan | {"hard_classes": list(range(10))})
+    plan = files.read_json(tmp_path / "s/plan.json")
+    files.write_json(tmp_path / "s/plan.json", plan | {"hard_classes": list(range(10))})
     with pytest.raises(UserError, match="every class has hard images"):
         train_lt.main(["--spectrum", str(tmp_path / "s"), "--curriculum", "d2s", "--out", str(tmp_path / "r")])
 
@@ -408,7 +408,7 @@ def test_two_processes_have_the_loss_curve_of_one(road, tmp_path, extra):
     assert train_lt.main([*flags, "--out", str(tmp_path / "one")]) == 0
     done = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (runs.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
+    one, two = (files.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
     assert [entry["levels"] for entry in one] == [entry["levels"] for entry in two]
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
@@ -425,7 +425,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_together(roa
     assert done.returncode != 0 and "checkpoint written in epoch 1, after batch" in done.stdout, done.stderr[-3000:]
     done = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (runs.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
+    one, two = (files.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
     assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], abs=1e-5)
 
 
@@ -530,7 +530,7 @@ def test_a_signal_in_the_real_pass_or_in_validation_loses_nothing(road, tmp_path
             lambda self, store, places, at=at: stop_at(self, store, places, at, calls, predict),
         )  # fmt: skip
         assert train(road, tmp_path / name, *extra) == runs.RESUMABLE
-        state = runs.load_checkpoint(tmp_path / name / "checkpoint.pt", "cpu")
+        state = checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt", "cpu")
         assert set(state["partial"]) == {"begun", "before", "passed"} | ({"progress", "record"} if at == 7 else set())
         monkeypatch.setattr(train_lt.Trainer, "predict", predict)
         assert train(road, tmp_path / name, *extra) == 0
@@ -554,7 +554,7 @@ def test_large_images_train_the_same_with_any_number_of_workers_and_after_a_sign
     assert train_lt.main([*flags, "--workers", "0", "--out", str(tmp_path / "b")]) == runs.RESUMABLE
     assert train_lt.main([*flags, "--workers", "2", "--out", str(tmp_path / "b")]) == 0
     assert np.array_equal(logits_of(tmp_path / "a"), logits_of(tmp_path / "b"))
-    results = runs.read_json(tmp_path / "a/results.json")
+    results = files.read_json(tmp_path / "a/results.json")
     assert "held out of the training set" in results["validation"]
     assert results["train_counts"] == [23, 7, 4]
 
@@ -616,7 +616,7 @@ def test_a_cifar_run_writes_its_subset_beside_its_results(tmp_path):
     data = datasets.load("cifar10_lt", 5, root)
     assert rows[0] == "split,source,label"
     assert [row.split(",")[1] for row in rows if row.startswith("train,")] == data.train.sources
-    assert runs.read_json(tmp_path / "r/args.json")["args"]["optimizer"] == "sgd"
+    assert files.read_json(tmp_path / "r/args.json")["args"]["optimizer"] == "sgd"
     with pytest.raises(UserError, match="data is"):  # the same flags on other images
         (next(root.glob("test/*/*.png"))).unlink()
         train_lt.main([*flags, "--out", str(tmp_path / "r")])

@@ -22,7 +22,7 @@ import models
 import report
 import train_lt
 from reporting import names, recipes, tables
-from runtime import cli, runs
+from runtime import checkpoints, cli, runs
 from runtime.cli import UserError
 from training import loop
 
@@ -358,7 +358,7 @@ def test_every_recipe_starts(dataset, tmp_path, monkeypatch, capsys):
             ):  # a small model's stands in
                 args.init_checkpoint.parent.mkdir(parents=True)
                 small = models.build_classifier("resnet8", 1000 if dataset == "imagenet_lt" else 2)
-                runs.save_checkpoint(args.init_checkpoint, {"model": small.state_dict()})
+                checkpoints.save_checkpoint(args.init_checkpoint, {"model": small.state_dict()})
             extra += ["--out", f"trained/{path.stem}"]
         code = module.main([*words, *extra])
         if script == "find_hard":  # a few of the hard images stand for all of them
@@ -368,6 +368,6 @@ def test_every_recipe_starts(dataset, tmp_path, monkeypatch, capsys):
             assert code == 0, name_of(path)
             continue
         assert code == runs.RESUMABLE and len(steps) >= 2, name_of(path)
-        saved = runs.load_checkpoint(tmp_path / "trained" / path.stem / "checkpoint.pt", "cpu")
+        saved = checkpoints.load_checkpoint(tmp_path / "trained" / path.stem / "checkpoint.pt", "cpu")
         stopped = saved["partial"]["pass"]
         assert stopped["batches"] >= 1 and np.isfinite(float(stopped["total"]))

@@ -16,7 +16,7 @@ from PIL import Image
 import report
 from loaders.base import DataSet
 from reporting import names, recipes, render, tables
-from runtime import runs
+from runtime import files
 from runtime.cli import UserError
 
 COUNTS = [400, 200, 50, 10, 5]  # of five classes
@@ -32,9 +32,9 @@ def write_run(
     inputs = {"data": 1, **({"spectrum": "a"} if curriculum != "none" else {}), **(inputs or {})}
     found = {"overall": overall, "many": None, "medium": 50.0, "few": few, "epoch": 2, "per_class": per_class}
     content = {"args": args, "inputs": inputs} | ({"environment": {"commit": commit}} if commit else {})
-    runs.write_json(folder / "args.json", content)
+    files.write_json(folder / "args.json", content)
     best = found | {"overall": overall + 1, "val_overall": 3.0}
-    runs.write_json(folder / "results.json", {"last": found, "best_by_val": best, "train_counts": COUNTS})
+    files.write_json(folder / "results.json", {"last": found, "best_by_val": best, "train_counts": COUNTS})
     level = [100] if curriculum == "none" else [50]
     record = {"levels": level, "val_overall": 10.0, "val_few": 20.0, "val_many": None, "val_medium": 5.0,
               "synthetic_share": 0.25 * (curriculum != "none")}  # fmt: skip
@@ -473,8 +473,8 @@ def write_clip_run(folder, seed, curriculum, ood, with_we, untuned=11.0, **extra
         "last_wise_ft": both | {"ood_f1": with_we, "alpha": 0.6},
         "zero_shot": both | {"ood_f1": untuned, "id_f1": 8.0},
     }
-    runs.write_json(folder / "args.json", {"args": args})
-    runs.write_json(folder / "results.json", results)
+    files.write_json(folder / "args.json", {"args": args})
+    files.write_json(folder / "results.json", results)
     record = {"levels": [100], "val_id_f1": 40.0, "val_ood_f1": 30.0, "synthetic_share": 0.0}
     (folder / "history.jsonl").write_text("".join(json.dumps({"epoch": e, **record}) + "\n" for e in range(2)))
     return str(folder)

@@ -19,7 +19,7 @@ import find_hard
 import generate_spectrum
 import write_prompts
 from loaders import pictures
-from runtime import cli, files, runs
+from runtime import checkpoints, cli, files, runs
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum import tables
@@ -501,29 +501,29 @@ def test_the_exit_code_is_that_of_main():
 
 def test_json_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
     path = tmp_path / "deep/results.json"
-    runs.write_json(path, {"b": "ż", "a": [1, None]})
+    files.write_json(path, {"b": "ż", "a": [1, None]})
     assert path.read_text(encoding="utf-8") == '{\n  "b": "ż",\n  "a": [\n    1,\n    null\n  ]\n}\n'
     with pytest.raises(TypeError):
-        runs.write_json(path, {"b": object()})
-    assert runs.read_json(path) == {"b": "ż", "a": [1, None]}
+        files.write_json(path, {"b": object()})
+    assert files.read_json(path) == {"b": "ż", "a": [1, None]}
     assert os.listdir(path.parent) == ["results.json"]
 
 
 def test_a_reader_of_json_never_sees_half_a_file(tmp_path):
     path = tmp_path / "results.json"
-    runs.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
     with path.open(encoding="utf-8") as before:  # opened before the write: keeps the old file, whole
-        runs.write_json(path, {"new": 2})
+        files.write_json(path, {"new": 2})
         assert json.load(before) == {"old": 1}
-    assert runs.read_json(path) == {"new": 2}
+    assert files.read_json(path) == {"new": 2}
 
 
 def test_files_have_one_digest_by_content_and_order(tmp_path):
     a, b, c = (write(tmp_path / name, text) for name, text in (("a", "1"), ("b", "23"), ("c", "1")))
-    assert runs.digest_files([a]) == runs.digest_files([c])
-    assert len({runs.digest_files(files) for files in ([a], [b], [a, b], [b, a], [a, c])}) == 5
+    assert files.digest_files([a]) == files.digest_files([c])
+    assert len({files.digest_files(paths) for paths in ([a], [b], [a, b], [b, a], [a, c])}) == 5
     ab, empty = write(tmp_path / "ab", "123"), write(tmp_path / "empty", "")
-    assert runs.digest_files([a, b]) != runs.digest_files([ab, empty])
+    assert files.digest_files([a, b]) != files.digest_files([ab, empty])
 
 
 def test_what_differs_is_named_with_both_values(tmp_path):
@@ -548,12 +548,12 @@ def test_a_run_folder_is_new_then_begun_then_complete(tmp_path):
     folder = tmp_path / "run"
     args = Namespace(out=folder, overwrite=False, device="cpu", spectrum=Path("a/b"), seed=0)
     assert runs.open_run(folder, args, {"spectrum": "aa"}, overwrite=False) is False
-    written = runs.read_json(folder / "args.json")
+    written = files.read_json(folder / "args.json")
     assert written["args"] == {"spectrum": "a/b", "seed": 0} and written["inputs"] == {"spectrum": "aa"}
     assert "torch" in written["environment"]["packages"]
     args.device = "cuda"  # another machine may go on
     assert runs.open_run(folder, args, {"spectrum": "aa"}, overwrite=False) is False
-    runs.write_json(folder / "results.json", {})
+    files.write_json(folder / "results.json", {})
     assert runs.open_run(folder, args, {"spectrum": "aa"}, overwrite=False) is True
     with pytest.raises(UserError, match="inputs.spectrum is 'aa' there, 'bb' here"):
         runs.open_run(folder, args, {"spectrum": "bb"}, overwrite=False)
@@ -571,7 +571,7 @@ def test_overwrite_begins_a_run_folder_anew(tmp_path):
     args.seed = 1
     assert runs.open_run(tmp_path, args, {}, overwrite=True) is False
     assert sorted(os.listdir(tmp_path)) == ["args.json", "notes.txt"]
-    assert runs.read_json(tmp_path / "args.json")["args"] == {"seed": 1}
+    assert files.read_json(tmp_path / "args.json")["args"] == {"seed": 1}
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
@@ -579,9 +579,9 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 
     path = tmp_path / "checkpoint.pt"
     state = {"epoch": 3, "model": {"w": torch.arange(4.0)}, "history": [{"loss": 0.5, "levels": [100]}], "name": None}
-    runs.save_checkpoint(path, {"epoch": 2})
-    runs.save_checkpoint(path, state)
-    found = runs.load_checkpoint(path, "cpu")
+    checkpoints.save_checkpoint(path, {"epoch": 2})
+    checkpoints.save_checkpoint(path, state)
+    found = checkpoints.load_checkpoint(path, "cpu")
     assert torch.equal(found["model"].pop("w"), state["model"].pop("w"))
     assert found == state
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.previous.pt", "checkpoint.pt"]
@@ -590,11 +590,11 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 @pytest.mark.parametrize("share", [0, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_named(tmp_path, share):
     path = tmp_path / "checkpoint.pt"
-    runs.save_checkpoint(path, {"epoch": 3, "history": list(range(1000))})
+    checkpoints.save_checkpoint(path, {"epoch": 3, "history": list(range(1000))})
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(UserError, match=f"{path}: not a readable checkpoint .*--overwrite"):
-        runs.load_checkpoint(path, "cpu")
+        checkpoints.load_checkpoint(path, "cpu")
 
 
 class Malicious:
@@ -613,7 +613,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_nothing_runs(tmp_path):
     path = tmp_path / "checkpoint.pt"
     torch.save({"epoch": 1, "model": Malicious(tmp_path / "executed")}, path)
     with pytest.raises(UserError, match=f"{path}: not a readable checkpoint"):
-        runs.load_checkpoint(path, "cpu")
+        checkpoints.load_checkpoint(path, "cpu")
     assert not (tmp_path / "executed").exists()
     torch.load(path, weights_only=False)  # the trap itself works
     assert (tmp_path / "executed").is_dir()

@@ -15,7 +15,7 @@ from conftest import ROOT
 import datasets
 import models
 import train_lt
-from runtime import checkpoints, runs
+from runtime import checkpoints, files
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum import tables
@@ -59,10 +59,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatc
     monkeypatch.setattr(log, "log_epoch", log_epoch)
     train(road, tmp_path / "resumed", "--curriculum", curriculum)
     for name in ("model", "best"):
-        states = [runs.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu") for run in ("whole", "resumed")]
+        states = [checkpoints.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu") for run in ("whole", "resumed")]
         states = [state["model"] if name == "model" else state["best"]["model"] for state in states]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    results = [runs.read_json(tmp_path / run / "results.json") for run in ("whole", "resumed")]
+    results = [files.read_json(tmp_path / run / "results.json") for run in ("whole", "resumed")]
     assert all(results[0][name] == results[1][name] for name in ("last", "best_by_val", "images"))
 
 
@@ -174,7 +174,7 @@ def test_an_epochs_images_follow_the_curriculum(road, tmp_path, capsys):
     flags = ["--levels", "0", "90", "100", "--keep-others", "0.3"]
     train(road, tmp_path / "r", "--curriculum", "d2s", *flags)
     assert "schedule: 1 epochs of level 0, 1 of level 90, 1 of level 100, then 1 of all real" in capsys.readouterr().out
-    history = runs.read_json_lines(tmp_path / "r/history.jsonl")
+    history = files.read_json_lines(tmp_path / "r/history.jsonl")
     assert [record["levels"] for record in history] == [[0], [90], [100], [100]]
     assert [record["images"] for record in history] == [39 + 91] * 3 + [184]
     assert [record["synthetic_share"] for record in history] == [pytest.approx(36 / 130)] * 2 + [0, 0]
@@ -193,7 +193,7 @@ def test_tensorboard_holds_every_epoch(road, tmp_path):
 
 def test_results_hold_both_epochs_and_predictions_agree(road, tmp_path):
     train(road, tmp_path / "r")
-    results = runs.read_json(tmp_path / "r/results.json")
+    results = files.read_json(tmp_path / "r/results.json")
     predictions = np.load(tmp_path / "r/predictions.npz", allow_pickle=False)
     assert predictions["logits"].shape == (500, 10)
     right = predictions["logits"].argmax(1) == predictions["labels"]
@@ -275,10 +275,10 @@ def test_a_finished_run_keeps_its_weights_alone(road, tmp_path):
     state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
     assert {"model", "average", "best", "history"} <= set(state) and "optimizer" not in state
     # A kill between the two last writings: the run only has its tests to do.
-    results = runs.read_json(tmp_path / "r/results.json")
+    results = files.read_json(tmp_path / "r/results.json")
     (tmp_path / "r/results.json").unlink()
     assert train(road, tmp_path / "r", "--ema", "0.9") == 0
-    assert runs.read_json(tmp_path / "r/results.json") == results
+    assert files.read_json(tmp_path / "r/results.json") == results
 
 
 def test_checkpoint_every_writes_so_many(road, tmp_path, monkeypatch):
@@ -314,7 +314,7 @@ def test_without_a_spectrum_the_default_one_is_made_first(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "no finished spectrum there; making it first" in done.stdout
     assert list((tmp_path / "runs/digits_bs_d2s_seed0").glob("events.out.tfevents.*"))
-    results = runs.read_json(tmp_path / "runs/digits_bs_d2s_seed0/results.json")
+    results = files.read_json(tmp_path / "runs/digits_bs_d2s_seed0/results.json")
     # Ten classes: a net that learned nothing is right in 10 % of the cases.
     assert results["last"]["overall"] > 60
     assert datasets.load("digits", 30).counts.tolist() == results["train_counts"]

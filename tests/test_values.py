@@ -17,7 +17,7 @@ import datasets
 import train_iwildcam
 import train_lt
 from loaders import base, cifar
-from runtime import checkpoints, runs
+from runtime import checkpoints, files
 from runtime.cli import UserError
 from runtime.device import check_bfloat16
 from training import augmentations, distributed, evaluation, flags, loop, optimization, stores
@@ -179,9 +179,9 @@ def test_the_averaged_weights_are_evaluated_and_epochs_chosen_on_the_validation_
     assert train_lt.Trainer.chosen_by == "macro"
     predicted = logits(averaged, data.val.images).argmax(1).numpy()
     shares = [100 * (predicted[data.val.labels == label] == label).mean() for label in np.unique(data.val.labels)]
-    history = runs.read_json_lines(out / "history.jsonl")
+    history = files.read_json_lines(out / "history.jsonl")
     assert history[-1]["val_macro"] == pytest.approx(np.mean(shares))
-    assert runs.read_json(out / "results.json")["best_by_val"]["val_macro"] == max(row["val_macro"] for row in history)
+    assert files.read_json(out / "results.json")["best_by_val"]["val_macro"] == max(row["val_macro"] for row in history)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
