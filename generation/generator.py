@@ -151,7 +151,10 @@ class Generator:
         if "callback_on_step_end" in self.accepted:
             call["callback_on_step_end"] = count
         drawn = self.pipe(**call)
-        if ran and len(ran) != run and getattr(self.pipe.scheduler, "order", 1) == 1:
+        scheduler = self.pipe.scheduler
+        # PNDM, which Stable Diffusion 1.5 and 2.1-base ship with, takes one timestep twice.
+        repeated = max(0, len(scheduler.timesteps) - self.steps)
+        if ran and len(ran) != run + repeated and getattr(scheduler, "order", 1) == 1:
             raise UserError(
                 f"--generator: {type(self.pipe).__name__} ran {len(ran)} denoising steps where {run} were asked for; "
                 "expected another --steps or --scheduler"

@@ -642,6 +642,17 @@ def test_sd3_runs_the_steps_and_draws_the_size_that_are_recorded(level, steps):
     assert worklist.steps_at(level, 10) == steps
 
 
+@pytest.mark.parametrize("level", [0, 50])
+def test_pndm_takes_one_timestep_twice_and_is_let(level):
+    """The scheduler that Stable Diffusion 1.5 and 2.1-base, DataDream's generator, ship with."""
+    from diffusers import PNDMScheduler
+
+    pipe = models.load_generator(TINY, "cpu")
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    generator = generators.Generator(pipe, steps=4, text_guidance=3.0)
+    assert draw_one(generator, level, Image.linear_gradient("L").resize((16, 16)).convert("RGB")).isfinite().all()
+
+
 def test_a_pipeline_that_runs_other_steps_than_recorded_stops_the_job(monkeypatch):
     generator = generators.Generator(models.load_generator(TINY, "cpu"), steps=4, text_guidance=3.0)
     monkeypatch.setattr(generators.Generator, "strength_of", lambda self, run: 0.9)

@@ -1,0 +1,48 @@
+"""The bench of tuning: our adapters and images against the plain way's, on a tiny generator."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+from bench import bench_tune as bench
+
+TINY = {
+    "unet": bench.SMALL["unet"]
+    | {"block_out_channels": (8, 16, 16, 16), "attention_head_dim": 2, "layers_per_block": 1, "cross_attention_dim": 16}
+    | {"norm_num_groups": 4},
+    "vae": bench.SMALL["vae"] | {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 4},
+    "text": bench.SMALL["text"]
+    | {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+
+
+def run_here(script: str, *words) -> float:
+    """A script in this process: the test need not wait for imports."""
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    assert module.main([str(word) for word in words]) == 0
+    return 1.0
+
+
+def test_both_ways_make_the_same_adapters_and_images(tmp_path, monkeypatch):
+    monkeypatch.setitem(bench.CONFIGS, "small", TINY)
+    monkeypatch.setattr(bench, "run", run_here)
+    command = ["--device", "cpu", "--resolution", "64", "--classes", "2", "--shots", "2", "--batch-size", "2"]
+    command += ["--epochs", "4", "--rank", "2", "--per-class", "3", "--steps", "2", "--together", "2"]
+    result = bench.main([*command, "--out", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert result["largest_difference_of_adapters"] < 0.01 and result["largest_difference_of_pixels"] <= 1
+    assert result["tuning_seconds_a_class"] == {"ours": 0.5, "theirs": 1.0, "ratio": 2.0}
+
+
+def test_sd21_has_the_published_number_of_weights():
+    """866 million in the UNet, 340 in the text encoder; LoRA of rank 16: 3.32 + 3.01 million (DataDream)."""
+    from training.lora import add_adapters
+
+    pipe = bench.build_sd21(bench.SD21, "meta")
+    weights = {name: sum(w.numel() for w in getattr(pipe, name).parameters()) for name in ("unet", "text_encoder")}
+    assert round(weights["unet"] / 1e6) == 866 and round(weights["text_encoder"] / 1e6) == 340
+    counts = {"unet": 0, "text_encoder": 0}
+    for name, layer in add_adapters(pipe, ["unet", "text"], 1, 16, 16).items():
+        counts[name.split(".")[0]] += layer.a.numel() + layer.b.numel()
+    assert counts == {"unet": 3_319_808, "text_encoder": 3_014_656}
