@@ -39,7 +39,7 @@ from spectrum.kept import load_spectrum
 from training import additions, distributed, flags, log, loop, losses, optimization
 from training.pool import build_pool, check_files, prepare_spectrum, print_gaps
 
-DRAWN = ("cifar10_lt", "cifar100_lt", "imagefolder")  # data sets that --imb-ratio draws a part of
+DRAWN = ("cifar10_lt", "cifar100_lt", "cifar100_lt_20", "imagefolder")  # data sets that --imb-ratio draws a part of
 
 
 def build_parser() -> cli.Parser:

@@ -7,6 +7,7 @@ image that a classifier trains, validates or is tested on: it stands for the web
     digits       scikit-learn's digits of the web split, in new colours at every step. What is shipped in assets/.
     cifar100_lt  CIFAR-100's training images without those of the subset of ratio 100 (data seed 0) and those that the
                  loader validates on: 37,173 images, of 0 to 475 a class, most of the classes that are few-shot there.
+    cifar100_lt_20  the same for the long-tailed set of every fifth class; all images of the other 80 classes are web.
     toycam       clear pictures of its animals, drawn anew, in scenes of any colours. What is shipped in assets/ too.
 
 Reads:  scikit-learn's digits (shipped with the package), or CIFAR-100 as train_lt.py reads it
@@ -47,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import datasets
 import models
 from loaders import cifar, digits, toycam
+from loaders.base import spoken_name
 from runtime import checkpoints, cli, files, runs
 from runtime.device import pick_device
 from runtime.signals import StopSignals
@@ -108,23 +110,23 @@ SIZES = {
         judge="resnet20",
         judge_steps=200,
     ),
-    "cifar100_lt_gpu": Sizes(  # latents of 16x16
+    "cifar100_lt_gpu": Sizes(  # latents of 16x16; minutes of one GPU
         vae_widths=(64, 128),
-        vae_steps=10_000,
+        vae_steps=3000,
         vae_batch=128,
         unet_widths=(128, 256, 256),
         unet_attends=2,
         unet_steps=15_000,
-        unet_batch=256,
-        unet_rate=4e-4,
+        unet_batch=512,
+        unet_rate=5e-4,
         text_width=256,
         clip_patch=4,
         clip_width=256,
         clip_layers=6,
-        clip_steps=8000,
+        clip_steps=3000,
         clip_batch=256,
         judge="resnet32",
-        judge_steps=6000,
+        judge_steps=3000,
     ),
     "toycam": Sizes(
         unet_widths=(32, 64),
@@ -275,17 +277,20 @@ class Cifar100:
     the CLIP have not seen. (A smaller ratio keeps more images, of those that this web holds: it is for 100 alone.)
     """
 
+    benchmark = "cifar100_lt"
     size = 32
     forms = tuple(datasets.TEMPLATES["cifar100_lt"])
     template = forms[0]
 
     def __init__(self, data_root: Path | None, caption_noise: float = 0.0):
-        data = datasets.load("cifar100_lt", 100, data_root)
+        data = datasets.load(self.benchmark, 100, data_root)
         everything = cifar.read_split("cifar100_lt", data_root, "train")
         taken = {*data.train.sources, *data.val.sources}
         web = everything.take(np.array([i for i, source in enumerate(everything.sources) if source not in taken]))
-        self.class_names = data.spoken_names
-        self.asked, self.val = data.groups["few"].tolist(), data.val
+        self.class_names = [spoken_name(name) for name in everything.class_names]
+        number = np.array([everything.class_names.index(name) for name in data.class_names])
+        self.asked = number[data.groups["few"]].tolist()
+        self.val_images, self.val_labels = data.val.images, number[data.val.labels]
         self.images, self.labels = torch.from_numpy(web.images).permute(0, 3, 1, 2).contiguous(), web.labels
         self.rng = np.random.default_rng(0)
         self.fits = self._fits(web.images)
@@ -312,8 +317,8 @@ class Cifar100:
         else:
             chosen = self.rng.integers(len(self.labels), size=size)
             columns = (self.fits[chosen] * self.rng.random((size, len(self.forms)))).argmax(1)
-        images = self.images[torch.from_numpy(chosen)]
-        mirrored = torch.from_numpy(self.rng.random(size) < 0.5)[:, None, None, None]
+        images = self.images[torch.from_numpy(chosen).to(self.images.device)]
+        mirrored = torch.from_numpy(self.rng.random(size) < 0.5)[:, None, None, None].to(images.device)
         images = torch.where(mirrored, images.flip(3), images).float() / 127.5 - 1
         labels = self.labels[chosen]
         captions = [
@@ -325,10 +330,16 @@ class Cifar100:
         return self.batch(size)[0]
 
     def validation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return to_pixels(self.val.images), torch.from_numpy(self.val.labels)
+        return to_pixels(self.val_images), torch.from_numpy(self.val_labels)
 
     def looks(self) -> list:
         return []
+
+
+class Cifar100Fifth(Cifar100):
+    """The same for the long-tailed set of every fifth class."""
+
+    benchmark = cifar.FIFTH
 
 
 class Toycam:
@@ -410,7 +421,7 @@ class Toycam:
         ]
 
 
-WEBS = {"digits": Digits, "cifar100_lt": Cifar100, "toycam": Toycam}
+WEBS = {"digits": Digits, "cifar100_lt": Cifar100, cifar.FIFTH: Cifar100Fifth, "toycam": Toycam}
 
 
 def training_noise(scheduler):

@@ -2,13 +2,16 @@
 
 A generator whose captions were wrong for a share of the web draws another class than it is asked for; one that has
 never seen the target's look draws another look. The CLIPScore filter drops some of what is wrong. For each of the
-sixteen combinations a spectrum is drawn, what a user can measure before training is measured, and cross-entropy is
-trained without synthetic images, with text-only ones, all levels at once, and both orders.
+sixteen combinations a spectrum is drawn, what a user can measure before training is measured, and the demo's rows are
+trained: cross-entropy and Balanced Softmax without synthetic images, with text-only ones, all levels at once, and in
+an order.
 
 Reads:  FOLDER/digits_NOISE/tiny_sd for NOISE 0, 0.2, 0.4 and 0.6, as assets/make_assets.py makes them; the shipped
         CLIP, whose captions were true
-Writes: OUT/NOISE_LOOK_FILTER/ (spectrum, run folders), OUT/runs.csv (a row a run), OUT/before.csv (a row a spectrum and
-        level: acceptance, agreement, distance), OUT/when_the_order_pays.png
+Writes: OUT/NOISE_LOOK/ (spectra, run folders), OUT/runs.csv (a row a run), OUT/before.csv (a row a spectrum and level:
+        acceptance, agreement, distance), OUT/table.md, OUT/when_the_order_pays.png
+Takes:  8 spectra of 1 to 4 minutes on a core, and for each seed 116 runs of about 10 seconds on one; what is there
+        already is kept
 
     python bench/when_the_order_pays.py --generators runs/noise --out runs/when_the_order_pays
 """
@@ -20,6 +23,7 @@ import io
 import shutil
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -30,7 +34,7 @@ from runtime import cli, files, steps
 NOISES = (0, 0.2, 0.4, 0.6)
 LOOKS = {"digits": "a look that the generator has not seen", "digits_web": "the generator's own look"}
 FILTERS = {"filtered": "CLIPScore filter", "unfiltered": "no filter"}
-CURRICULA = ("none", "text_only", "all", "d2s", "s2d")
+ROWS = {demo.row_name(row): row for row in demo.ROWS["digits"]}  # name -> flags of train_lt.py
 COLOURS = {"none": "0.4", "text_only": "tab:purple", "all": "tab:orange", "d2s": "tab:blue", "s2d": "tab:green"}
 
 
@@ -46,9 +50,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--out", type=Path, default=Path("runs/when_the_order_pays"), metavar="FOLDER")
     parser.add_argument("--noises", type=float, nargs="+", default=list(NOISES), choices=NOISES, metavar="SHARE")
     parser.add_argument("--looks", nargs="+", default=list(LOOKS), choices=LOOKS, metavar="DATASET")
-    parser.add_argument("--train-seeds", type=cli.whole(0), nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--train-seeds", type=cli.whole(0), nargs="+", default=[0, 1, 2, 3, 4], metavar="N")
     parser.add_argument("--text-guidance", type=float, default=3.0, metavar="W", help="of all spectra")
-    parser.add_argument("--jobs", type=cli.whole(1), default=2, metavar="N", help="training runs at a time")
+    parser.add_argument("--jobs", type=cli.whole(1), default=2, metavar="N", help="spectra and runs at a time")
     return parser
 
 
@@ -140,71 +144,115 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     files.write_text(path, text.getvalue())
 
 
+def curriculum_of(row: str) -> str:
+    return ROWS[row][3]
+
+
+def values_of(table: list[dict], row: str, noise: float, look: str, filtering: str) -> list[float]:
+    """Few-shot accuracy of a row, seed by seed. The rows without synthetic images are trained once a look."""
+    real = curriculum_of(row) == "none"
+    found = [one for one in table if one["row"] == row and one["look"] == look
+             and (real or (one["noise"] == noise and one["filter"] == filtering))]  # fmt: skip
+    return [one["few"] for one in sorted(found, key=lambda one: one["seed"])]
+
+
 def draw_figure(path: Path, table: list[dict], looks: list[str], noises: list[float]) -> None:
-    """Few-shot accuracy over caption noise, a panel for each look and filter; bars are standard errors over seeds."""
+    """Few-shot accuracy over caption noise: a row of panels a loss, a panel a look and filter.
+
+    Bars are standard errors over seeds.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    columns = [(look, filtering) for look in looks for filtering in FILTERS]
     figure, panels = pyplot.subplots(
-        len(looks), 2, figsize=(9, 3.5 * len(looks)), sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    for panel, (look, filtering) in zip(panels.flat, [(a, b) for a in looks for b in FILTERS], strict=True):
-        for curriculum in CURRICULA:
-            points = []
-            for noise in noises:
-                found = [
-                    row["few"]
-                    for row in table
-                    if row["look"] == look and row["curriculum"] == curriculum
-                    and (curriculum == "none" or (row["filter"] == filtering and row["noise"] == noise))
-                ]  # fmt: skip
-                points.append((mean(found), stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0))
-            style = "--" if curriculum == "none" else "-"
-            panel.errorbar(
-                [100 * noise for noise in noises], [p[0] for p in points], [p[1] for p in points], label=curriculum,
-                color=COLOURS[curriculum], linestyle=style, marker="o", capsize=3,
-            )  # fmt: skip
-        panel.set_title(f"{LOOKS[look]}, {FILTERS[filtering]}", fontsize=9)
-        panel.grid(alpha=0.3)
+        2, len(columns), figsize=(3.4 * len(columns), 6.5), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for line, loss in zip(panels, ("ce", "bs"), strict=True):
+        for panel, (look, filtering) in zip(line, columns, strict=True):
+            for row in [name for name, flags in ROWS.items() if flags[1] == loss]:
+                found = [values_of(table, row, noise, look, filtering) for noise in noises]
+                errors = [stdev(one) / len(one) ** 0.5 if len(one) > 1 else 0 for one in found]
+                kind = curriculum_of(row)
+                panel.errorbar(
+                    [100 * noise for noise in noises], [mean(one) for one in found], errors, label=kind,
+                    color=COLOURS[kind], linestyle="--" if kind == "none" else "-", marker="o", capsize=3,
+                )  # fmt: skip
+            panel.set_title(f"{loss.upper()}, {LOOKS[look]},\n{FILTERS[filtering]}", fontsize=9)
+            panel.grid(alpha=0.3)
+        line[0].set_ylabel("few-shot test accuracy (%)")
+        line[0].legend()
     for panel in panels[-1]:
         panel.set_xlabel("wrong captions of the web (%)")
-    for panel in panels[:, 0]:
-        panel.set_ylabel("few-shot test accuracy (%)")
-    panels[0, 0].legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def write_table(path: Path, table: list[dict], before: list[dict]) -> None:
+    """What is known before training, and what training gave, a line for each generator, look and filter."""
+    heading = ["look", "wrong captions", "filter", "judge agrees, level 0", "accepted, level 0", "MMD², 0 / 90"]
+    heading += [f"{row} − {row.split(' +')[0].split(' (')[0]}" for row in ROWS if curriculum_of(row) != "none"]
+    heading += ["CE: d2s − all", "BS: d2s − all"]
+    lines = [heading, ["---"] * len(heading)]
+    settings = dict.fromkeys((one["look"], one["noise"], one["filter"]) for one in before)
+    for look, noise, filtering in settings:
+        known = {one["level"]: one for one in before if (one["look"], one["noise"], one["filter"]) ==
+                 (look, noise, filtering)}  # fmt: skip
+        values = {row: values_of(table, row, noise, look, filtering) for row in ROWS}
+        shown = [f"{known[0][key]:.0%}" if known[0][key] != "" else "–" for key in ("agreement_kept", "accepted")]
+        distances = " / ".join(f"{float(known[level]['mmd2'] or 'nan'):.2f}" for level in (0, 90))
+        cells = [LOOKS[look], f"{noise:.0%}", FILTERS[filtering], *shown, distances]
+        against = [(row, next(name for name in ROWS if ROWS[name][1::2][:2] == (flags[1], "none")))
+                   for row, flags in ROWS.items() if flags[3] != "none"]  # fmt: skip
+        against += [("CE + d2s", "CE + all levels"), ("BS (stage prior) + d2s", "BS (stage prior) + all levels")]
+        for one, other in against:
+            apart, error = demo.difference(values[one], values[other])
+            cells.append(f"{apart:+.1f} ± {error:.1f}")
+        lines.append(cells)
+    files.write_text(path, "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # Draw and filter the spectra, and note what can be known before training.
-    judge, before, waiting = train_judge(), [], []
-    for look in args.looks:
-        for noise in sorted(args.noises):
-            models = args.generators / f"digits_{noise:g}"
-            spectra = make_spectra(args.out / f"{noise:g}_{look}", models, look, args.text_guidance)
-            for name, spectrum in spectra.items():
-                setting = {"noise": noise, "look": look, "filter": name}
-                before += [setting | row for row in measure(spectrum, judge)]
-                wanted = CURRICULA if (noise, name) == (min(args.noises), "filtered") else CURRICULA[1:]
-                waiting += [(setting, spectrum, c, seed) for c in wanted for seed in args.train_seeds]
+    settings = [(noise, look) for look in args.looks for noise in sorted(args.noises)]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        judging = pool.submit(train_judge)
+        drawing = {
+            (noise, look): pool.submit(
+                make_spectra, args.out / f"{noise:g}_{look}", args.generators / f"digits_{noise:g}", look,
+                args.text_guidance,
+            )
+            for noise, look in settings
+        }  # fmt: skip
+        spectra = {setting: drawn.result() for setting, drawn in drawing.items()}
+        judge = judging.result()
+    before, waiting = [], []
+    for (noise, look), made in spectra.items():
+        for name, spectrum in made.items():
+            setting = {"noise": noise, "look": look, "filter": name}
+            before += [setting | level for level in measure(spectrum, judge)]
+            first = (noise, name) == (min(args.noises), "filtered")
+            waiting += [(setting, spectrum, row) for row in ROWS if first or curriculum_of(row) != "none"]
     write_csv(args.out / "before.csv", before)
-    # Train; what is there already is kept.
-    commands, folders = [], []
-    for setting, spectrum, curriculum, seed in waiting:
-        folders.append(spectrum.parent / f"{spectrum.name}_{curriculum}_seed{seed}")
-        flags = ["--dataset", setting["look"], "--loss", "ce", "--curriculum", curriculum, "--seed", seed]
-        commands.append([str(flag) for flag in [*flags, "--spectrum", spectrum, "--out", folders[-1]]])
+    # Train, one seed after the other; what is there already is kept.
+    commands, table = [], []
+    for seed in args.train_seeds:
+        for setting, spectrum, row in waiting:
+            place = spectrum.parent / f"{spectrum.name}_{'_'.join(ROWS[row][1::2])}_seed{seed}"
+            flags = ["--dataset", setting["look"], *ROWS[row], "--seed", seed, "--spectrum", spectrum, "--out", place]
+            commands.append([str(flag) for flag in flags])
+            table.append(setting | {"row": row, "seed": seed, "place": place})
     demo.train_all("train_lt", commands, args.jobs)
-    # One table of all runs, and the figure.
-    table = []
-    for (setting, _, curriculum, seed), place in zip(waiting, folders, strict=True):
-        last = files.read_json(place / "results.json")["last"]
-        figures = {name: round(last[name], 2) for name in ("few", "overall")}
-        table.append(setting | {"curriculum": curriculum, "seed": seed} | figures)
+    # One table of all runs, one of the differences, and the figure.
+    for one in table:
+        last = files.read_json(one.pop("place") / "results.json")["last"]
+        one |= {name: round(last[name], 2) for name in ("few", "overall")}
     write_csv(args.out / "runs.csv", table)
+    write_table(args.out / "table.md", table, before)
     draw_figure(args.out / "when_the_order_pays.png", table, args.looks, sorted(args.noises))
     print(f"{args.out}: {len(table)} runs of {len(args.train_seeds)} seeds; look at when_the_order_pays.png")
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 DATASET_NAMES = {
     "cifar10_lt": "CIFAR10-LT",
     "cifar100_lt": "CIFAR100-LT",
+    "cifar100_lt_20": "CIFAR100-LT, every fifth class",
     "imagenet_lt": "ImageNet-LT",
     "iwildcam": "iWildCam",
     "inat2018": "iNaturalist 2018",

@@ -168,6 +168,25 @@ def test_torchvisions_folder_is_read_after_its_checksums(tmp_path, monkeypatch):
     )
 
 
+def test_every_fifth_class_of_cifar100_is_long_tailed_by_itself(tmp_path):
+    for label in range(100):
+        for part, count in (("train", 10), ("test", 1)):
+            folder = tmp_path / part / f"c{label:02d}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (label, i, 0)).save(folder / f"{i}.png")
+    data = datasets.load("cifar100_lt_20", 5, tmp_path)
+    assert data.class_names == [f"c{label:02d}" for label in range(0, 100, 5)]
+    assert data.counts.tolist() == [int(10 * 5 ** (-k / 19)) for k in range(20)]
+    # Each image's red is its class among the hundred, and each class has its test image.
+    assert [*data.train.images[:, 0, 0, 0]] == [5 * label for label in data.train.labels]
+    assert data.test.labels.tolist() == list(range(20)) and data.test.images[3, 0, 0, 0] == 15
+    assert all(
+        source.startswith(f"train/c{5 * k:02d}/")
+        for source, k in zip(data.train.sources, data.train.labels, strict=True)
+    )
+
+
 @pytest.mark.parametrize(
     ("dataset", "ratio", "message"),
     [
