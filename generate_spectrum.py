@@ -29,24 +29,20 @@ from __future__ import annotations
 
 import argparse
 import math
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import datasets
-from generation import loras, worklist
+from generation import loras, texts, worklist
 from generation.guidance import image_guidance_by_level
 from generation.job import Job
 from generation.plan import DrawPlan, count_seeds, make_settings, order_planned
 from generation.prefetch import Prefetcher
-from generation.texts import find_cut
-from generation.worklist import Batch
 from generation.writer import SAVE_OPTIONS
 from loaders.sources import Sources
 from runtime import cli, files, runs, signals
 from spectrum import folder as spectrum_folder
 from spectrum.tables import Hard, read_hard, read_prompts
-from spectrum.units import Unit
 
 MOST_AREA = 2  # sources of more pixels than so many times a generator's native area are drawn at that area
 
@@ -77,6 +73,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--out", type=Path, default=Path("runs/spectrum"), metavar="FOLDER", help="the spectrum folder")
     add_generator_flags(parser.add_argument_group("generator"))
     add_level_flags(parser.add_argument_group("what to draw"))
+    add_prompt_flags(parser.add_argument_group("prompts"))
     add_image_flags(parser.add_argument_group("images"))
     add_score_flags(parser.add_argument_group("score while drawing"))
     add_run_flags(parser.add_argument_group("how"))
@@ -151,6 +148,21 @@ def add_level_flags(group) -> None:
     )
     group.add_argument("--text-guidance", type=cli.number(0), metavar="SCALE", help="classifier-free guidance scale")
     group.add_argument(
+        "--pure-noise",
+        action="store_true",
+        help="start level 0 from noise alone; else from the source at strength 1, as the paper does, which leaves a "
+        "trace of the source's brightness",
+    )
+    group.add_argument(
+        "--also-draw",
+        type=cli.existing_file,
+        metavar="FILE",
+        help="further images, taken into the plan: a CSV file with the columns source,level,seed,prompt",
+    )
+
+
+def add_prompt_flags(group) -> None:
+    group.add_argument(
         "--each-prompt",
         action="store_true",
         help="draw every prompt of the class --seeds times, instead of choosing one for each image",
@@ -167,18 +179,6 @@ def add_level_flags(group) -> None:
         choices=["cut", "error"],
         default="cut",
         help="what to do with prompts of more tokens than the generator reads: cut them, as it does, or stop",
-    )
-    group.add_argument(
-        "--pure-noise",
-        action="store_true",
-        help="start level 0 from noise alone; else from the source at strength 1, as the paper does, which leaves a "
-        "trace of the source's brightness",
-    )
-    group.add_argument(
-        "--also-draw",
-        type=cli.existing_file,
-        metavar="FILE",
-        help="further images, taken into the plan: a CSV file with the columns source,level,seed,prompt",
     )
 
 
@@ -267,20 +267,6 @@ def add_other_flags(group) -> None:
     group.add_argument("--validate", action="store_true", help="check every row and image of --out, and nothing else")
 
 
-def find_loras(args, hard: dict[str, Hard], generator: dict[str, str]) -> dict[str, Path]:
-    """The adapter files that the arguments name, by adapter: `all`, or `class_3` and so on."""
-    given = [name for name in ("lora", "lora_by_class", "tuned") if getattr(args, name)]
-    if len(given) > 1:
-        raise cli.UserError("--lora, --lora-by-class and --tuned: expected one of them")
-    if not given:
-        return {}
-    names = {row.label: row.class_name for row in hard.values()}
-    if args.tuned:
-        return loras.find_tuned(args.tuned, names, generator)[0]
-    by_class = sorted(names) if args.lora_by_class else None
-    return loras.find_loras(args.lora or args.lora_by_class, by_class, f"--{given[0].replace('_', '-')}")
-
-
 def complete_flags(args) -> None:
     """Defaults that follow from other flags: the inputs of --tuned, and what --per-class draws."""
     defaults = build_parser()
@@ -313,18 +299,6 @@ def read_inputs(args) -> tuple[dict[str, Hard], dict[int, dict]]:
     return hard, read_prompts(args.prompts, [row.label for row in hard.values()])
 
 
-def check_steps(args) -> None:
-    """Raise UserError where two levels come to the same number of denoising steps."""
-    by_steps: dict[int, int] = {}
-    for level in sorted(set(args.levels)):
-        other = by_steps.setdefault(worklist.steps_at(level, args.steps), level)
-        if other != level:
-            raise cli.UserError(
-                f"--levels {other} {level}: both are {worklist.steps_at(level, args.steps)} of --steps {args.steps}; "
-                "expected levels that differ, or more steps"
-            )
-
-
 def check_generator(args):
     """What is known of the generator; raises UserError where it cannot be what the flags ask for."""
     import models
@@ -345,80 +319,10 @@ def keep_branch(args, settings: dict) -> None:
         settings["revision"] = args.revision or "main"
 
 
-def check_long_prompts(plan: DrawPlan, pipe) -> None:
-    """Say how many prompts the generator cuts, or raise UserError where --on-long-prompt says so."""
-    args = plan.args
-    texts = {text for row in plan.hard.values() for text in plan.prompts[row.label]["prompts"]}
-    texts = sorted(texts | {text for text in plan.asked.values() if text})
-    cut = find_cut(pipe, texts)
-    if cut:
-        what = f"{len(cut)} of {len(texts)} prompts are longer than {args.generator} reads"
-        if args.on_long_prompt == "error":
-            raise cli.UserError(
-                f"--prompts: {what}, the first {cut[0]!r}; expected shorter ones, or --on-long-prompt cut"
-            )
-        print(f"{what}, and are cut, the first {cut[0]!r}", flush=True)
-
-
 def stop_on_other_settings(folder: Path, settings: dict) -> None:
     """Raise UserError where a spectrum folder was begun with other settings."""
     if (folder / "plan.json").exists():
         runs.stop_on_difference(folder / "plan.json", spectrum_folder.read_plan(folder), settings, "delete that folder")
-
-
-def stop_on_changed_sources(plan: DrawPlan, sources: Sources, todo: list[Batch]) -> None:
-    """Raise UserError where a source is not the image any more that images of it were drawn from."""
-    names = {unit.source for batch in todo for unit in batch.units}
-    before = spectrum_folder.read_source_digests(plan.args.out, names)
-
-    def differs(name: str) -> bool:
-        try:
-            return sources.sha256(name) != before[name]
-        except cli.UserError:  # it cannot be read: found again, and listed, when its turn comes
-            return False
-
-    with ThreadPoolExecutor(8) as pool:
-        changed = [name for name, other in zip(before, pool.map(differs, before), strict=True) if other]
-    if changed:
-        raise cli.UserError(
-            f"{plan.args.out}: {len(changed)} sources are other images than those that it was drawn from, the first "
-            f"{changed[0]}; expected the same --data-root and files, or another --out"
-        )
-
-
-def find_todo(plan: DrawPlan) -> tuple[list[Batch], set[Unit]]:
-    """The batches of this shard in which something is missing, and the units that are drawn already."""
-    args, mine = plan.args, plan.share()
-    many = f"{args.per_class} images a class" if args.per_class else f"{args.seeds} seeds"
-    many += " of each prompt" if args.each_prompt else ""
-    wanted = {unit for batch in mine for unit in batch.units}
-    done = spectrum_folder.done_units(args.out, wanted, delete=not args.dry_run)
-    print(
-        f"{args.out}: {len(wanted)} images ({len(plan.hard)} sources, levels {plan.settings['levels']}, "
-        f"{many}{f', shard {args.shard}' if args.shard.count > 1 else ''}), {len(done)} done, "
-        f"{len(wanted) - len(done)} to draw",
-        flush=True,
-    )
-    return [batch for batch in mine if not done.issuperset(batch.units)], done
-
-
-def warn_of_sizes(plan: DrawPlan, todo: list[Batch]) -> None:
-    """Say so where sources are drawn smaller than they are, or images much smaller than a known generator can."""
-    import models
-
-    args, native = plan.args, plan.native
-    large = sum(width * height > plan.most for width, height in plan.sizes.values()) if args.size == "source" else 0
-    if large:
-        print(
-            f"--size source: {large} sources are larger than {args.generator} draws well, and are drawn in their shape "
-            f"at its native area, {native}x{native}; --save-size source saves them at their own size"
-        )
-    width, height = min((batch.size for batch in todo), default=(native, native))
-    if args.generator in models.GENERATORS and min(width, height) < native / 4:
-        print(
-            f"--size: some images will be drawn at {width}x{height}, but {args.generator} was made for "
-            f"{native}x{native}; consider --size {native}x{native} --save-size source"
-        )
 
 
 def draw(plan: DrawPlan, folder: Path, sources: Sources, weights: dict[str, Path], todo, done, stop) -> int:
@@ -439,7 +343,7 @@ def draw(plan: DrawPlan, folder: Path, sources: Sources, weights: dict[str, Path
             adapters.switch("all")
         stop_on_other_settings(args.out, plan.settings)  # another shard's, perhaps written since
         files.write_json(args.out / "plan.json", plan.settings)
-        check_long_prompts(plan, pipe)
+        texts.check_length(pipe, plan.texts(), args.generator, args.on_long_prompt)
         job.draw(pipe, todo, done, stop, adapters)
     if stop.received:
         print(f"{args.out}: {stop.received} after {job.saved} images; run the same command again to go on")
@@ -460,7 +364,7 @@ def finished(args) -> bool:
     hard = {row.source: row for row in read_hard(args.hard)}
     settings, generator = spectrum_folder.read_plan(args.out), models.describe_generator(args.generator, args.revision)
     prompts = read_prompts(args.prompts, [row.label for row in hard.values()])
-    adapters, editor = find_loras(args, hard, generator), models.editor_kind(args.generator, args.revision)
+    adapters, editor = loras.find_asked(args, hard, generator), models.editor_kind(args.generator, args.revision)
     if settings != make_settings(args, hard, prompts, generator, settings.get("dtype", ""), adapters, editor):
         return False  # the script itself says what differs
     units = set(order_planned(args, settings, hard, prompts))
@@ -504,11 +408,11 @@ def main(argv: list[str] | None = None) -> int:
     known = check_generator(args)
     dtype = models.generator_dtype(args.dtype, pick_device(args.device))
     generator = models.describe_generator(args.generator, args.revision)
-    adapters = find_loras(args, hard, generator)
+    adapters = loras.find_asked(args, hard, generator)
     editor = models.editor_kind(args.generator, args.revision)
     image_guidance_by_level(editor, args.levels, args.image_guidance)
     if not editor:
-        check_steps(args)
+        worklist.check_steps(args.levels, args.steps)
     settings = make_settings(args, hard, prompts, generator, dtype, adapters, editor)
     keep_branch(args, settings)
     stop_on_other_settings(args.out, settings)
@@ -530,9 +434,9 @@ def main(argv: list[str] | None = None) -> int:
         sources = Sources(train, args.data_root)
         most = MOST_AREA * known.native**2 if args.generator in models.GENERATORS else math.inf
         plan.read_sizes(sources, known.native, models.latent_multiple(args.generator, args.revision), most)
-        todo, done = find_todo(plan)
-        stop_on_changed_sources(plan, sources, todo)
-        warn_of_sizes(plan, todo)
+        todo, done = plan.find_todo()
+        plan.stop_on_changed_sources(sources, todo)
+        plan.warn_of_sizes(todo)
         if args.dry_run:
             plan.print_forecast(todo)
             return 0

@@ -9,10 +9,34 @@ from pathlib import Path
 
 from runtime.cli import UserError, first_line
 from runtime.files import read_json
+from spectrum.tables import Hard
 
 RESIDENT = "resident"  # the name of the one adapter that is loaded
 DOWN = ("lora_A", "lora_down", "lora.down")  # how the formats call a layer's first matrix
 TEXT = ("text_encoder", "lora_te")  # what the keys of a text encoder's layers begin with
+
+
+def find_asked(args, hard: dict[str, Hard], generator: dict[str, str]) -> dict[str, Path]:
+    """The adapter files that --lora, --lora-by-class or --tuned names, by adapter: `all`, or `class_3` and so on.
+
+    Args:
+        args: of the command line.
+        hard: hard images by source.
+        generator: `generator` and `revision` of the one that draws (models.describe_generator).
+
+    Raises:
+        UserError: two of the flags, or an adapter that is missing or was made for another generator.
+    """
+    given = [name for name in ("lora", "lora_by_class", "tuned") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError("--lora, --lora-by-class and --tuned: expected one of them")
+    if not given:
+        return {}
+    names = {row.label: row.class_name for row in hard.values()}
+    if args.tuned:
+        return find_tuned(args.tuned, names, generator)[0]
+    by_class = sorted(names) if args.lora_by_class else None
+    return find_loras(args.lora or args.lora_by_class, by_class, f"--{given[0].replace('_', '-')}")
 
 
 def find_loras(path: Path, labels: list[int] | None, flag: str = "--lora") -> dict[str, Path]:

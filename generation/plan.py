@@ -7,6 +7,7 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from generation import worklist
@@ -18,7 +19,7 @@ from loaders.sources import Sources
 from runtime import files
 from runtime.cli import UserError
 from spectrum import domains, tables
-from spectrum.folder import describe_clip, freeze_sizes, read_frozen_sizes
+from spectrum.folder import describe_clip, done_units, freeze_sizes, read_frozen_sizes, read_source_digests
 from spectrum.units import Unit
 
 
@@ -113,7 +114,7 @@ def read_own_domains(args, hard: dict[str, tables.Hard], prompts: dict[int, dict
     if not asked & set(own.values()):
         raise UserError(
             f"--skip-own-domain {args.skip_own_domain}: none of its domains is one of {args.prompts}; expected the "
-            "sources.csv that belongs to these prompts (write_prompts.py --source domains)"
+            "sources.csv that belongs to these prompts (write_prompts.py --from domains)"
         )
     return {source: own.get(source, "") for source in hard}
 
@@ -266,6 +267,63 @@ class DrawPlan:
         for units in lists:
             mine += worklist.share_out(self.make_batches(units), self.args.steps, shard.count)[shard.index]
         return mine
+
+    def texts(self) -> list[str]:
+        """Every prompt that an image may be drawn from, in alphabetical order."""
+        of_classes = {text for row in self.hard.values() for text in self.prompts[row.label]["prompts"]}
+        return sorted(of_classes | {text for text in self.asked.values() if text})
+
+    def find_todo(self) -> tuple[list[Batch], set[Unit]]:
+        """The batches of this shard in which an image is missing, and the units that are drawn; prints how many."""
+        args, mine = self.args, self.share()
+        many = f"{args.per_class} images a class" if args.per_class else f"{args.seeds} seeds"
+        many += " of each prompt" if args.each_prompt else ""
+        wanted = {unit for batch in mine for unit in batch.units}
+        done = done_units(args.out, wanted, delete=not args.dry_run)
+        print(
+            f"{args.out}: {len(wanted)} images ({len(self.hard)} sources, levels {self.settings['levels']}, "
+            f"{many}{f', shard {args.shard}' if args.shard.count > 1 else ''}), {len(done)} done, "
+            f"{len(wanted) - len(done)} to draw",
+            flush=True,
+        )
+        return [batch for batch in mine if not done.issuperset(batch.units)], done
+
+    def stop_on_changed_sources(self, sources: Sources, todo: list[Batch]) -> None:
+        """Raise UserError where a source in these batches is not the image any more that it was drawn from before."""
+        names = {unit.source for batch in todo for unit in batch.units}
+        before = read_source_digests(self.args.out, names)
+
+        def differs(name: str) -> bool:
+            try:
+                return sources.sha256(name) != before[name]
+            except UserError:  # it cannot be read: found again, and listed, when its turn comes
+                return False
+
+        with ThreadPoolExecutor(8) as pool:
+            changed = [name for name, other in zip(before, pool.map(differs, before), strict=True) if other]
+        if changed:
+            raise UserError(
+                f"{self.args.out}: {len(changed)} sources are other images than those that it was drawn from, the "
+                f"first {changed[0]}; expected the same --data-root and files, or another --out"
+            )
+
+    def warn_of_sizes(self, todo: list[Batch]) -> None:
+        """Say where sources are drawn smaller than they are, or images much smaller than a known generator draws."""
+        if math.isinf(self.most):  # an unknown generator
+            return
+        args, native = self.args, self.native
+        large = sum(width * height > self.most for width, height in self.sizes.values()) if args.size == "source" else 0
+        if large:
+            print(
+                f"--size source: {large} sources are larger than {args.generator} draws well, and are drawn in their "
+                f"shape at its native area, {native}x{native}; --save-size source saves them at their own size"
+            )
+        width, height = min((batch.size for batch in todo), default=(native, native))
+        if min(width, height) < native / 4:
+            print(
+                f"--size: some images will be drawn at {width}x{height}, but {args.generator} was made for "
+                f"{native}x{native}; consider --size {native}x{native} --save-size source"
+            )
 
     def _leave_out_planned(self, units: dict[Unit, str]) -> dict[Unit, str]:
         """Further units without those of the plan itself, which may have no other prompt."""

@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from runtime.cli import UserError
 from spectrum.units import Unit
 
 # Sources that pass through all levels and seeds before the next ones are begun: what is encoded once and kept
@@ -33,6 +34,18 @@ class Batch(NamedTuple):
 def steps_at(level: int, steps: int) -> int:
     """Denoising steps that a level runs: round(steps * (100 - level) / 100), at least 1."""
     return max(1, (2 * steps * (100 - level) + 100) // 200)  # whole numbers: int(50 * (1 - 0.9)) would be 4
+
+
+def check_steps(levels: Iterable[int], steps: int) -> None:
+    """Raise UserError where two levels come to the same number of denoising steps."""
+    by_steps: dict[int, int] = {}
+    for level in sorted(set(levels)):
+        other = by_steps.setdefault(steps_at(level, steps), level)
+        if other != level:
+            raise UserError(
+                f"--levels {other} {level}: both are {steps_at(level, steps)} of --steps {steps}; expected levels that "
+                "differ, or more steps"
+            )
 
 
 def order_units(seeds: dict[str, int], levels: list[int]) -> Iterator[Unit]:
