@@ -29,6 +29,7 @@ from runtime import cli, files
 from spectrum import acceptance, distances, quotas, tables
 from spectrum import folder as spectrum_folder
 from spectrum.acceptance import SHOWN, no_score
+from spectrum.flags import add_clip_flag, add_device_flags
 from spectrum.units import SCORED_FIELDS, Unit
 
 SAVE_SECONDS = 30
@@ -53,17 +54,8 @@ def build_parser() -> cli.Parser:
     )
     add_rule_flags(parser.add_argument_group("what is kept"))
     group = parser.add_argument_group("how")
-    group.add_argument(
-        "--clip", metavar="NAME", help="open_clip model: ARCHITECTURE:TAG, ARCHITECTURE:FILE, hf-hub:NAME or folder"
-    )
-    group.add_argument("--batch-size", type=cli.whole(1), default=256, metavar="N", help="images embedded at once")
-    group.add_argument(
-        "--workers",
-        type=cli.whole(0),
-        metavar="N",
-        help="processes that decode images (default: a core each beside a GPU, 16 at most; none on a CPU)",
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_clip_flag(group)
+    add_device_flags(group)
     return parser
 
 
@@ -307,24 +299,6 @@ def report_distances(table: list[dict], folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_inputs(args) -> tuple[dict, list[dict], dict[int, dict]]:
-    """plan.json, a row for each image, and prompts by class index.
-
-    Raises:
-        UserError: another data set's spectrum, or one without an image.
-    """
-    settings = spectrum_folder.read_plan(args.spectrum)
-    for name in ("dataset", "imb_ratio", "data_seed"):
-        if settings[name] != getattr(args, name):
-            raise cli.UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: {args.spectrum} was made with {settings[name]}"
-            )
-    rows = spectrum_folder.read_made(args.spectrum)
-    if not rows:
-        raise cli.UserError(f"{args.spectrum}: holds no image; run generate_spectrum.py")
-    return settings, rows, tables.read_prompts(args.prompts, {row["label"] for row in rows})
-
-
 def load_clip(args):
     """The CLIP, ready to embed."""
     import models  # takes seconds
@@ -373,7 +347,8 @@ def report_missing(rows: list[dict], scores: dict[str, dict], args) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # Read the spectrum, and the scores that there are already.
-    settings, rows, prompts = read_inputs(args)
+    settings, rows = spectrum_folder.read_spectrum(args)
+    prompts = tables.read_prompts(args.prompts, {row["label"] for row in rows})
     names = {row["label"]: row["class_name"] for row in rows}
     made_by = spectrum_folder.describe_clip(args.clip)
     made_by["score_prompts"] = {str(label): prompts[label]["score_prompt"] for label in sorted(names)}

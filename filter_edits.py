@@ -22,7 +22,6 @@ Training takes the images that edits.csv keeps and, where there is a scores.csv 
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +33,11 @@ from spectrum import domains as summary
 from spectrum import edit_rules
 from spectrum import edits as edits_table
 from spectrum import folder as spectrum_folder
+from spectrum.flags import add_clip_flag, add_device_flags
 from spectrum.tables import read_prompts
 from spectrum.vectors import VectorCache
 
 RULES = ("semantic", "class", "domain", "confidence")
-SHOWN = 20
 MOST_REAL = 0.2  # a rule that drops more than this share of the real images is not to be trusted
 SHEET = 16  # dropped images of each reason in the sheet
 
@@ -80,17 +79,8 @@ def build_parser() -> cli.Parser:
         "--keep-dropped", type=cli.number(0, 1), default=0.0, metavar="SHARE", help="share of the dropped that is kept"
     )
     group = parser.add_argument_group("how")
-    group.add_argument(
-        "--clip", metavar="NAME", help="open_clip model: ARCHITECTURE:TAG, ARCHITECTURE:FILE, hf-hub:NAME or folder"
-    )
-    group.add_argument("--batch-size", type=cli.whole(1), default=256, metavar="N", help="images looked at at once")
-    group.add_argument(
-        "--workers",
-        type=cli.whole(0),
-        metavar="N",
-        help="processes that decode images (default: a core each beside a GPU, 16 at most; none on a CPU)",
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_clip_flag(group)
+    add_device_flags(group)
     return parser
 
 
@@ -208,29 +198,12 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
     return source, folds
 
 
-def edits_as_images(args, data, rows: list[dict]):
-    """The edits as the data set's images are: in memory and of its size, or files."""
-    from PIL import Image
-
-    from loaders.base import ImageSet
-    from loaders.pictures import read_image
-
-    labels, sources = np.array([row["label"] for row in rows]), [row["source"] for row in rows]
-    if not data.train.in_memory:
-        return ImageSet([args.spectrum / row["file_name"] for row in rows], labels, sources)
-    height, width = data.train.images.shape[1:3]
-    images = (read_image(args.spectrum / row["file_name"]) for row in rows)
-    sized = (
-        one if one.size == (width, height) else one.resize((width, height), Image.Resampling.BICUBIC) for one in images
-    )
-    return ImageSet(np.stack([np.asarray(one) for one in sized]), labels, sources)
-
-
 def judge_confidence(args, data, rows: list[dict], judged: np.ndarray | None, note: dict) -> dict:
     """Reasons and columns of the confidence rule, and how many real images it would drop."""
     source, folds = check_runs(args, data)
     names = [row["file_name"] for row in rows]
-    sets = {"edits": (names, edits_as_images(args, data, rows)), "train": (data.train.sources, data.train)}
+    images = edits_table.read_as_images(args.spectrum, rows, data.train)
+    sets = {"edits": (names, images), "train": (data.train.sources, data.train)}
     if source == "val":
         sets["val"] = (data.val.sources, data.val)
     found = [base_probabilities(args, data, run, sets) for run in args.checkpoint]
@@ -320,29 +293,6 @@ def judge_by_clip(args, data, rows: list[dict], prompts: dict, content: dict | N
 # reports
 
 
-def print_table(rows: list[dict], domains: list[str], reasons: np.ndarray) -> None:
-    """Kept and dropped by reason, over all and by domain; and the classes that kept nothing."""
-    kinds = sorted(set(reasons.tolist()) - {""})
-    names = list(dict.fromkeys(domains))
-    print("  ".join(["domain".ljust(30), "made".rjust(6), "kept".rjust(6), *(kind.rjust(16) for kind in kinds)]))
-    for name in [*names, "all"]:
-        inside = np.array([name in ("all", domain) for domain in domains])
-        counts = [
-            int(inside.sum()),
-            int((reasons[inside] == "").sum()),
-            *(int((reasons[inside] == k).sum()) for k in kinds),
-        ]
-        cells = [f"{counts[0]:6}", f"{counts[1]:6}", *(f"{count:16}" for count in counts[2:])]
-        print("  ".join([(name or "-")[:30].ljust(30), *cells]))
-    made, kept = Counter(), Counter()
-    for row, reason in zip(rows, reasons, strict=True):
-        made[row["label"], row["class_name"]] += 1
-        kept[row["label"], row["class_name"]] += reason == ""
-    gone = [name for (label, name) in made if not kept[label, name]]
-    for name in gone[:SHOWN]:
-        print(f"class {name}: all of its edits were dropped; it is trained on real images alone")
-
-
 def draw(args, rows: list[dict], domains: list[str], reasons: np.ndarray) -> None:
     """edits_kept.png and edits_dropped.png."""
     from PIL import Image
@@ -371,22 +321,53 @@ def draw(args, rows: list[dict], domains: list[str], reasons: np.ndarray) -> Non
         Image.fromarray(figures.sheet(images, captions)).save(args.spectrum / "edits_dropped.png")
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    check_flags(args)
-    plan = spectrum_folder.read_plan(args.spectrum)
-    for name in ("dataset", "imb_ratio", "data_seed"):
-        if plan[name] != getattr(args, name):
-            raise cli.UserError(
-                f"--{name.replace('_', '-')} {getattr(args, name)}: {args.spectrum} was made with {plan[name]}"
-            )
+def read_inputs(args) -> tuple[list[dict], dict[int, dict], dict | None]:
+    """A row for each edit, prompts by class index, and domains.json, None without one.
+
+    Raises:
+        UserError: another data set's spectrum, one without an image, or a file that lacks what a rule needs.
+    """
+    _, rows = spectrum_folder.read_spectrum(args)
     content = summary.read_domains(args.domains) if args.domains else None
     if content and "semantic" in args.rules and not (content["positive"].strip() and content["negatives"]):
         raise cli.UserError(f"{args.domains}: --rules semantic needs a text positive and texts negatives")
-    rows = spectrum_folder.read_made(args.spectrum)
-    if not rows:
-        raise cli.UserError(f"{args.spectrum}: holds no image; run generate_spectrum.py")
-    prompts = read_prompts(args.prompts, [row["label"] for row in rows])
+    return rows, read_prompts(args.prompts, [row["label"] for row in rows]), content
+
+
+def warn_of_bias(rows: list[dict], judged: np.ndarray, reasons: np.ndarray) -> None:
+    """Say so where CLIP sees the class asked for in most edits that the base model calls corrupted.
+
+    Args:
+        judged: the class that CLIP sees in each edit, int (N,).
+        reasons: of the confidence rule, (N,).
+    """
+    corrupted = reasons == edit_rules.CORRUPTED
+    if not corrupted.any():
+        return
+    agree = (judged == [row["label"] for row in rows])[corrupted].mean()
+    if agree > 0.5:
+        print(
+            f"warning: CLIP sees the class asked for in {agree:.0%} of the edits that the base model calls "
+            "corrupted: it may be biased; consider --judge-class clip"
+        )
+
+
+def print_rules(reasons: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> None:
+    """What each rule would drop, of the edits and of the real images; warns of a rule that drops the real ones too."""
+    for rule, found in reasons.items():
+        dropped = f"{np.mean(found != ''):6.1%} of the edits"
+        of_real = f", {np.mean(real[rule] != ''):6.1%} of the real images" if rule in real else ""
+        print(f"{rule:<10} would drop {dropped}{of_real}")
+        if rule in ("semantic", "class") and np.mean(real[rule] != "") > MOST_REAL:
+            print(
+                f"warning: {rule} would drop real images too: it says little of edits; expected other texts, or --clip"
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    check_flags(args)
+    rows, prompts, content = read_inputs(args)
     domains = [summary.domain_of_prompt(prompts[row["label"]], row["prompt"]) for row in rows]
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     note: dict = {"rules": args.rules, "judge_class": args.judge_class, "keep_dropped": args.keep_dropped}
@@ -401,44 +382,22 @@ def main(argv: list[str] | None = None) -> int:
     if "confidence" in args.rules:
         sure = judge_confidence(args, data, rows, by_clip.get("judged") if args.judge_class == "clip" else None, note)
         reasons["confidence"], real["confidence"] = sure["reasons"], sure["real"]
-        corrupted = sure["reasons"] == edit_rules.CORRUPTED
-        if args.judge_class == "checkpoint" and by_clip.get("judged") is not None and corrupted.any():
-            agree = (by_clip["judged"] == [row["label"] for row in rows])[corrupted].mean()
-            if agree > 0.5:
-                print(
-                    f"warning: CLIP sees the class asked for in {agree:.0%} of the edits that the base model calls "
-                    "corrupted: it may be biased; consider --judge-class clip"
-                )
-    for rule in reasons:
-        dropped = f"{np.mean(reasons[rule] != ''):6.1%} of the edits"
-        of_real = f", {np.mean(real[rule] != ''):6.1%} of the real images" if rule in real else ""
-        print(f"{rule:<10} would drop {dropped}{of_real}")
-        if rule in ("semantic", "class") and np.mean(real[rule] != "") > MOST_REAL:
-            print(
-                f"warning: {rule} would drop real images too: it says little of edits; expected other texts, or --clip"
-            )
+        if args.judge_class == "checkpoint" and "judged" in by_clip:
+            warn_of_bias(rows, by_clip["judged"], sure["reasons"])
+    print_rules(reasons, real)
 
     # Decide, and write.
     names = [row["file_name"] for row in rows]
     final = edit_rules.give_back(edit_rules.combine(list(reasons.values())), names, args.keep_dropped)
-    blank = [""] * len(rows)
-    columns = {
-        "file_name": names,
-        "domain": domains,
-        "semantic": by_clip.get("semantic", blank),
-        "clip_class": by_clip.get("clip_class", blank),
-        "predicted": sure.get("predicted", blank),
-        "confidence": sure.get("confidence", blank),
-        "threshold": sure.get("threshold", blank),
-        "kept": [int(reason == "") for reason in final],
-        "reason": final.tolist(),
-    }
     edits_table.write_edits(
         args.spectrum / edits_table.EDITS,
-        (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)),
+        {"file_name": names, "domain": domains, "kept": [int(reason == "") for reason in final], "reason": final}
+        | {column: found[column] for found in (by_clip, sure) for column in found.keys() & edits_table.FINDINGS},
     )
     files.write_json(args.spectrum / "edits.json", note)
-    print_table(rows, domains, final)
+
+    # Show it.
+    print("\n".join(edits_table.format_table(rows, domains, final)))
     print(
         f"{args.spectrum / 'edits.csv'}: {np.sum(final == '')} of {len(rows)} edits kept by {' and '.join(args.rules)}"
     )

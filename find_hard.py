@@ -27,6 +27,7 @@ import datasets
 from loaders.base import DataSet
 from runtime import checkpoints, cli, files, runs
 from spectrum import tables
+from spectrum.flags import add_clip_flag, add_device_flags
 
 SHOWN = 20  # classes or images that are listed one by one
 
@@ -67,9 +68,7 @@ def build_parser() -> cli.Parser:
     )
     model = group.add_mutually_exclusive_group()
     model.add_argument("--checkpoint", type=cli.existing_folder, metavar="FOLDER", help="run folder of train_lt.py")
-    model.add_argument(
-        "--clip", metavar="NAME", help="open_clip model: ARCHITECTURE:TAG, ARCHITECTURE:FILE, hf-hub:NAME or folder"
-    )
+    add_clip_flag(model)
     group.add_argument(
         "--templates",
         nargs="+",
@@ -77,14 +76,7 @@ def build_parser() -> cli.Parser:
         metavar="TEXT",
         help="what the CLIP's class names stand in, as {}; embeddings of more than one are averaged",
     )
-    group.add_argument("--batch-size", type=cli.whole(1), default=256, metavar="N", help="images scored at once")
-    group.add_argument(
-        "--workers",
-        type=cli.whole(0),
-        metavar="N",
-        help="processes that decode images (default: a core each beside a GPU, 16 at most; none on a CPU)",
-    )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_device_flags(group)
     return parser
 
 

@@ -1,27 +1,31 @@
-"""edits.csv: which edits filter_edits.py keeps, and what each of its rules found."""
+"""edits.csv: which edits filter_edits.py keeps, and what each of its rules found; edits as images."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
+from loaders.base import ImageSet
 from runtime.cli import UserError
 from runtime.files import write_text
 
 EDITS = "edits.csv"
-COLUMNS = [
-    "file_name", "domain", "semantic", "clip_class", "predicted", "confidence", "threshold", "kept", "reason",
-]  # fmt: skip
+FINDINGS = ("semantic", "clip_class", "predicted", "confidence", "threshold")  # empty where their rule is not in use
+COLUMNS = ["file_name", "domain", *FINDINGS, "kept", "reason"]
+SHOWN = 20  # classes without a kept edit that are named
 
 
-def write_edits(path: Path, rows: Iterable[dict]) -> None:
-    """Write edits.csv from dictionaries with COLUMNS."""
+def write_edits(path: Path, columns: dict[str, list]) -> None:
+    """Write edits.csv from its columns; those of FINDINGS that are not given are empty."""
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    empty = [""] * len(columns["file_name"])
+    table.writerows(zip(*(columns.get(name, empty) for name in COLUMNS), strict=True))
     write_text(path, text.getvalue())
 
 
@@ -52,3 +56,47 @@ def kept_edits(folder: Path) -> set[str] | None:
     """The files that edits.csv of a spectrum folder keeps; None where filter_edits.py has not been run."""
     path = folder / EDITS
     return {name for name, row in read_edits(path).items() if row["kept"] == "1"} if path.is_file() else None
+
+
+def read_as_images(folder: Path, rows: list[dict], like: ImageSet) -> ImageSet:
+    """The edits of a spectrum folder as a data set's images are: in memory and of its size, or files."""
+    from PIL import Image
+
+    from loaders.pictures import read_image
+
+    labels, sources = np.array([row["label"] for row in rows]), [row["source"] for row in rows]
+    paths = [folder / row["file_name"] for row in rows]
+    if not like.in_memory:
+        return ImageSet(paths, labels, sources)
+    height, width = like.images.shape[1:3]
+    images = map(read_image, paths)
+    sized = (
+        image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+        for image in images
+    )
+    return ImageSet(np.stack([np.asarray(image) for image in sized]), labels, sources)
+
+
+def format_table(rows: list[dict], domains: list[str], reasons: np.ndarray) -> list[str]:
+    """Lines that say how many edits were made, kept, and dropped for each reason, by domain and over all; then the
+    classes that kept none.
+
+    Args:
+        domains: of each edit, empty where it has none.
+        reasons: of each edit, object (N,), empty where it is kept.
+    """
+    kinds = sorted(set(reasons.tolist()) - {""})
+    lines = ["  ".join(["domain".ljust(30), "made".rjust(6), "kept".rjust(6), *(kind.rjust(16) for kind in kinds)])]
+    for name in [*dict.fromkeys(domains), "all"]:
+        inside = reasons[[name in ("all", domain) for domain in domains]]
+        dropped = [f"{np.sum(inside == kind):16}" for kind in kinds]
+        cells = [f"{len(inside):6}", f"{np.sum(inside == ''):6}", *dropped]
+        lines.append("  ".join([(name or "-")[:30].ljust(30), *cells]))
+    made, kept = Counter(), Counter()
+    for row, reason in zip(rows, reasons, strict=True):
+        made[row["label"], row["class_name"]] += 1
+        kept[row["label"], row["class_name"]] += reason == ""
+    gone = [name for label, name in made if not kept[label, name]]
+    return lines + [
+        f"class {name}: all of its edits were dropped; it is trained on real images alone" for name in gone[:SHOWN]
+    ]

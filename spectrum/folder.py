@@ -152,12 +152,14 @@ def claim(folder: Path, shard: int, shards: int, batch_size: int) -> Iterator[Pa
     place = folder / f"shard-{shard:05d}"
     place.mkdir(parents=True, exist_ok=True)
     with (place / ".lock").open("a") as own, (folder / ".shards").open("a+") as common:
+        # Hold the shard.
         try:
             take_lock(own)
         except BlockingIOError:
             raise UserError(
                 f"--shard {shard}/{shards}: another process is drawing {place}; wait for it, or take another shard"
             ) from None
+        # The first process notes how the work is shared out; the others compare.
         try:
             take_lock(common)
             common.truncate(0)
@@ -247,6 +249,7 @@ def check(folder: Path) -> tuple[int, list[str]]:
     Raises:
         UserError: the folder is no spectrum.
     """
+    # Check every row by itself, and against the others.
     plan, wrong = read_plan(folder), []
     fields = ROW_FIELDS | (SCORED_FIELDS if plan.get("score") else {})
     rows: dict[str, dict] = {}
@@ -278,6 +281,7 @@ def check(folder: Path) -> tuple[int, list[str]]:
             for field in ("generator", "revision", "text_guidance")
             if field in plan and row[field] != plan[field]
         ]
+    # Decode every image, and look for images without a row.
     with ThreadPoolExecutor() as pool:
         sizes = pool.map(lambda name: image_size(folder / name), rows)
         for (name, row), size in zip(rows.items(), sizes, strict=True):
@@ -307,7 +311,8 @@ def read_made(folder: Path) -> list[dict]:
     made: dict[str, dict] = {}
     decoder = json.JSONDecoder()
     for shard in sorted(folder.glob("shard-*/metadata.jsonl")):
-        for number, line in enumerate(shard.read_bytes().split(b"\n"), 1):  # as in read_rows
+        for number, line in enumerate(shard.read_bytes().split(b"\n"), 1):
+            # Read the line, unless it is none, as read_rows does.
             try:
                 line = line.decode()
                 row, end = decoder.raw_decode(line)  # twice as fast as json.loads
@@ -315,6 +320,7 @@ def read_made(folder: Path) -> list[dict]:
                 continue
             if end != len(line.rstrip()) or not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
                 continue
+            # Check its fields.
             name = f"{shard.parent.name}/{os.path.basename(row['file_name'])}"
             try:
                 source, label, class_name, level, seed, prompt = values = values_of(row)
@@ -328,6 +334,7 @@ def read_made(folder: Path) -> list[dict]:
                     f"{shard} row {number}: {wrong} is {row[wrong]!r}; expected a {ROW_FIELDS[wrong].__name__}, as in "
                     "a spectrum of this version"
                 )
+            # Keep one row a file.
             first = made.get(name)
             if first is None:
                 made[name] = {
@@ -346,13 +353,35 @@ def read_made(folder: Path) -> list[dict]:
                     f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level or "
                     "seed; expected one row a file"
                 )
-    # A unit that stands in two shards counts once: the one whose image is there.
+    return _one_row_a_unit(folder, made.values())
+
+
+def _one_row_a_unit(folder: Path, rows: Iterable[dict]) -> list[dict]:
+    """The rows, less the second one of each unit that stands in two shards; the one whose image exists stays."""
     there, units = _image_names(folder), {}
-    for row in made.values():
+    for row in rows:
         unit = row["source"], row["level"], row["seed"]
         if unit not in units or (units[unit]["file_name"] not in there and row["file_name"] in there):
             units[unit] = row
     return list(units.values())
+
+
+def read_spectrum(args) -> tuple[dict, list[dict]]:
+    """plan.json and a row for each image (`read_made`) of the spectrum that a filter's flags name.
+
+    Raises:
+        UserError: a spectrum of other data than the flags say, or one without an image.
+    """
+    plan = read_plan(args.spectrum)
+    for name in ("dataset", "imb_ratio", "data_seed"):
+        if plan[name] != getattr(args, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: {args.spectrum} was made with {plan[name]}"
+            )
+    rows = read_made(args.spectrum)
+    if not rows:
+        raise UserError(f"{args.spectrum}: holds no image; run generate_spectrum.py")
+    return plan, rows
 
 
 def _score(path: Path, number: int, row: dict, field: str) -> float:

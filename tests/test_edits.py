@@ -37,7 +37,7 @@ def inputs(tmp_path_factory):
     write_hard(folder / "hard.csv", rows)
     (folder / "domains.json").write_text(json.dumps({"domains": DOMAINS}))
     for name, flags in (("prompts", []), ("instructions", ["--instructions"])):
-        arguments = ["--source", "domains", "--domains", str(folder / "domains.json"), *flags]
+        arguments = ["--from", "domains", "--domains", str(folder / "domains.json"), *flags]
         arguments += ["--hard", str(folder / "hard.csv"), "--out", str(folder / f"{name}.json")]
         assert write_prompts.main([*DATA, *arguments]) == 0
     own = zip(names, ("on snow", "", "at night"), strict=True)
