@@ -21,9 +21,7 @@ trains in N processes, with the loss of the whole batch.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +30,14 @@ import numpy as np
 import curricula
 import datasets
 from curricula import REAL
-from loaders.base import DataSet, ImageSet
+from loaders.base import ImageSet
 from reporting import names
 from runtime import cli, files
 from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
 from training import distributed, flags, log, loop, losses, optimization
-from training.pool import Pool, build_pool, check_files, prepare_spectrum
+from training.pool import build_pool, check_files, prepare_spectrum
 
 LOSSES = ("flyp", "ce", "lpft")
 ALPHAS = [i / 10 for i in range(11)]  # of WiSE-FT
@@ -252,7 +250,7 @@ class Trainer(loop.Trainer):
         """Test the last weights, the best by id_val, WiSE-FT's and the untuned ones, and write what the run leaves."""
         from training import clip as clip_tuning
 
-        # Each set of weights in turn; the last ones stay.
+        # Test each set of weights in turn; the last ones stay.
         tuned = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         zero_shot = {name: value.to(self.device) for name, value in self.zero_shot.items()}
         last, logits = self.test()
@@ -270,7 +268,7 @@ class Trainer(loop.Trainer):
         if not writer:
             return
 
-        # What they came to.
+        # Gather what they came to, and write it.
         results = {
             "last": last | {"epoch": self.args.epochs - 1},
             "best_by_val": best | {"epoch": state["best"]["epoch"], "val_id_f1": state["best"]["figure"]},
@@ -310,6 +308,7 @@ class Trainer(loop.Trainer):
         from training import clip as clip_tuning
         from training import evaluation
 
+        # Write the predictions, the tables and the tuned CLIP.
         args, data = self.args, self.data
         labels = {"ood": data.test.labels, "id": data.id_test.labels}
         results["last"]["per_class"] = evaluation.accuracies(  # of the OOD test set
@@ -317,8 +316,9 @@ class Trainer(loop.Trainer):
         )["per_class"]
         arrays = {f"{domain}_logits": logits[domain] for domain in labels}
         np.savez(args.out / "predictions.npz", **arrays, **{f"{domain}_labels": labels[domain] for domain in labels})
-        write_tables(args.out, data, {domain: found.argmax(1) for domain, found in logits.items()})
+        evaluation.write_tables(args.out, data, {domain: found.argmax(1) for domain, found in logits.items()})
         clip_tuning.save_clip(self.model, args.out / "clip.safetensors")
+        # Draw the progress, add the last scalars, and write results.json.
         with log.decoration("progress.png"):
             if args.curriculum == "adaptive":
                 from reporting import figures
@@ -329,30 +329,6 @@ class Trainer(loop.Trainer):
         metrics = {f"test/{name}": results["last"][name] for name in FIGURES}
         metrics |= {f"test_wise_ft/{name}": results["last_wise_ft"][name] for name in FIGURES}
         loop.write_results(self, state, writer, results, metrics)
-
-
-def write_tables(folder: Path, data: DataSet, predicted: dict[str, np.ndarray]) -> None:
-    """per_class.csv and per_location.csv of both test sets: images, accuracy and F1 in percent."""
-    from training import evaluation
-
-    by_class, by_location = io.StringIO(), io.StringIO()
-    class_table, location_table = (csv.writer(text, lineterminator="\n") for text in (by_class, by_location))
-    class_table.writerow(["domain", "label", "class_name", "train_images", "images", "accuracy", "f1"])
-    location_table.writerow(["domain", "location", "images", "accuracy", "macro_f1"])
-    for domain, split in (("ood", "test"), ("id", "id_test")):
-        labels, found = getattr(data, split).labels, predicted[domain]
-        for label in np.unique(labels):
-            of_class, taken = labels == label, found == label
-            right = (of_class & taken).sum()
-            row = [data.counts[label], of_class.sum(), f"{100 * right / of_class.sum():.2f}"]
-            f1 = 200 * right / (of_class.sum() + taken.sum())
-            class_table.writerow([domain, label, data.class_names[label], *row, f"{f1:.2f}"])
-        for location in np.unique(data.locations[split]):
-            here = data.locations[split] == location
-            row = [here.sum(), f"{100 * (found[here] == labels[here]).mean():.2f}"]
-            location_table.writerow([domain, location, *row, f"{evaluation.macro_f1(found[here], labels[here]):.2f}"])
-    files.write_text(folder / "per_class.csv", by_class.getvalue())
-    files.write_text(folder / "per_location.csv", by_location.getvalue())
 
 
 def finished(args) -> bool:
@@ -413,6 +389,7 @@ def prepare(
     from training import clip as clip_tuning
     from training import stores
 
+    # Load the CLIP, whose images decide on the size and normalisation.
     device = pick_device(args.device)
     check_bfloat16(args.precision, device)
     torch.manual_seed(files.digest_int("weights", args.seed))
@@ -421,11 +398,13 @@ def prepare(
     data = dataclasses.replace(data, mean=mean, std=std)
     tokens = tokenizer(clip_tuning.captions_of(data.spoken_names, args.templates)).to(device)
 
+    # Decode the images.
     def store(sets: list[ImageSet], skip_unreadable: bool = False):
         paths = [path for one in sets for path in one.images]
         return stores.Decoded(paths, device, size, args.workers, crop=stores.CLIP_CROP, skip_unreadable=skip_unreadable)
 
     pool = build_pool(args, data, synthetic, levels, lambda sets: store(sets, True))
+    # Give it a head, fitted first for lpft.
     model = clip_tuning.TunedClip(distributed.synchronised(clip, device)).to(device)
     if args.loss != "flyp":
         head = clip_tuning.zero_shot_head(model, tokens, len(data.class_names))
@@ -434,7 +413,15 @@ def prepare(
     if args.grad_checkpointing:
         clip.set_grad_checkpointing(True)
     if args.loss == "lpft" and not (args.out / "checkpoint.pt").exists():
-        model.set_head(*probe(args, data, model, pool, device, signals))
+
+        def stop_on_signal() -> None:
+            if distributed.any_of(signals.received is not None, device):
+                raise loop.Stopped()
+
+        places = np.flatnonzero((pool.levels == REAL) & ~pool.held)
+        model.set_head(*clip_tuning.probe_images(model, pool, places, data, device, args.precision, stop_on_signal))
+
+    # Take up the run's last checkpoint, if there is one.
     optimizer = optimization.build_optimizer(args, model)
     state = loop.start_or_resume(args, model, optimizer, None, device)
     pool.images.unreadable |= state.get("unreadable", {})
@@ -446,33 +433,6 @@ def prepare(
         {name: store([part]) for name, part in data.splits.items() if name != "train"},
     )  # fmt: skip
     return trainer, state
-
-
-def probe(args, data, model, pool: Pool, device: str, signals: StopSignals) -> tuple:
-    """The linear probe of lpft: weights and bias of the head, fitted to the real training images' embeddings.
-
-    Raises:
-        loop.Stopped: a signal came.
-    """
-    import torch
-
-    from training import clip as clip_tuning
-    from training import evaluation
-
-    places = np.flatnonzero((pool.levels == REAL) & ~pool.held)
-    embedder, width = clip_tuning.Embedder(model), model.head.in_features
-
-    def stop_on_signal() -> None:
-        if distributed.any_of(signals.received is not None, device):
-            raise loop.Stopped()
-
-    features = evaluation.predict(
-        embedder, pool.images, places, data, device, args.precision, width=width, between=stop_on_signal
-    )
-    wrong = torch.tensor([float(place in pool.images.unreadable) for place in places])
-    keep = distributed.total(wrong, device).cpu() == 0
-    labels = torch.from_numpy(pool.labels[places])
-    return clip_tuning.linear_probe(features[keep].to(device), labels[keep].to(device), model.head.weight.detach())
 
 
 if __name__ == "__main__":

@@ -5,13 +5,18 @@ torch is imported at the top: a trainer imports this module where it trains.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loaders.base import DataSet
 from runtime.cli import UserError
+from training import distributed, evaluation
+from training.pool import Pool
 
 TEXT_BATCH = 256
 PROBE_STEPS, PROBE_DECAY = 200, 1e-4  # of L-BFGS; weight decay of the probe's weights on scaled logits
@@ -107,6 +112,32 @@ def zero_shot_head(tuned: TunedClip, tokens: torch.Tensor, classes: int) -> torc
     tuned.train(training)
     means = F.normalize(features.view(classes, -1, features.shape[1]).mean(1), dim=-1)
     return tuned.clip.logit_scale.exp().float() * means
+
+
+def probe_images(
+    model: TunedClip,
+    pool: Pool,
+    places: np.ndarray,
+    data: DataSet,
+    device: str,
+    precision: str,
+    between: Callable[[], None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear probe of the pool's images at `places`, int (n,), from the model's head on; unreadable ones left out.
+
+    Args:
+        between: called after each batch; what it raises ends the probe.
+
+    Returns:
+        Weights (C, D) and bias (C,).
+    """
+    features = evaluation.predict(
+        Embedder(model), pool.images, places, data, device, precision, width=model.head.in_features, between=between
+    )
+    wrong = torch.tensor([float(place in pool.images.unreadable) for place in places])
+    keep = distributed.total(wrong, device).cpu() == 0
+    labels = torch.from_numpy(pool.labels[places])
+    return linear_probe(features[keep].to(device), labels[keep].to(device), model.head.weight.detach())
 
 
 def linear_probe(

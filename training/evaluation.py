@@ -1,13 +1,18 @@
-"""Looking at a model without changing it: logits, accuracies by group of classes, and what classes are taken for."""
+"""Evaluating a model without changing it: logits, accuracies by group of classes, confusions, tables of test sets."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Callable
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from loaders.base import DataSet
+from runtime import files
 from training import distributed
 from training.augmentations import normalise
 
@@ -113,3 +118,29 @@ def confusion(logits, labels: np.ndarray) -> np.ndarray:
     """How many images of each class (rows) were taken for each class (columns), int (C, C)."""
     classes = logits.shape[1]
     return np.bincount(labels * classes + logits.argmax(1).numpy(), minlength=classes**2).reshape(classes, classes)
+
+
+def write_tables(folder: Path, data: DataSet, predicted: dict[str, np.ndarray]) -> None:
+    """Write per_class.csv and per_location.csv of camera traps' two test sets: images, accuracy and F1 in percent.
+
+    Args:
+        predicted: class of each image of `test` ("ood") and of `id_test` ("id"), int (N,).
+    """
+    by_class, by_location = io.StringIO(), io.StringIO()
+    class_table, location_table = (csv.writer(text, lineterminator="\n") for text in (by_class, by_location))
+    class_table.writerow(["domain", "label", "class_name", "train_images", "images", "accuracy", "f1"])
+    location_table.writerow(["domain", "location", "images", "accuracy", "macro_f1"])
+    for domain, split in (("ood", "test"), ("id", "id_test")):
+        labels, found = getattr(data, split).labels, predicted[domain]
+        for label in np.unique(labels):
+            of_class, taken = labels == label, found == label
+            right = (of_class & taken).sum()
+            row = [data.counts[label], of_class.sum(), f"{100 * right / of_class.sum():.2f}"]
+            f1 = 200 * right / (of_class.sum() + taken.sum())
+            class_table.writerow([domain, label, data.class_names[label], *row, f"{f1:.2f}"])
+        for location in np.unique(data.locations[split]):
+            here = data.locations[split] == location
+            row = [here.sum(), f"{100 * (found[here] == labels[here]).mean():.2f}"]
+            location_table.writerow([domain, location, *row, f"{macro_f1(found[here], labels[here]):.2f}"])
+    files.write_text(folder / "per_class.csv", by_class.getvalue())
+    files.write_text(folder / "per_location.csv", by_location.getvalue())
