@@ -25,7 +25,7 @@ import re
 import shlex
 import shutil
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -110,16 +110,25 @@ def per_class(row: tables.Row) -> np.ndarray | None:
     return np.array(found, dtype=float).mean(0) if all(found) else None
 
 
+def all_curves(rows: list[tables.Row], name: str) -> dict[str, np.ndarray]:
+    """`curves` of the rows that have the figure, by their names."""
+    return {row.name: line for row in rows if (line := curves(row, name)) is not None}
+
+
 def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, str]]:
     """The figures that a table's runs allow: files and what they show."""
-    drawn = []
-
-    def add(name: str, caption: str, draw, *args) -> None:
-        path = out / f"{prefix}{name}.png"
-        drawn.extend(decorate(path.name, lambda: draw(*args, path) or [(path, caption)]))
-
     rows = [row for row in table.rows.values() if row.runs]
     styles = figures.style_of([row.name for row in rows])
+    drawn = []
+    for name, caption, draw, *args in (*by_epoch(rows, styles), *by_class(rows, styles), *of_cuda(rows, styles)):
+        path = out / f"{prefix}{name}.png"
+        drawn += decorate(path.name, lambda: draw(*args, path) or [(path, caption)])  # noqa: B023  (called at once)
+    return drawn
+
+
+def by_epoch(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
+    """Figures along the epochs: name, caption, function, and its arguments but the path."""
+    # Levels, and the validation figures of all classes below them.
     points = {}
     for row in rows:
         history = row.runs[0]["history"]
@@ -127,64 +136,80 @@ def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, 
         # Rows with the same levels, as CE and BS with one curriculum, share their points.
         if history and row.args.get("curriculum", "none") != "none" and found not in points.values():
             points[row.name] = found
-    by_epoch = {name: {row.name: curves(row, name) for row in rows} for name in PANELS}
-    by_epoch = {name: {k: v for k, v in lines.items() if v is not None} for name, lines in by_epoch.items()}
-    by_epoch = {PANELS[name]: lines for name, lines in by_epoch.items() if lines}
-    if by_epoch:
-        add(
+    panels = {title: lines for name, title in PANELS.items() if (lines := all_curves(rows, name))}
+    if panels:
+        yield (
             "curriculum",
             "Above: the guidance level of each epoch's synthetic images; 100 is the real image. Markers are shifted "
             "a little apart; rows with equal levels share the first one's. Below: accuracy on the validation set, mean "
             "of five epochs; the band is one standard deviation over seeds.",
-            figures.draw_curriculum, points, by_epoch, styles,
+            figures.draw_curriculum, points, panels, styles,
         )  # fmt: skip
-    by_group = {
-        f"{group} (%)": {row.name: line for row in rows if (line := curves(row, f"val_{group}")) is not None}
-        for group in GROUPS
-        if PANELS.get(f"val_{group}") not in by_epoch  # the figure above has that panel
-    }
-    by_group = {group: lines for group, lines in by_group.items() if lines}
-    if by_group:
-        add("groups", "Validation accuracy of each group of classes by epoch, mean of five epochs; the band is one "
-            "standard deviation over seeds.", figures.draw_lines, by_group, styles, figures.SMOOTHED)  # fmt: skip
-    share = {row.name: 100 * line for row in rows
-             if (line := curves(row, "synthetic_share")) is not None and line.any()}  # fmt: skip
-    share = join_equal(share)
-    styles |= {name: styles[name.split("; ")[0]] for name in share if name not in styles}
+
+    # Accuracy of each group that has no panel there.
+    missing = [group for group in GROUPS if PANELS.get(f"val_{group}") not in panels]
+    groups = {f"{group} (%)": lines for group in missing if (lines := all_curves(rows, f"val_{group}"))}
+    if groups:
+        yield (
+            "groups",
+            "Validation accuracy of each group of classes by epoch, mean of five epochs; the band is one standard "
+            "deviation over seeds.",
+            figures.draw_lines, groups, styles, figures.SMOOTHED,
+        )  # fmt: skip
+
+    # The share of synthetic images.
+    share = join_equal({name: 100 * line for name, line in all_curves(rows, "synthetic_share").items() if line.any()})
     if share:
-        add("synthetic", "Share of each epoch's training images that are synthetic; rows with equal shares are one "
-            "line.", figures.draw_lines, {"synthetic images (%)": share}, styles, 1)  # fmt: skip
+        yield (
+            "synthetic",
+            "Share of each epoch's training images that are synthetic; rows with equal shares are one line.",
+            figures.draw_lines, {"synthetic images (%)": share},
+            {name: styles[name.split("; ")[0]] for name in share}, 1,
+        )  # fmt: skip
+
+
+def by_class(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
+    """Figures by how many training images a class has: name, caption, function, and its arguments but the path."""
     counts = next((row.runs[0]["results"].get("train_counts") for row in rows), None)
     known = {row.name: line for row in rows if (line := per_class(row)) is not None and counts}
-    if known:
-        add("frequency", "Test accuracy by how many training images a class has: classes in order, in groups of equal "
-            "size.", figures.draw_by_frequency, known, np.array(counts), styles, "test accuracy (%)")  # fmt: skip
-        plain = {row.args.get("loss"): known[row.name] for row in reversed(rows)
-                 if row.name in known and row.args.get("curriculum", "none") == "none"
-                 and row.args.get("augment") != "cuda"}  # fmt: skip
-        gain = {row.name: known[row.name] - plain[row.args.get("loss")] for row in rows
-                if row.name in known and row.args.get("curriculum", "none") != "none"
-                and row.args.get("loss") in plain}  # fmt: skip
-        if gain:
-            add("gain", "What a curriculum adds over the same loss without one, by how many training images a class "
-                "has.", figures.draw_by_frequency, gain, np.array(counts), styles, "gain (points)")  # fmt: skip
-    learned = {
-        f"level of learning, {names.FIGURE_NAMES.get(group, group)}": {
-            row.name: line for row in rows if (line := curves(row, f"cuda_{group}")) is not None
-        }
-        for group in ("overall", *GROUPS)
+    if not known:
+        return
+    yield (
+        "frequency",
+        "Test accuracy by how many training images a class has: classes in order, in groups of equal size.",
+        figures.draw_by_frequency, known, np.array(counts), styles, "test accuracy (%)",
+    )  # fmt: skip
+
+    # A curriculum's gain over the same loss without one.
+    tested = [row for row in rows if row.name in known]
+    plain = {
+        row.args.get("loss"): known[row.name]
+        for row in reversed(tested)
+        if row.args.get("curriculum", "none") == "none" and row.args.get("augment") != "cuda"
     }
-    learned = {group: lines for group, lines in learned.items() if lines}
+    gain = {
+        row.name: known[row.name] - plain[row.args.get("loss")]
+        for row in tested
+        if row.args.get("curriculum", "none") != "none" and row.args.get("loss") in plain
+    }
+    if gain:
+        yield (
+            "gain",
+            "What a curriculum adds over the same loss without one, by how many training images a class has.",
+            figures.draw_by_frequency, gain, np.array(counts), styles, "gain (points)",
+        )  # fmt: skip
+
+
+def of_cuda(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
+    """CUDA's level of learning along the epochs: name, caption, function, and its arguments but the path."""
+    learned = {
+        f"level of learning, {names.FIGURE_NAMES.get(group, group)}": lines
+        for group in ("overall", *GROUPS)
+        if (lines := all_curves(rows, f"cuda_{group}"))
+    }
     if learned:
-        add(
-            "cuda",
-            "CUDA's level of learning by epoch: 0 augments nothing, 10 most.",
-            figures.draw_lines,
-            learned,
-            styles,
-            1,
-        )
-    return drawn
+        caption = "CUDA's level of learning by epoch: 0 augments nothing, 10 most."
+        yield "cuda", caption, figures.draw_lines, learned, styles, 1
 
 
 def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: int = 10) -> None:

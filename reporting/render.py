@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from reporting import tables
+from reporting import comparisons, tables
 from reporting.names import FIGURE_NAMES, ZERO_SHOT
 from reporting.tables import Row, Table
 
@@ -32,14 +32,14 @@ def has_published(table: Table) -> bool:
 
 
 def has_gains(table: Table) -> bool:
-    return any(tables.plain_row(table, row) for row in table.rows.values())
+    return any(comparisons.plain_row(table, row) for row in table.rows.values())
 
 
 def cells(table: Table, row: Row) -> list[str]:
     """A row as text: its name, mean (standard deviation) of each figure, seeds, and its comparisons."""
     words = [row.name]
     for name in table.figures:
-        pair = tables.results_of(row, name)
+        pair = comparisons.results_of(row, name)
         spread = f" ({pair[1]:.1f})" if pair and pair[1] is not None else ""
         words.append(f"{pair[0]:.1f}{spread}" if pair else "–")
     words.append(str(len(row.runs)) if row.runs else "–")
@@ -49,18 +49,18 @@ def cells(table: Table, row: Row) -> list[str]:
         words.append(
             ", ".join(f"{FIGURE_NAMES.get(name, name)} {value:g}" for name, value in row.expected.items()) or "–"
         )
-        pairs = {name: tables.against_published(row, name) for name in row.expected}
+        pairs = {name: comparisons.against_published(row, name) for name in row.expected}
         words.append(", ".join(difference(name, pair) for name, pair in pairs.items() if pair) or "–")
     return words
 
 
 def gains(table: Table, row: Row) -> list[str]:
     """What a row's curriculum or CUDA adds over the same loss without, in points."""
-    plain = tables.plain_row(table, row)
+    plain = comparisons.plain_row(table, row)
     if plain is None:
         return []
     names = next((pair for pair in COMPARED if set(pair) & set(table.figures)), ())
-    found = [(name, tables.against_row(row, plain, name)) for name in names]
+    found = [(name, comparisons.against_row(row, plain, name)) for name in names]
     return [difference(name, pair) for name, pair in found if pair]
 
 
@@ -69,7 +69,7 @@ def difference(name: str, pair: tuple[float, float | None]) -> str:
     value, error = pair
     words = [FIGURE_NAMES.get(name, name), f"{value:+.1f}".replace("-", "−")]
     words += [f"± {error:.1f}"] if error is not None else []
-    return " ".join([*words, tables.verdict(value, error)]).strip()
+    return " ".join([*words, comparisons.verdict(value, error)]).strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,9 +217,9 @@ def long_csv(found: list[Table]) -> str:
         for row in table.rows.values():
             for epoch in ("last", "best_by_val"):
                 for name in table.figures:
-                    pair = tables.results_of(row, name, epoch)
+                    pair = comparisons.results_of(row, name, epoch)
                     expected = row.expected.get(name) if epoch == "last" else None
-                    against = tables.against_published(row, name) if epoch == "last" else None
+                    against = comparisons.against_published(row, name) if epoch == "last" else None
                     error = against[1] if against else None
                     out.writerow(
                         [

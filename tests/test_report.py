@@ -15,7 +15,7 @@ from PIL import Image
 
 import report
 from loaders.base import DataSet
-from reporting import names, recipes, render, tables
+from reporting import comparisons, names, recipes, render, tables
 from runtime import files
 from runtime.cli import UserError
 
@@ -203,7 +203,7 @@ def test_few_shot_draws_are_averaged_though_their_images_differ(tmp_path):
     ]
     [table] = tables.read(folders, [], lambda *_: {})
     assert [len(row.runs) for row in table.rows.values()] == [6]
-    assert tables.results_of(next(iter(table.rows.values())), "overall")[0] == 71
+    assert comparisons.results_of(next(iter(table.rows.values())), "overall")[0] == 71
 
 
 def test_better_and_worse_need_two_standard_errors():
@@ -211,11 +211,11 @@ def test_better_and_worse_need_two_standard_errors():
     def row(*values):
         return tables.Row("", [{"results": {"last": {"overall": value}}} for value in values])
 
-    value, error = tables.against_row(row(70, 72, 74), row(60, 62, 64), "overall")
+    value, error = comparisons.against_row(row(70, 72, 74), row(60, 62, 64), "overall")
     assert (value, round(error, 3)) == (10, 1.633)
-    assert [tables.verdict(v, 1.0) for v in (2.0, 2.01, -2.0, -2.01)] == ["", "better", "", "worse"]
-    assert tables.verdict(50.0, None) == ""
-    assert tables.against_row(row(70), row(60, 62), "overall") == (9, None)
+    assert [comparisons.verdict(v, 1.0) for v in (2.0, 2.01, -2.0, -2.01)] == ["", "better", "", "worse"]
+    assert comparisons.verdict(50.0, None) == ""
+    assert comparisons.against_row(row(70), row(60, 62), "overall") == (9, None)
 
 
 def test_what_was_published_alone_has_a_row_without_runs(tmp_path, monkeypatch):

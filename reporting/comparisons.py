@@ -1,0 +1,73 @@
+"""Figures of a table's rows: means, deviations and errors over seeds, and differences between rows."""
+
+from __future__ import annotations
+
+from statistics import mean, stdev
+
+from reporting.names import ZERO_SHOT
+from reporting.tables import Row, Table
+
+
+def summary(values: list[float | None]) -> tuple[float, float | None] | None:
+    """Mean and standard deviation (n - 1) over seeds; the latter None for one seed; None where a group has no class."""
+    known = [value for value in values if value is not None]
+    return (mean(known), stdev(known) if len(known) > 1 else None) if known else None
+
+
+def results_of(row: Row, figure: str, epoch: str = "last") -> tuple[float, float | None] | None:
+    return summary([(run["results"].get(epoch) or {}).get(figure) for run in row.runs])
+
+
+def error_of_mean(row: Row, figure: str, epoch: str = "last") -> float | None:
+    """The standard error of a row's mean: standard deviation over the root of the number of seeds; None for one."""
+    values = [(run["results"].get(epoch) or {}).get(figure) for run in row.runs]
+    pair = summary(values)
+    known = sum(value is not None for value in values)
+    return pair[1] / known**0.5 if pair and pair[1] is not None else None
+
+
+def against_published(row: Row, figure: str, epoch: str = "last") -> tuple[float, float | None] | None:
+    """Ours minus the published figure, and our standard error (of the published one too little is known)."""
+    pair = results_of(row, figure, epoch)
+    if pair is None or figure not in row.expected:
+        return None
+    return pair[0] - row.expected[figure], error_of_mean(row, figure, epoch)
+
+
+def against_row(row: Row, other: Row, figure: str) -> tuple[float, float | None] | None:
+    """The figure of one row minus another's, and the standard error of that: the root of both errors' squares' sum."""
+    pairs = [results_of(some, figure) for some in (row, other)]
+    if None in pairs:
+        return None
+    errors = [error_of_mean(some, figure) for some in (row, other)]
+    error = None if None in errors else (errors[0] ** 2 + errors[1] ** 2) ** 0.5
+    return pairs[0][0] - pairs[1][0], error
+
+
+def verdict(difference: float, error: float | None) -> str:
+    """`better` or `worse` beyond two standard errors, otherwise nothing."""
+    if error is None or abs(difference) <= 2 * error:
+        return ""
+    return "better" if difference > 0 else "worse"
+
+
+def plain_row(table: Table, row: Row) -> Row | None:
+    """The row that a curriculum or CUDA is compared with: the same loss and start without either."""
+    if not row.runs or row.base == ZERO_SHOT:
+        return None
+    if row.args.get("curriculum", "none") == "none" and row.args.get("augment") != "cuda":
+        return None
+    options = [
+        other
+        for other in table.rows.values()
+        if other.runs
+        and other.base != ZERO_SHOT
+        and other.args.get("loss") == row.args.get("loss")
+        and other.args.get("curriculum", "none") == "none"
+        and other.args.get("augment") != "cuda"
+        and other.args.get("merge_same_class") == row.args.get("merge_same_class")
+    ]
+    # The paper compares with the model that was trained on real images alone, before its further epochs.
+    return next(
+        (other for other in options if not other.name.endswith(", trained on")), options[0] if options else None
+    )
