@@ -288,41 +288,6 @@ def resolve_revision(name: str, revision: str) -> str:
         return Path(cached).parent.name if isinstance(cached, str) else revision
 
 
-def count_lora_weights(name_or_path: str, revision: str | None, parts: list[str], rank: int) -> dict[str, int]:
-    """Weights that an adapter has, by component, from the generator's configuration alone.
-
-    Raises:
-        UserError: nothing of that name can be loaded.
-    """
-    import diffusers
-    import transformers
-
-    from training.lora import find_targets
-
-    try:
-        config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
-        wanted = ["unet"] * ("unet" in parts)
-        wanted += ["text_encoder", "text_encoder_2"] if "text" in parts else []
-        modules = {}
-        for name in wanted:
-            if name not in config or config[name][0] is None:
-                continue
-            with torch.device("meta"):
-                if name == "unet":
-                    loaded = diffusers.UNet2DConditionModel.load_config(name_or_path, subfolder=name, revision=revision)
-                    modules[name] = diffusers.UNet2DConditionModel.from_config(loaded)
-                else:
-                    kind = getattr(transformers, config[name][1])
-                    loaded = kind.config_class.from_pretrained(name_or_path, subfolder=name, revision=revision)
-                    modules[name] = kind(loaded)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
-    return {
-        name: sum(rank * (layer.in_features + layer.out_features) for _, layer in find_targets(name, module))
-        for name, module in modules.items()
-    }
-
-
 def refuse_backwards(folder: Path) -> None:
     """Older versions of assets/make_assets.py trained generators with time reversed, and left agreement.json beside.
 

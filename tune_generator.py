@@ -206,12 +206,12 @@ def write_inputs(args, data) -> None:
 
 def print_forecast(args, groups: list) -> None:
     """What tuning these groups takes."""
-    import models
+    from training import lora
     from training.tuner import batch_and_steps
 
     steps = sum(batch_and_steps(args, len(unit.places))[1] for group in groups for unit in group)
     adapters = sum(map(len, groups))
-    size = 4 * sum(models.count_lora_weights(args.generator, args.revision, args.parts, args.rank).values())
+    size = 4 * sum(lora.count_weights(args.generator, args.revision, args.parts, args.rank).values())
     speeds = [files.read_json(path) for path in args.out.glob("shard-*/speed.json")]
     rate = args.steps_per_second or max((speed["steps_per_second"] for speed in speeds), default=None)
     hours = f"{steps / rate / 3600:.2f} hours at {rate:.4g} steps a second" if rate else (

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from runtime.cli import UserError, first_line
+
 # DataDream's targets: every projection of every attention layer. Names as peft matches them, by their ends.
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -81,6 +83,39 @@ def find_targets(component: str, module: nn.Module) -> list[tuple[str, nn.Linear
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear) and any(f".{name}".endswith(f".{ending}") for ending in endings)
     ]
+
+
+def count_weights(name_or_path: str, revision: str | None, parts: list[str], rank: int) -> dict[str, int]:
+    """Weights that an adapter has, by component, from the generator's configuration alone.
+
+    Raises:
+        UserError: nothing of that name can be loaded.
+    """
+    import diffusers
+    import transformers
+
+    try:
+        config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
+        wanted = ["unet"] * ("unet" in parts)
+        wanted += ["text_encoder", "text_encoder_2"] if "text" in parts else []
+        modules = {}
+        for name in wanted:
+            if name not in config or config[name][0] is None:
+                continue
+            with torch.device("meta"):
+                if name == "unet":
+                    loaded = diffusers.UNet2DConditionModel.load_config(name_or_path, subfolder=name, revision=revision)
+                    modules[name] = diffusers.UNet2DConditionModel.from_config(loaded)
+                else:
+                    kind = getattr(transformers, config[name][1])
+                    loaded = kind.config_class.from_pretrained(name_or_path, subfolder=name, revision=revision)
+                    modules[name] = kind(loaded)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
+    return {
+        name: sum(rank * (layer.in_features + layer.out_features) for _, layer in find_targets(name, module))
+        for name, module in modules.items()
+    }
 
 
 def remove_adapters(module: nn.Module) -> None:
