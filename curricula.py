@@ -51,6 +51,7 @@ def epoch_levels(
     if curriculum == "none" or epoch >= curriculum_epochs:
         return []
     levels = sorted(set(levels))
+    # The same levels in every epoch, a draw, a walk up and down, or by the progress.
     if curriculum == "text_only":
         return [0]
     if curriculum == "fixed":
@@ -65,20 +66,27 @@ def epoch_levels(
         return [there_and_back[epoch % len(there_and_back)]]
     if curriculum == "adaptive":
         return [most_progress({level: progress[level] for level in levels})]
+    # d2s and s2d: one stage after the other.
     if shares is not None and len(shares) != len(levels):
         raise UserError(f"--level-shares: {len(shares)} given; expected one for each of the levels {levels}")
-    shares = [1.0] * len(levels) if shares is None else list(shares)
-    if curriculum == "s2d":
-        levels, shares = levels[::-1], shares[::-1]
-    lengths = stage_lengths(curriculum_epochs, shares)
-    some = [level for level, share in zip(levels, shares, strict=True) if share]
+    shares = [1.0] * len(levels) if shares is None else shares
+    direction = slice(None, None, -1 if curriculum == "s2d" else 1)
+    return [stage_level(epoch, curriculum_epochs, levels[direction], shares[direction])]
+
+
+def stage_level(epoch: int, epochs: int, levels: list[int], shares: list[float]) -> int:
+    """The level of epoch `epoch` where each of the levels, in this order, has its share of the epochs.
+
+    Raises:
+        UserError: too few epochs for the levels.
+    """
+    lengths = stage_lengths(epochs, shares)
     if any(share and not length for share, length in zip(shares, lengths, strict=True)):
+        some = sorted(level for level, share in zip(levels, shares, strict=True) if share)
         raise UserError(
-            f"--curriculum-epochs {curriculum_epochs}: expected at least one for each of the {len(some)} levels "
-            f"{sorted(some)}"
+            f"--curriculum-epochs {epochs}: expected at least one for each of the {len(some)} levels {some}"
         )
-    ends = np.cumsum(lengths)
-    return [levels[int(np.searchsorted(ends, epoch, side="right"))]]
+    return levels[int(np.searchsorted(np.cumsum(lengths), epoch, side="right"))]
 
 
 def stage_lengths(epochs: int, shares: list[float]) -> list[int]:

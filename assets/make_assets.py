@@ -529,38 +529,38 @@ def fit(
     Raises:
         Stopped: before the stage was done.
     """
+    # Take the finished weights, if there are some.
     held = nn.ModuleDict({"model": model, **({"average": average} if average is not None else {})})
     if stage in work.state["finished"]:
         held.load_state_dict(work.state["finished"][stage]["weights"])
         work.restore(work.state["finished"][stage]["draws"])
         return
+    # Take up the last checkpoint, where it is of this stage.
     fused = work.device.startswith("cuda")
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=pct_start)
+    parts = {"weights": held, "optimizer": optimizer, "schedule": schedule}
     done, current = 0, work.state["current"]
     if current:
         done = current["step"]
-        held.load_state_dict(current["weights"])
-        optimizer.load_state_dict(current["optimizer"])
-        schedule.load_state_dict(current["schedule"])
+        for name, part in parts.items():
+            part.load_state_dict(current[name])
         work.restore(current["draws"])
+
+    # Train step by step.
     saved = time.monotonic()
     with cli.progress(steps, stage, "step") as bar:
         bar.update(done)
         for number in range(done, steps):
             stop = work.signals.received or (time.monotonic() > work.deadline and "the end of --minutes")
             if stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                work.state["current"] = {
-                    "step": number,
-                    "weights": held.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "draws": work.draws(),
+                work.state["current"] = {"step": number, "draws": work.draws()} | {
+                    name: part.state_dict() for name, part in parts.items()
                 }
                 work.save()
                 saved = time.monotonic()
-                if stop:
-                    raise Stopped(f"{stop} came; checkpoint written before step {number} of {steps} of the {stage}")
+            if stop:
+                raise Stopped(f"{stop} came; checkpoint written before step {number} of {steps} of the {stage}")
             with work.autocast:
                 loss = loss_of(number)
             optimizer.zero_grad(set_to_none=True)
@@ -573,6 +573,7 @@ def fit(
             if number % 50 == 0:
                 bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
             bar.update()
+    # Keep the finished weights.
     work.state["finished"][stage] = {"weights": held.state_dict(), "draws": work.draws()}
     work.state["current"] = None
     work.save()
@@ -653,12 +654,12 @@ def train_vae(work: Work):
     return vae.eval()
 
 
-def train_unet(work: Work, vae, tokenizer):
-    """The denoiser and its text encoder, trained together; returns their moving averages."""
-    from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
+def build_denoiser(work: Work, tokenizer) -> tuple[nn.Module, nn.Module]:
+    """The UNet and its text encoder, with fresh weights or those of --start."""
+    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    web, sizes, device = work.web, work.sizes, work.device
+    web, sizes = work.web, work.sizes
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -686,12 +687,21 @@ def train_unet(work: Work, vae, tokenizer):
         cross_attention_dim=sizes.text_width,
         attention_head_dim=4,
     )
+    if work.start:  # after the fresh weights, whose random numbers the training of the shipped ones came after
+        unet = UNet2DConditionModel.from_pretrained(work.start / "unet", torch_dtype=torch.float32)
+        text_encoder = CLIPTextModel.from_pretrained(work.start / "text_encoder", dtype=torch.float32)
+    return unet, text_encoder
+
+
+def train_unet(work: Work, vae, tokenizer):
+    """The denoiser and its text encoder, trained together; returns their moving averages."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    web, sizes, device = work.web, work.sizes, work.device
     scheduler = DPMSolverMultistepScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
     )
-    if work.start:
-        unet = UNet2DConditionModel.from_pretrained(work.start / "unet", torch_dtype=torch.float32)
-        text_encoder = CLIPTextModel.from_pretrained(work.start / "text_encoder", dtype=torch.float32)
+    unet, text_encoder = build_denoiser(work, tokenizer)
     noise_scheduler = training_noise(scheduler)
     captions = ["", *web.captions()]
     tokens = dict(zip(captions, tokenize(tokenizer, captions), strict=True))
