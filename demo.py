@@ -216,7 +216,7 @@ def run_biased(args) -> int:
     # Name the domains, and edit every image toward those that it does not have.
     steps.run("describe_domains.py", *data, "--out", described)
     steps.run("find_hard.py", *data, "--out", hard)
-    domains = ("--source", "domains", "--domains", described / "domains.json")
+    domains = ("--from", "domains", "--domains", described / "domains.json")
     steps.run("write_prompts.py", *data, *domains, "--hard", hard, "--out", prompts)
     inputs = ("--hard", hard, "--prompts", prompts, "--each-prompt")
     steps.run("generate_spectrum.py", *data, *inputs, "--skip-own-domain", described / "sources.csv", "--out", drawn)

@@ -1,6 +1,6 @@
 """Step 2: text prompts for each class that has hard images.
 
---source template takes the data set's own phrasings; scenes writes descriptions offline, from a grammar; llm has any
+--from template takes the data set's own phrasings; scenes writes descriptions offline, from a grammar; llm has any
 text-generation model of transformers write them; file takes yours; domains puts each class into the domains of
 describe_domains.py (ALIA). Descriptions by scenes and llm have 15 words or more and stand in the paper's frame, "a 8k
 real photo: {}" (DisCL).
@@ -8,7 +8,7 @@ real photo: {}" (DisCL).
 Reads:  hard.csv
 Writes: prompts.json: for each class index its name, the prompt that CLIPScore is taken against, and the prompts that
         the generator draws from. Classes that the file already holds are left as they are.
-        with --source llm: beside it prompts.answers.jsonl, all that the model was asked and answered
+        with --from llm: beside it prompts.answers.jsonl, all that the model was asked and answered
 
     python write_prompts.py --dataset digits --hard runs/hard.csv --out runs/prompts.json
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -41,12 +42,14 @@ def build_parser() -> cli.Parser:
         "--hard", type=cli.existing_file, default=Path("runs/hard.csv"), metavar="FILE", help="table of find_hard.py"
     )
     parser.add_argument(
-        "--source",
+        "--from",
+        dest="source",
         choices=["template", "scenes", "llm", "file", "domains"],
         default="template",
         help="template: the data set's own phrasings, with the class name in them; scenes: an offline grammar; "
         "llm: a language model; file: your own prompts; domains: the data set's domains (ALIA)",
     )
+    parser.accept_old("--source", "--from")
     parser.add_argument("--out", type=Path, default=Path("runs/prompts.json"), metavar="FILE", help="the file to write")
     group = parser.add_argument_group("scenes and llm")
     group.add_argument("--count", type=cli.whole(1), default=10, metavar="N", help="prompts of each class")
@@ -94,10 +97,11 @@ def read_answer(text: str, class_name: str) -> list[str]:
     return list(found.values())
 
 
-def write_by_llm(labels: list[int], names: dict[int, str], args, add) -> None:
+def write_by_llm(labels: list[int], names: dict[int, str], args) -> Iterator[tuple[int, list[str], int]]:
     """Have the model describe each class, ask again for what is missing, and fill up from `scenes`.
 
-    Calls `add(label, descriptions, filled)` as soon as a class is done; `filled` are those that `scenes` gave.
+    Yields:
+        A class's index, its descriptions, and how many of them, the last ones, are from `scenes`.
     """
     from models import load_language_model
     from runtime.device import pick_device
@@ -110,6 +114,7 @@ def write_by_llm(labels: list[int], names: dict[int, str], args, add) -> None:
             batch = labels[start : start + args.batch_size]
             found: dict[int, dict[str, str]] = {label: {} for label in batch}
             for attempt in range(args.tries):
+                # Ask about the classes that have too few descriptions.
                 open_labels = [label for label in batch if len(found[label]) < args.count]
                 if not open_labels:
                     break
@@ -120,6 +125,7 @@ def write_by_llm(labels: list[int], names: dict[int, str], args, add) -> None:
                 ]
                 seed = files.digest_int("llm", args.seed, open_labels[0], attempt)
                 texts = ask(model, tokenizer, questions, seed, args.max_new_tokens)
+                # Take the descriptions that can be used, and keep every answer.
                 for label, question, text in zip(open_labels, questions, texts, strict=True):
                     for line in read_answer(text, names[label])[: args.count - len(found[label])]:
                         found[label].setdefault(line.casefold().rstrip("."), line)
@@ -128,7 +134,7 @@ def write_by_llm(labels: list[int], names: dict[int, str], args, add) -> None:
                 raw.flush()
             for label in batch:
                 filled = scenes.describe(names[label], args.count - len(found[label]))
-                add(label, [*found[label].values(), *filled], filled)
+                yield label, [*found[label].values(), *filled], len(filled)
             bar.update(len(batch))
 
 
@@ -176,79 +182,104 @@ def read_own(path: Path, names: dict[int, str]) -> dict[int, list[str]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def check_flags(args) -> None:
+    """Raise UserError where flags do not go together."""
     if args.instructions and args.source != "domains":
-        raise cli.UserError("--instructions: expected with --source domains only")
+        raise cli.UserError("--instructions: expected with --from domains only")
     for source in ("llm", "file", "domains"):
         if (args.source == source) != (getattr(args, source) is not None):
-            raise cli.UserError(f"--source {args.source}: expected --{source} with --source {source}, and only with it")
+            raise cli.UserError(f"--from {args.source}: expected --{source} with --from {source}, and only with it")
     if args.frame.count("{}") != 1:
         raise cli.UserError(f"--frame {args.frame!r}: expected a text with one {{}}, where the description goes")
-    names = {row.label: row.class_name for row in tables.read_hard(args.hard)}
-    prompts = tables.read_prompts(args.out, []) if args.out.exists() else {}
+
+
+def check_names(args, names: dict[int, str], prompts: dict[int, dict]) -> None:
+    """Raise UserError where classes are called otherwise in the prompts that exist, or are called by numbers."""
     for label in names.keys() & prompts.keys():
         if prompts[label]["class_name"] != names[label]:
             raise cli.UserError(
                 f"{args.out} class {label} is {prompts[label]['class_name']!r} there, {names[label]!r} in {args.hard}; "
                 "expected prompts of the same data set, or another --out"
             )
-    new = sorted(label for label in names if not prompts.get(label, {}).get("prompts"))
-    known = datasets.TABLE[args.dataset]
-    spoken = {label: spoken_name(name) for label, name in names.items()}
-
-    if known.names_file and any(name.isdecimal() for name in names.values()):
+    names_file = datasets.TABLE[args.dataset].names_file
+    if names_file and any(name.isdecimal() for name in names.values()):
         raise cli.UserError(
             f"{args.hard}: the classes are called by numbers ({next(iter(names.values()))} ...); expected "
-            f"{known.names_file} in --data-root, and find_hard.py run again"
+            f"{names_file} in --data-root, and find_hard.py run again"
         )
-    if args.source != "file":  # a class that shows nothing has prompts of its own
-        for label in [label for label in new if spoken[label] in known.empty_prompts]:
-            own = known.empty_prompts[spoken[label]]
-            prompts[label] = {
-                "class_name": names[label], "score_prompt": own[0], "prompts": own, "source": "empty scenes"
-            }  # fmt: skip
 
-    def add(label: int, texts: list[str], source: str, **marks) -> None:
-        score_prompt = prompts.get(label, {}).get("score_prompt") or known.score_prompt.replace("{}", spoken[label])
-        entry = {"class_name": names[label], "score_prompt": score_prompt, "prompts": texts, "source": source}
-        prompts[label] = entry | marks
 
-    def save() -> None:
-        files.write_json(args.out, {str(label): prompts[label] for label in sorted(prompts)})
+def write(args, labels: list[int], names: dict[int, str]) -> Iterator[tuple[int, dict]]:
+    """The prompts of some classes, from what --from says.
 
-    def add_described(label: int, described: list[str], filled: list[str]) -> None:
-        texts = {text: args.frame.replace("{}", text) for text in described}
-        add(label, list(texts.values()), f"llm {args.llm}", filled_from_scenes=[texts[text] for text in filled])
-        save()
+    Yields:
+        A class's index, and its `prompts` and their `source`, with what else prompts.json notes of them.
 
-    unwritten = [label for label in new if label not in prompts or not prompts[label].get("prompts")]
+    Raises:
+        UserError: a class without a prompt in --file.
+    """
+    spoken = {label: spoken_name(names[label]) for label in labels}
     if args.source == "template":
-        for label in unwritten:
-            add(label, [template.replace("{}", spoken[label]) for template in known.templates], "template")
+        for label in labels:
+            texts = [template.replace("{}", spoken[label]) for template in datasets.TEMPLATES[args.dataset]]
+            yield label, {"prompts": texts, "source": "template"}
     elif args.source == "scenes":
-        for label in unwritten:
-            scene = scenes.describe(spoken[label], args.count)
-            add(label, [args.frame.replace("{}", text) for text in scene], "scenes")
-    elif args.source == "llm" and unwritten:
-        write_by_llm(unwritten, spoken, args, add_described)
+        for label in labels:
+            described = scenes.describe(spoken[label], args.count)
+            yield label, {"prompts": [args.frame.replace("{}", text) for text in described], "source": "scenes"}
+    elif args.source == "llm" and labels:
+        for label, described, filled in write_by_llm(labels, spoken, args):
+            texts = [args.frame.replace("{}", text) for text in described]
+            from_scenes = texts[len(texts) - filled :]
+            yield label, {"prompts": texts, "source": f"llm {args.llm}", "filled_from_scenes": from_scenes}
     elif args.source == "domains":
         domains = summary.read_domains(args.domains)["domains"]
         form = "instruction" if args.instructions else "prompt"
-        for label in unwritten:
+        for label in labels:
             texts = [domain[form].replace("{}", spoken[label]) for domain in domains]
-            add(label, texts, f"domains {args.domains.name}", domains=[domain["name"] for domain in domains])
+            of_texts = [domain["name"] for domain in domains]
+            yield label, {"prompts": texts, "source": f"domains {args.domains.name}", "domains": of_texts}
     elif args.source == "file":
         own = read_own(args.file, names)
-        missing = [label for label in new if label not in own]
+        missing = [label for label in labels if label not in own]
         if missing:
             raise cli.UserError(
                 f"{args.file}: no prompt for class {missing[0]} ({names[missing[0]]})"
                 f"{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}; expected one or more for each class"
             )
-        for label in new:
-            add(label, own[label], f"file {args.file.name}")
+        for label in labels:
+            yield label, {"prompts": own[label], "source": f"file {args.file.name}"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    check_flags(args)
+    # Find the classes without prompts.
+    names = {row.label: row.class_name for row in tables.read_hard(args.hard)}
+    prompts = tables.read_prompts(args.out, []) if args.out.exists() else {}
+    check_names(args, names, prompts)
+    new = sorted(label for label in names if not prompts.get(label, {}).get("prompts"))
+
+    # Write them; classes that show nothing have prompts of their own.
+    def save() -> None:
+        files.write_json(args.out, {str(label): prompts[label] for label in sorted(prompts)})
+
+    def add(label: int, found: dict, score_prompt: str) -> None:
+        prompts[label] = {"class_name": names[label], "score_prompt": score_prompt} | found
+
+    known = datasets.TABLE[args.dataset]
+    empty = {} if args.source == "file" else known.empty_prompts
+    for label in new:
+        if own := empty.get(spoken_name(names[label])):
+            add(label, {"prompts": own, "source": "empty scenes"}, own[0])
+    for label, found in write(args, [label for label in new if spoken_name(names[label]) not in empty], names):
+        before = prompts.get(label, {}).get("score_prompt")
+        add(label, found, before or known.score_prompt.replace("{}", spoken_name(names[label])))
+        if args.source == "llm":  # a class takes seconds
+            save()
     save()
+
+    # Say what is new, kept and filled up.
     print(f"{args.out}: prompts for {len(prompts)} classes, {len(new)} of them new, from {args.source}")
     kept = len(names) - len(new)
     if kept:

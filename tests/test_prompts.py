@@ -75,10 +75,16 @@ def test_descriptions_are_pinned():
 
 
 def test_scenes_stand_in_the_papers_frame(hard):
-    content = run(hard, "--source", "scenes")
+    content = run(hard, "--from", "scenes")
     assert content["4"]["prompts"] == [f"a 8k real photo: {text}" for text in scenes.describe("bow/arrow", 10)]
     assert content["4"]["score_prompt"] == "a photo of a bow/arrow" and content["4"]["source"] == "scenes"
     assert content["0"]["prompts"] == content["7"]["prompts"]
+
+
+def test_from_has_its_old_spelling_too_and_does_not_show_it():
+    parser = write_prompts.build_parser()
+    assert parser.parse_args(["--source", "scenes"]) == parser.parse_args(["--from", "scenes"])
+    assert "--source" not in parser.format_help() and "--from {" in parser.format_help()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,7 +155,7 @@ def save_llm(folder, lines: list[str], chat: bool = False):
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_language_models_answers_are_used_and_the_rest_is_filled_and_marked(hard, tmp_path, capsys, chat):
     llm = save_llm(tmp_path / "llm", FOX, chat)
-    content = run(hard, "--source", "llm", "--llm", llm, "--count", 5, "--tries", 2, "--max-new-tokens", 8)
+    content = run(hard, "--from", "llm", "--llm", llm, "--count", 5, "--tries", 2, "--max-new-tokens", 8)
     fox, arrow = content["0"], content["4"]
     framed = [f"a 8k real photo: {text}" for text in FOX]
     filled = [f"a 8k real photo: {text}" for text in scenes.describe("fox", 1)]
@@ -164,14 +170,14 @@ def test_a_language_models_answers_are_used_and_the_rest_is_filled_and_marked(ha
 
 def test_a_model_with_random_weights_leaves_a_whole_file(hard, tmp_path):
     llm = save_llm(tmp_path / "llm", [])
-    content = run(hard, "--source", "llm", "--llm", llm, "--tries", 2, "--max-new-tokens", 4)
+    content = run(hard, "--from", "llm", "--llm", llm, "--tries", 2, "--max-new-tokens", 4)
     assert content["0"]["prompts"] == [f"a 8k real photo: {text}" for text in scenes.describe("fox", 10)]
     assert tables.read_prompts(tmp_path / "prompts.json", [0, 4, 7])
 
 
 def test_classes_that_are_done_are_not_asked_for_again(hard, tmp_path, monkeypatch):
     llm = save_llm(tmp_path / "llm", FOX)
-    arguments = ["--source", "llm", "--llm", llm, "--count", 4, "--tries", 1, "--max-new-tokens", 8]
+    arguments = ["--from", "llm", "--llm", llm, "--count", 4, "--tries", 1, "--max-new-tokens", 8]
     whole = run(hard, *arguments, "--batch-size", 1)
     out = tmp_path / "prompts.json"
     out.unlink()
@@ -199,7 +205,7 @@ def test_a_missing_language_model_is_named(hard, tmp_path):
                 str(hard),
                 "--out",
                 str(tmp_path / "p.json"),
-                "--source",
+                "--from",
                 "llm",
                 "--llm",
                 str(tmp_path / "nowhere"),
@@ -215,11 +221,11 @@ def test_own_prompts_by_index_and_by_name(hard, tmp_path):
     (tmp_path / "own.csv").write_text(
         "class,prompt\n0,a fox\n7,a statue\n0,a fox at night\nbow/arrow,an archer\n99,x\n"
     )
-    content = run(hard, "--source", "file", "--file", tmp_path / "own.csv")
+    content = run(hard, "--from", "file", "--file", tmp_path / "own.csv")
     assert [content[label]["prompts"] for label in "047"] == [["a fox", "a fox at night"], ["an archer"], ["a statue"]]
     (tmp_path / "prompts.json").unlink()
     (tmp_path / "own.json").write_text(json.dumps({"0": ["a"], "bow/arrow": ["b", "c"], "7": ["d"]}))
-    content = run(hard, "--source", "file", "--file", tmp_path / "own.json")
+    content = run(hard, "--from", "file", "--file", tmp_path / "own.json")
     assert [content[label]["prompts"] for label in "047"] == [["a"], ["b", "c"], ["d"]]
 
 
@@ -239,15 +245,15 @@ def test_bad_files_are_named(hard, tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     out = tmp_path / "prompts.json"
     with pytest.raises(UserError, match=message):
-        write_prompts.main(["--hard", str(hard), "--out", str(out), "--source", "file", "--file", str(tmp_path / name)])
+        write_prompts.main(["--hard", str(hard), "--out", str(out), "--from", "file", "--file", str(tmp_path / name)])
     assert not out.exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source", "llm"], "--source llm: expected --llm"),
-        (["--source", "scenes", "--llm", "x"], "--source scenes: expected --llm"),
+        (["--from", "llm"], "--from llm: expected --llm"),
+        (["--from", "scenes", "--llm", "x"], "--from scenes: expected --llm"),
         (["--frame", "no slot"], "--frame 'no slot': expected a text with one {}"),
     ],
 )
@@ -259,7 +265,7 @@ def test_bad_input_names_the_flag(hard, arguments, message):
 def test_an_existing_file_is_completed(hard, tmp_path):
     mine = {"class_name": "fox", "score_prompt": "mine", "prompts": ["mine"]}
     (tmp_path / "prompts.json").write_text(json.dumps({"0": mine}))
-    content = run(hard, "--source", "scenes")
+    content = run(hard, "--from", "scenes")
     assert content["0"] == mine and len(content["4"]["prompts"]) == 10
     assert SimpleNamespace(**content["7"]).class_name == "fox"
 
@@ -276,7 +282,7 @@ DOMAINS = [
 def test_every_class_is_put_into_every_domain(hard, tmp_path):
     path = tmp_path / "domains.json"
     path.write_text(json.dumps({"domains": DOMAINS}))
-    content = run(hard, "--source", "domains", "--domains", path)
+    content = run(hard, "--from", "domains", "--domains", path)
     assert content["4"]["prompts"] == ["a photo of a bow/arrow on snow", "a dark photo of a bow/arrow"]
     assert all(entry["domains"] == ["on snow", "at night"] for entry in content.values())
     read = tables.read_prompts(tmp_path / "prompts.json", [0, 4, 7])
@@ -285,7 +291,7 @@ def test_every_class_is_put_into_every_domain(hard, tmp_path):
         summary.domain_of_prompt(read[4], "another") == "" and summary.domain_of_prompt({"prompts": ["x"]}, "x") == ""
     )
     (tmp_path / "prompts.json").unlink()
-    content = run(hard, "--source", "domains", "--domains", path, "--instructions")
+    content = run(hard, "--from", "domains", "--domains", path, "--instructions")
     assert content["0"]["prompts"] == ["put the fox on snow", "make it night"]
     content["0"]["domains"].pop()
     (tmp_path / "prompts.json").write_text(json.dumps(content))
@@ -296,8 +302,8 @@ def test_every_class_is_put_into_every_domain(hard, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--source", "domains"], "--source domains: expected --domains"),
-        (["--instructions"], "--instructions: expected with --source domains only"),
+        (["--from", "domains"], "--from domains: expected --domains"),
+        (["--instructions"], "--instructions: expected with --from domains only"),
     ],
 )
 def test_domain_flags_go_together(hard, arguments, message):
@@ -312,7 +318,7 @@ def test_a_class_of_empty_images_has_prompts_of_its_own_and_numbers_for_names_st
     for source in ("template", "scenes"):
         out = tmp_path / f"{source}.json"
         assert write_prompts.main(["--dataset", "iwildcam", "--hard", str(tmp_path / "hard.csv"), "--out", str(out),
-                                   "--source", source]) == 0  # fmt: skip
+                                   "--from", source]) == 0  # fmt: skip
         content = json.loads(out.read_text())
         assert content["0"]["score_prompt"] == "a photo of an empty scene in the wild"
         assert not any("of empty" in text or "an empty resting" in text for text in content["0"]["prompts"])
