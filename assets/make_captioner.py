@@ -1,6 +1,6 @@
 """Train the tiny captioner that `describe_domains.py --dataset biased_digits` takes: a BLIP of 213,000 weights.
 
-It learns from the web of digits (make_assets.py), which holds no image that a classifier trains, validates or is tested
+It learns from the web of digits (webs.py), which holds no image that a classifier trains, validates or is tested
 on, to say `a three in blue ink on yellow paper`.
 
 Reads:  scikit-learn's digits
@@ -18,9 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import make_assets
-
+from assets import webs
 from runtime import cli
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -43,7 +41,7 @@ def build_processor(captions: list[str], folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {word: place for place, word in enumerate([*SPECIAL, *words])}
     tokenizer = BertTokenizer(vocab=vocabulary, model_max_length=LONGEST)
-    size = {"height": make_assets.Digits.size, "width": make_assets.Digits.size}
+    size = {"height": webs.Digits.size, "width": webs.Digits.size}
     images = BlipImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return BlipProcessor(images, tokenizer)
 
@@ -69,7 +67,7 @@ def build_model(words: int):
         "attention_probs_dropout_prob": 0.0,
     }
     vision = {
-        "image_size": make_assets.Digits.size,
+        "image_size": webs.Digits.size,
         "patch_size": 4,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -84,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    web = make_assets.Digits(None)
+    web = webs.Digits(None)
     form = web.forms[3]
     processor = build_processor(web.captions(), args.out)
     model = build_model(len(processor.tokenizer)).train()

@@ -120,10 +120,10 @@ def train_judge():
     from torch.nn import functional as F
 
     import models
-    from assets import make_assets
+    from assets import webs
 
     torch.manual_seed(0)
-    web, judge = make_assets.Digits(None), models.build_classifier("resnet8", 10)
+    web, judge = webs.Digits(None), models.build_classifier("resnet8", 10)
     optimizer = torch.optim.AdamW(judge.parameters(), 3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=1500)
     for _ in range(1500):

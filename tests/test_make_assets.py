@@ -15,7 +15,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 import models
-from assets import make_assets
+from assets import make_assets, tokens, webs
 from loaders import digits
 
 ASSETS = Path(make_assets.__file__).parent
@@ -43,13 +43,13 @@ def test_training_noise_grows_with_the_timestep():
 def test_a_shipped_generator_predicts_noise_better_when_told_how_much_there_is(name):
     """What a generator that learnt time backwards fails, though its pictures look plausible."""
     pipe = models.load_generator(str(ASSETS / name), "cpu", dtype="float32")
-    web = (make_assets.Toycam if name == "toycam_sd" else make_assets.Digits)(None)
+    web = (webs.Toycam if name == "toycam_sd" else webs.Digits)(None)
     images, captions, _ = web.batch(64)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         latents = pipe.vae.encode(images).latent_dist.mean * pipe.vae.config.scaling_factor
         noise = torch.randn(latents.shape, generator=generator)
-        text = pipe.text_encoder(make_assets.tokenize(pipe.tokenizer, captions))[0]
+        text = pipe.text_encoder(tokens.tokenize(pipe.tokenizer, captions))[0]
         for timestep in (50, 150, 850, 950):
             share = image_share(timestep)
             noisy = share * latents + (1 - share**2) ** 0.5 * noise
@@ -60,7 +60,7 @@ def test_a_shipped_generator_predicts_noise_better_when_told_how_much_there_is(n
 
 
 def test_the_web_shows_neither_scans_nor_colours_of_the_benchmark():
-    web, split = make_assets.Digits(None), digits.split_scans()
+    web, split = webs.Digits(None), digits.split_scans()
     taken = np.concatenate([split["val"], split["test"], split["pool"]])
     assert not set(split["web"]) & set(taken) and len(split["web"]) == len(web.labels)
     known = {scan.tobytes() for scan in digits.read_scans()[0][taken]}
@@ -77,7 +77,7 @@ def test_the_web_shows_neither_scans_nor_colours_of_the_benchmark():
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_wrong_captions_name_another_digit_for_the_stated_share_of_scans(share):
-    web, again = (make_assets.Digits(None, share) for _ in range(2))
+    web, again = (webs.Digits(None, share) for _ in range(2))
     wrong = web.named != web.labels
     assert wrong.sum() == round(share * 600) and (again.named == web.named).all()
     _, captions, labels = web.batch(500, "{digit}")
@@ -86,14 +86,14 @@ def test_wrong_captions_name_another_digit_for_the_stated_share_of_scans(share):
 
 
 def test_the_look_of_web_pictures_is_seen_as_their_captions_say():
-    web = make_assets.Digits(None)
+    web = webs.Digits(None)
     images, captions, _ = web.batch(300, web.forms[3])
     seen = web.see(images)
     assert (
         np.mean([f"in {look['ink']} ink on {look['paper']} paper" in c for look, c in zip(seen, captions, strict=True)])
         > 0.98
     )
-    camera = make_assets.Toycam(None)
+    camera = webs.Toycam(None)
     seen = camera.see(camera.images[:500])
     assert (
         np.mean([(look["light"] == "night") == night for look, night in zip(seen, camera.night[:500], strict=True)])
@@ -106,11 +106,11 @@ def test_the_look_of_web_pictures_is_seen_as_their_captions_say():
 def test_stopped_in_every_stage_the_models_are_the_same(tmp_path, monkeypatch):
     few = {"clip_steps": 3, "vae_steps": 3, "unet_steps": 3, "judge_steps": 3}
     monkeypatch.setitem(make_assets.SIZES, "toycam", dataclasses.replace(make_assets.SIZES["toycam"], **few))
-    monkeypatch.setattr(make_assets.Toycam, "drawn", 64)
+    monkeypatch.setattr(webs.Toycam, "drawn", 64)
     monkeypatch.setattr(
         make_assets, "check", lambda *_: {"loss_by_timestep": {}}
     )  # takes a minute, and changes nothing
-    real, calls, stops = make_assets.Toycam.batch, [0], set()
+    real, calls, stops = webs.Toycam.batch, [0], set()
 
     def batch(self, size, form=None):
         calls[0] += 1
@@ -129,7 +129,7 @@ def test_stopped_in_every_stage_the_models_are_the_same(tmp_path, monkeypatch):
             if path.is_file() and path.name != "agreement.json"
         }
 
-    monkeypatch.setattr(make_assets.Toycam, "batch", batch)
+    monkeypatch.setattr(webs.Toycam, "batch", batch)
     assert make("whole") == 0
     calls[0], codes = 0, []
     # CLIP 1 to 3, autoencoder 4 to 6, a batch for the scale of its latents, UNet 8 to 10, judge.
@@ -142,12 +142,12 @@ def test_stopped_in_every_stage_the_models_are_the_same(tmp_path, monkeypatch):
 
 
 def test_every_word_of_the_captions_is_one_token_the_same_ones_each_time(monkeypatch):
-    monkeypatch.setattr(make_assets.Toycam, "drawn", 1)
-    captions = make_assets.Toycam(None).captions() + ["nine in ink", "an inner pin, 12 pines"]
-    one, other = ({"merges": make_assets.merges_of(some)} for some in (captions, captions[::-1]))
+    monkeypatch.setattr(webs.Toycam, "drawn", 1)
+    captions = webs.Toycam(None).captions() + ["nine in ink", "an inner pin, 12 pines"]
+    one, other = ({"merges": tokens.merges_of(some)} for some in (captions, captions[::-1]))
     assert one == other
     web = SimpleNamespace(captions=lambda: captions)
-    tokenizer = make_assets.make_tokenizer(web)
+    tokenizer = tokens.make_tokenizer(web)
     for word in {word for caption in captions for word in re.findall(r"[a-z]+", caption.lower())}:
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
     assert len(tokenizer("zebu", add_special_tokens=False).input_ids) == 4

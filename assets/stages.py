@@ -1,0 +1,152 @@
+"""Training in stages, one model after the other, that a signal stops and the same command resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from runtime import checkpoints, cli, files, runs
+from runtime.device import pick_device
+from runtime.signals import StopSignals
+
+CHECKPOINT_SECONDS = 300
+
+
+class Stopped(Exception):
+    """A signal or the end of --minutes came; a checkpoint has been written."""
+
+
+class Work:
+    """What every stage needs, and what a checkpoint holds of it.
+
+    Attributes:
+        state: settings, seconds so far, the finished stages' weights, the current stage.
+        deadline: when --minutes end, in seconds of time.monotonic().
+    """
+
+    def __init__(self, args, web, sizes, signals: StopSignals):
+        self.web, self.sizes, self.signals = web, sizes, signals
+        self.device = pick_device(args.device)
+        bf16 = args.precision == "bf16" or (args.precision == "auto" and self.device.startswith("cuda"))
+        self.autocast = torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
+        self.path = args.out / "checkpoint.pt"
+        self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
+        settings = {
+            "benchmark": args.benchmark,
+            "caption_noise": args.caption_noise,
+            "start": files.digest_files(sorted((args.start / "unet").iterdir())) if args.start else None,
+            "sizes": json.loads(json.dumps(vars(sizes))),
+            "bf16": bf16,
+            "noise": "DDPMScheduler",  # older checkpoints, whose generators learnt time backwards, have no such entry
+        }
+        self.state = {"settings": settings, "seconds": 0.0, "finished": {}, "current": None}
+        saved = checkpoints.load_latest_checkpoint(self.path, "cpu")
+        if saved:
+            runs.stop_on_difference(self.path, saved["settings"], settings, "a new folder")
+            self.state = saved
+        self.seconds_before, self.began = self.state["seconds"], time.monotonic()
+        self.start = args.start
+        torch.manual_seed(0)
+
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else "cpu"
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far, earlier runs of the command included."""
+        return self.seconds_before + time.monotonic() - self.began
+
+    def draws(self) -> dict:
+        """The state of every source of random numbers."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.startswith("cuda") else None
+        return {"torch": torch.get_rng_state(), "cuda": cuda, "web": self.web.rng.bit_generator.state}
+
+    def restore(self, draws: dict) -> None:
+        torch.set_rng_state(draws["torch"].cpu())
+        if draws["cuda"] is not None:
+            torch.cuda.set_rng_state(draws["cuda"].cpu(), self.device)
+        self.web.rng.bit_generator.state = draws["web"]
+
+    def save(self) -> None:
+        self.state["seconds"] = self.seconds
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        checkpoints.save_checkpoint(self.path, self.state)
+        checkpoints.remove_previous(self.path)
+
+
+def fit(
+    work: Work,
+    stage: str,
+    model: nn.Module,
+    loss_of: Callable[[int], torch.Tensor],
+    steps: int,
+    rate: float,
+    weight_decay: float,
+    pct_start: float = 0.3,
+    after: Callable[[int], None] | None = None,
+    average: nn.Module | None = None,
+) -> None:
+    """Train `model` (or take its finished weights), with checkpoints on the way.
+
+    Args:
+        loss_of: the loss of step N, which draws its own batch.
+        after: called after each step.
+        average: a moving average of the model that `after` keeps, saved with it.
+
+    Raises:
+        Stopped: before the stage was done.
+    """
+    # Take the finished weights, if there are some.
+    held = nn.ModuleDict({"model": model, **({"average": average} if average is not None else {})})
+    if stage in work.state["finished"]:
+        held.load_state_dict(work.state["finished"][stage]["weights"])
+        work.restore(work.state["finished"][stage]["draws"])
+        return
+    # Take up the last checkpoint, where it is of this stage.
+    fused = work.device.startswith("cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay, fused=fused)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=pct_start)
+    parts = {"weights": held, "optimizer": optimizer, "schedule": schedule}
+    done, current = 0, work.state["current"]
+    if current:
+        done = current["step"]
+        for name, part in parts.items():
+            part.load_state_dict(current[name])
+        work.restore(current["draws"])
+
+    # Train step by step.
+    saved = time.monotonic()
+    with cli.progress(steps, stage, "step") as bar:
+        bar.update(done)
+        for number in range(done, steps):
+            stop = work.signals.received or (time.monotonic() > work.deadline and "the end of --minutes")
+            if stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                work.state["current"] = {"step": number, "draws": work.draws()} | {
+                    name: part.state_dict() for name, part in parts.items()
+                }
+                work.save()
+                saved = time.monotonic()
+            if stop:
+                raise Stopped(f"{stop} came; checkpoint written before step {number} of {steps} of the {stage}")
+            with work.autocast:
+                loss = loss_of(number)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if after:
+                after(number)
+            if number % 50 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+            bar.update()
+    # Keep the finished weights.
+    work.state["finished"][stage] = {"weights": held.state_dict(), "draws": work.draws()}
+    work.state["current"] = None
+    work.save()
