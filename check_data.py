@@ -5,7 +5,7 @@ list files, that no image is in two splits or two classes (by name and by conten
 a sample of them decodes.
 
 Reads:  the data set
-Writes: nothing; exit code 0 where all is well, 1 where something is not
+Writes: nothing; exit code 0 if all is well, 1 if something is wrong
 
 With --shots the few-shot draw is made, and printed with its digest: the same on every machine.
 
@@ -162,7 +162,7 @@ def beginning_of(part: ImageSet, place: int) -> bytes:
 
 
 def check(data: DataSet, imb_ratio: float | None, decode: int) -> tuple[list[str], list[str]]:
-    """What is wrong with a data set that could be loaded, and what is odd in the published data themselves."""
+    """Errors in a data set that could be loaded, and oddities of the published data themselves."""
     problems = wrong_counts(data, imb_ratio) + shared_between_splits(data) + wrong_checksums(data) + wrong_names(data)
     unreadable = find_unreadable(data.splits)
     problems += unreadable

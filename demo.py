@@ -1,14 +1,14 @@
 """All steps on an embedded benchmark, in about three minutes on two CPU cores.
 
-Finds the hard images, draws a spectrum for them with a tiny Stable Diffusion from assets/, filters it with the tiny
-CLIP beside it, trains with and without curricula over several seeds, reports, and says what came out.
+    digits          DisCL, long tail: images of the few-shot classes are hard; trains a ResNet-8
+    toycam          DisCL, low quality: images whose class a CLIP, zero-shot, finds unlikely are hard; FLYP of that CLIP
+    fewshot_digits  DataDream: four real digits a class tune the generator; trains a ResNet-8 on images of the untuned
+                    and of the tuned generator, alone and with the real ones
+    biased_digits   ALIA: in training the paper's colour gives the digit away, in the test set it does not; captions
+                    name the papers, each image is edited toward the other papers; trains a ResNet-8
 
-    digits  long-tailed: the images of the few-shot classes are hard; a ResNet-8
-    toycam  low quality: the images whose class the CLIP, zero-shot, finds unlikely are hard; FLYP of that CLIP
-    fewshot_digits  DataDream: four real digits a class in a hand that the generator has not seen tune it; synthetic
-            images of the untuned and the tuned generator train a ResNet-8, alone and beside the real ones
-    biased_digits  ALIA: the paper's colour tells the digit, but not in the test set; captions name the papers, each
-            image is edited toward the others, CLIP drops edits of another class; a ResNet-8
+The generator (a tiny Stable Diffusion) and the CLIP that filters are in assets/. Rows are trained with several seeds;
+the table at the end says which differences exceed the noise.
 
 Reads:  nothing but the project and scikit-learn's digits (toycam draws its own data, into runs/toycam)
 Writes: OUT/hard.csv, prompts.json, spectrum/, train/ (a run folder each, TensorBoard logs inside), demo.md (the table
@@ -37,7 +37,7 @@ from statistics import mean, stdev
 
 from runtime import cli, files, steps
 
-# Rows of the table: loss and curriculum, and for Balanced Softmax the prior of a stage (real counts, or the stage's).
+# Rows of the table: loss and curriculum. --prior stage: Balanced Softmax takes the class counts of the epoch's images.
 ROWS = {
     "digits": [
         *(("--loss", "ce", "--curriculum", name) for name in ("none", "text_only", "all", "d2s", "s2d")),
@@ -47,7 +47,7 @@ ROWS = {
     "toycam": [("--loss", "flyp", "--curriculum", name) for name in ("none", "all", "e2h", "adaptive")],
 }
 SCRIPTS = {"digits": "train_lt", "toycam": "train_iwildcam"}
-# What the table shows of results.json's figures after the last epoch: key -> heading. The first one is compared.
+# The figures of results.json in the table: key -> heading. The first one is compared between rows.
 FIGURES = {
     "digits": {"few": "few-shot", "overall": "all classes"},
     "toycam": {"ood_f1": "macro-F1 OOD", "id_f1": "macro-F1 ID"},
@@ -119,10 +119,10 @@ def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
 
 
 def write_table(out: Path, dataset: str, results: dict[tuple[str, ...], list[dict]]) -> list[str]:
-    """Write and print demo.md, and return what it says in a few sentences.
+    """Write and print demo.md, and return a sentence for each comparison of a curriculum.
 
     Args:
-        results: of each row the results.json of its seeds.
+        results: row -> results.json of each seed.
     """
     figures, (first, *_) = FIGURES[dataset], FIGURES[dataset]
     count = len(next(iter(results.values())))
@@ -164,7 +164,7 @@ def write_table(out: Path, dataset: str, results: dict[tuple[str, ...], list[dic
 
 
 def run_fewshot(args) -> int:
-    """DataDream on the embedded digits: tune, generate with and without the adapter, train, and say what came out."""
+    """DataDream on the embedded digits: tune, generate with and without the adapter, train, print the table."""
     began = time.monotonic()
     data, out = ("--dataset", "fewshot_digits"), args.out
     # Tune the generator, and generate as many images without the adapter and with it.
@@ -173,7 +173,7 @@ def run_fewshot(args) -> int:
     inputs = ("--hard", tuned / "shots.csv", "--prompts", tuned / "prompts.json", "--per-class", 24)
     steps.run("generate_spectrum.py", *data, *inputs, "--out", folders["untuned"])
     steps.run("generate_spectrum.py", *data, *inputs, "--tuned", tuned, "--out", folders["tuned"])
-    # How far are they from the real images? Every image stays: DataDream does not filter.
+    # Measure how far they are from the real images. Every image is kept: DataDream does not filter.
     distances = {}
     for name, folder in folders.items():
         scored = ("--spectrum", folder, "--prompts", tuned / "prompts.json", "--threshold", -1, "--distance")
@@ -194,7 +194,7 @@ def run_fewshot(args) -> int:
         for (name, seed), place in places.items()
     ]
     train_all("train_fewshot", commands, args.jobs)
-    # The table.
+    # Write the table.
     lines = ["| test accuracy, % | mean (sd) | distance of the images to real ones (MMD) |", "|---|---|---|"]
     for name in rows:
         values = [files.read_json(places[name, seed] / "results.json")["last"]["overall"] for seed in args.train_seeds]
@@ -213,21 +213,21 @@ def run_biased(args) -> int:
     began = time.monotonic()
     data, out = ("--dataset", "biased_digits"), args.out
     described, hard, prompts, drawn = out / "domains", out / "hard.csv", out / "prompts.json", out / "edits"
-    # Name the domains, and edit every image toward those that it does not have.
+    # Describe the domains, and edit every image toward the domains that it is not in.
     steps.run("describe_domains.py", *data, "--out", described)
     steps.run("find_hard.py", *data, "--out", hard)
     domains = ("--from", "domains", "--domains", described / "domains.json")
     steps.run("write_prompts.py", *data, *domains, "--hard", hard, "--out", prompts)
     inputs = ("--hard", hard, "--prompts", prompts, "--each-prompt")
     steps.run("generate_spectrum.py", *data, *inputs, "--skip-own-domain", described / "sources.csv", "--out", drawn)
-    # Keep all edits for one row, and those that CLIP takes for their class for another.
+    # One row trains on all edits, the other on edits in which CLIP sees the right class and domain.
     edits = {"edits": out / "unfiltered", "edits + filter": drawn}
     if not edits["edits"].exists():
         shutil.copytree(drawn, edits["edits"])
     for folder, keep in ((edits["edits"], 1), (drawn, 0)):
         rules = ("--rules", "class", "domain", "--domains", described / "domains.json", "--keep-dropped", keep)
         steps.run("filter_edits.py", *data, "--spectrum", folder, "--prompts", prompts, *rules)
-    # Train: every row takes as many steps.
+    # Train every row for the same number of steps.
     rows = {"real": (), "RandAugment": ("--randaugment",)}
     rows |= {name: ("--curriculum", "all", "--add", "all", "--spectrum", folder) for name, folder in edits.items()}
     places = {
@@ -240,7 +240,7 @@ def run_biased(args) -> int:
         for (name, seed), place in places.items()
     ]
     train_all("train_lt", commands, args.jobs)
-    # The table.
+    # Write the table.
     figures = {"id": "ID", "ood": "OOD", "balanced": "all groups", "worst_group": "worst group"}
     lines = [f"| test accuracy, % | {' | '.join(figures.values())} |", "|---" * (len(figures) + 1) + "|"]
     for name in rows:

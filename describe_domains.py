@@ -15,7 +15,7 @@ Writes: OUT/shard-00000/captions.jsonl (source, label, caption), which is append
         class; captions.png, a sheet of images and their captions
         for llm OUT/domains.answers.jsonl, all that the model was asked and answered
 
-Killed at any moment, the same command resumes after the last batch; SIGTERM and SIGUSR2 end it after the batch in
+After a kill, the same command resumes after the last batch; SIGTERM and SIGUSR2 end it after the batch in
 flight, with exit code 75. --shard 0/4 to 3/4 caption a part each; run without --shard afterwards to sum up.
 
     python describe_domains.py --dataset biased_digits --out runs/domains
@@ -398,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = read_all(args.out)
     missing = [name for name in data.train.sources if name not in rows]
     if stop.received:
-        print(f"{args.out}: {stop.received}, {len(missing)} captions missing; run the same command again to go on")
+        print(f"{args.out}: {stop.received}, {len(missing)} captions missing; run the same command again to resume")
         return runs.RESUMABLE
     print(f"{args.out}: {len(data.train) - len(missing)} of {len(data.train)} images captioned", flush=True)
     if missing:

@@ -1,8 +1,8 @@
 """Step 4: the CLIPScore of every synthetic image, and which images are kept.
 
 The text score is the cosine of the image's and its class prompt's CLIP embeddings, the image score that of the image's
-and its source's. An image is kept where the text score reaches --threshold (DisCL), or, with --keep-share, where it is
-among the best.
+and its source's. An image is kept if its text score reaches --threshold (DisCL), or, with --keep-share, if it is among
+the best.
 
 Reads:  a spectrum folder, prompts.json, the sources
 Writes: SPECTRUM/scores.csv (file_name, text_score, image_score, kept, reason), scores.json (what made it),
@@ -66,7 +66,7 @@ def add_rule_flags(group) -> None:
         "--keep-share",
         type=cli.number(0, 1),
         metavar="SHARE",
-        help="instead of --threshold: keep this share of the images, those with the best text scores",
+        help="instead of --threshold: keep this share of the images, by the best text scores",
     )
     group.add_argument(
         "--share-of",
@@ -85,7 +85,7 @@ def add_rule_flags(group) -> None:
         type=cli.whole(0),
         default=3,
         metavar="N",
-        help="plans drawn for --min-per-class-level before it is given up",
+        help="rounds of further images for --min-per-class-level, at most",
     )
     group.add_argument(
         "--distance", action="store_true", help="measure how far each level is from the real images of its classes"
@@ -161,9 +161,9 @@ def write_scores(path: Path, rows: list[dict], scores: dict[str, dict]) -> None:
 
 
 def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict[str, dict]:
-    """What scores.csv holds that still counts: scores by the same CLIP against the same text.
+    """The scores of scores.csv that are still valid: by the same CLIP against the same text.
 
-    Images without a score are tried again. A table by another CLIP is set aside as scores.previous.csv.
+    Images without a score are scored again. A table by another CLIP is set aside as scores.previous.csv.
     """
     if not path.exists():
         return {}
@@ -186,16 +186,16 @@ def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict
 
 
 def same_scorer(plan: dict, made_by: dict, prompts: Path) -> bool:
-    """Whether the scores that generate_spectrum.py --score took are those that would be taken here."""
+    """Whether generate_spectrum.py --score used the same CLIP and texts as this command."""
     score = plan.get("score") or {}
     same_clip = all(score.get(name) == made_by[name] for name in ("clip", "clip_digest"))
     return same_clip and plan.get("prompts_digest") == files.digest_files([prompts])
 
 
 def gather_scores(rows: list[dict], settings: dict, note: dict, made_by: dict, args) -> tuple[dict[str, dict], int]:
-    """The scores that there are already, and how many of them were taken when the images were drawn.
+    """The scores that exist already, and how many of them were computed when the images were drawn.
 
-    An image that is gone has an entry that says so.
+    An image whose file is missing has an entry that says so.
     """
     # Take over scores.csv, and the scores that generate_spectrum.py --score took.
     scores = read_scored(args.spectrum / "scores.csv", note, made_by, rows)
@@ -220,12 +220,12 @@ def gather_scores(rows: list[dict], settings: dict, note: dict, made_by: dict, a
 
 def plan_top_up(rows, prompts, settings, names, made, kept, note: dict, args) -> None:
     """List what falls short of --min-per-class-level and write the next plan; counts the rounds in `note`."""
-    # Count the rounds: one is over once the generator has drawn from its plan.
+    # Count the rounds: a round is over once the generator has drawn from its plan.
     path, list_path = args.spectrum / "top_up.csv", args.spectrum / "short.csv"
     if path.exists():
         there = {Unit(row["source"], row["level"], row["seed"]) for row in rows}
         note["rounds"] += any(unit in there for unit, _ in tables.read_top_up(path))
-    # List what falls short.
+    # List the classes and levels that fall short.
     short = quotas.find_short(settings, names, made, kept, args.min_per_class_level)
     tables.write_short(list_path, short)
     if not short:
@@ -240,13 +240,13 @@ def plan_top_up(rows, prompts, settings, names, made, kept, note: dict, args) ->
         print(f"  {gap['class_name']} ({gap['label']}), level {gap['level']}: {gap['kept']} of {gap['made']} kept")
     if len(short) > SHOWN:
         print(f"  and {len(short) - SHOWN} more")
-    # Plan what to draw, until the last round.
+    # Plan further images, until the last round.
     planned = quotas.plan_top_up(rows, prompts, short, settings.get("seeds", 0))
     if note["rounds"] >= args.max_rounds or not planned:
         path.unlink(missing_ok=True)
         print(
-            f"given up after {note['rounds']} rounds (--max-rounds {args.max_rounds}): training gets the images that "
-            "these classes have, and no others"
+            f"given up after {note['rounds']} rounds (--max-rounds {args.max_rounds}): training uses the images that "
+            "these classes have"
         )
         return
     tables.write_top_up(path, planned)
@@ -276,8 +276,8 @@ def report_distances(table: list[dict], folder: Path) -> None:
             f"{row['frechet_floor']:>10.4f}"
         )
     print(
-        "MMD^2 is unbiased. The Frechet distance is not: its floor is what as many vectors drawn from the real images' "
-        f"own Gaussian get ({table[0]['real_count']} real images); compare rows of like count, or its distance from "
+        "MMD^2 is unbiased. The Frechet distance is not: its floor is the distance of an equally large sample from a "
+        f"Gaussian fitted to the {table[0]['real_count']} real images; compare rows of like count, or the height above "
         "the floor"
     )
     # Draw a line for all images made and one for those kept, each beside its floor.
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     scores, drawn = gather_scores(rows, settings, note, made_by, args)
     new = [row for row in rows if row["file_name"] not in scores]
 
-    # Load the data set where it is needed, and note what makes scores.csv.
+    # Load the data set if it is needed, and note the settings behind scores.csv.
     train = clip = None
     if new or args.distance or "groups" not in note:
         data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
@@ -368,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         rule |= {"threshold": None, "share_of": args.share_of}
     note = made_by | rule | {"groups": note["groups"], "rounds": note.get("rounds", 0)}
 
-    # Score what is new, and decide what is kept.
+    # Score the new images, and decide which are kept.
     def save() -> None:
         acceptance.decide_kept(rows, scores, args.threshold, args.keep_share, args.share_of)
         write_scores(args.spectrum / "scores.csv", rows, scores)
@@ -380,7 +380,7 @@ def main(argv: list[str] | None = None) -> int:
         score_images(new, prompts, train, clip, args, scores, save)
     save()
 
-    # Say what is kept, plan more images of what falls short, and measure distances.
+    # Report acceptance, plan further images for missed quotas, and measure distances.
     made, kept = acceptance.count_kept(rows, scores)
     groups = {int(label): group for label, group in note["groups"].items()}
     report_kept(rows, names, groups, made, kept, len(new), drawn, args)

@@ -1,6 +1,6 @@
 """Step 1: which training images are hard.
 
---rule few: in a long-tailed data set, all images of the few-shot classes, those with fewer than --few-below training
+--rule few: in a long-tailed data set, all images of the few-shot classes, which have fewer than --few-below training
 images (DisCL). --rule confidence: images on which a model gives the true class a low probability, as in data of low
 quality (DisCL). The model is a run of train_lt.py (--checkpoint) or a CLIP, zero-shot or fine-tuned (--clip). --rule
 all: every training image, which ALIA edits.
@@ -10,7 +10,7 @@ Writes: OUT (hard.csv: source, label, class_name, reason, score): a row for each
         image count, or the true class's probability
         OUT with .png: the scores drawn, and where hard begins
         for confidence: OUT with .probabilities.jsonl and .probabilities.json, the score of every training image and
-        what made it. Killed at any moment, the same command goes on after the last batch there
+        what made it. After a kill, the same command resumes after the last batch there
 
     python find_hard.py --dataset digits --out runs/hard.csv
 """
@@ -58,13 +58,13 @@ def build_parser() -> cli.Parser:
         type=cli.number(0, 1),
         default=0.1,
         metavar="SHARE",
-        help="share of the training images that is hard: those with the lowest probabilities",
+        help="share of the training images that is hard, by the lowest probabilities",
     )
     rule.add_argument(
         "--threshold",
         type=cli.number(0, 1),
         metavar="PROBABILITY",
-        help="instead of --fraction: an image is hard with a lower probability than this",
+        help="instead of --fraction: images with a lower probability than this are hard",
     )
     model = group.add_mutually_exclusive_group()
     model.add_argument("--checkpoint", type=cli.existing_folder, metavar="FOLDER", help="run folder of train_lt.py")
@@ -74,7 +74,7 @@ def build_parser() -> cli.Parser:
         nargs="+",
         default=["a photo of a {}"],
         metavar="TEXT",
-        help="what the CLIP's class names stand in, as {}; embeddings of more than one are averaged",
+        help="texts that the CLIP reads, with {} for the class name; embeddings of more than one are averaged",
     )
     add_device_flags(group)
     return parser
@@ -107,7 +107,7 @@ def evaluated_weights(state: dict) -> dict:
 
 
 def checkpoint_batches(args, data: DataSet, places: list[int]):
-    """Batches of (places, probabilities of all classes (n, C) or None, place -> what is wrong), by a checkpoint.
+    """Batches of (places, probabilities of all classes (n, C) or None, place -> error), by a checkpoint.
 
     The images are those of the run's own evaluation: its size, its crop, its normalisation.
 
@@ -216,8 +216,8 @@ def probabilities(args, data: DataSet) -> np.ndarray:
 
 
 def find_unlikely(scores: np.ndarray, fraction: float, threshold: float | None) -> list[int]:
-    """Indices of the images with the lowest probabilities, float (N,): those below `threshold` or, where it is None,
-    `fraction` of those that have one, rounded up; ties go to the earlier image."""
+    """Indices of the images whose probability, float (N,), is below `threshold` or, where it is None, of the lowest
+    `fraction` of the known ones, rounded up; ties go to the earlier image."""
     known = np.flatnonzero(~np.isnan(scores))
     if threshold is not None:
         return known[scores[known] < threshold].tolist()

@@ -6,21 +6,21 @@ strength 1 - L/100 and denoised under a prompt of its class (SDEdit; DisCL).
 Reads:  hard.csv, prompts.json, the images that hard.csv names
 Writes: OUT/plan.json, OUT/shard-00000/*.png and its metadata.jsonl (a row an image; see spectrum/folder.py)
 
-The noise of an image depends on its source, level and seed alone. Killed at any moment, the same command goes on where
-it was; SIGTERM and SIGUSR2 end it after the batch in flight, with exit code 75. A folder that was begun with other
-settings is left alone. Images that cannot be drawn are listed in the shard's failures.jsonl and make the exit code 1.
+The noise of an image depends on its source, level and seed alone. After a kill the same command resumes; SIGTERM and
+SIGUSR2 end it after the batch in flight, with exit code 75. A folder made with other settings is refused. Images that
+cannot be drawn are listed in the shard's failures.jsonl and make the exit code 1.
 
-Several processes share the work by --shard 0/4 to --shard 3/4; what one has drawn none draws again, so that a spectrum
-begun with four shards may be finished with sixteen. --also-draw takes further images into the plan, for good: a CSV
-file with the columns source,level,seed,prompt, whose prompt may be empty (then one of the class's, as everywhere).
+Several processes share the work by --shard 0/4 to --shard 3/4. No image is drawn twice: a spectrum begun with four
+shards may be finished with sixteen. --also-draw adds further images to the plan, permanently: a CSV file with the
+columns source,level,seed,prompt; an empty prompt means one of the class's.
 
-With --score, CLIPScore is taken of the images while they are still in memory, as filter_clipscore.py would take it of
-their files, which then reads no image again. An image under the threshold is drawn again, with another prompt of its
-class and other noise, up to --max-redraws times, and the best is kept (DisCL).
+With --score, the CLIPScore of each image is computed while it is in memory; filter_clipscore.py then reads no image
+again. An image below the threshold is drawn again, with another prompt of its class and other noise, up to
+--max-redraws times, and the best is kept (DisCL).
 
-Sources are drawn at their own size unless --size says otherwise, each side rounded to the nearest multiple of what the
-generator's autoencoder divides by (8 for all published ones: 480x270 becomes 480x272), and saved as drawn unless
---save-size says otherwise. Small images want --size 512x512 --save-size source: generators are poor at small sizes.
+Images are drawn at the size of their source, or at --size, each side rounded to a multiple that the generator's
+autoencoder needs (8 for all published ones: 480x270 becomes 480x272), and saved as drawn, or at --save-size. For small
+images use --size 512x512 --save-size source: generators are poor at small sizes.
 
     python generate_spectrum.py --hard runs/hard.csv --prompts runs/prompts.json --out runs/spectrum
 """
@@ -178,7 +178,7 @@ def add_prompt_flags(group) -> None:
         "--on-long-prompt",
         choices=["cut", "error"],
         default="cut",
-        help="what to do with prompts of more tokens than the generator reads: cut them, as it does, or stop",
+        help="prompts with more tokens than the generator reads: cut them (the generator's own way), or stop",
     )
 
 
@@ -207,7 +207,7 @@ def add_score_flags(group) -> None:
     group.add_argument(
         "--score",
         action="store_true",
-        help="take the CLIPScore of each image, and draw those under the threshold again; the best of each is kept",
+        help="compute the CLIPScore of each image, and redraw images below the threshold; the best of each is kept",
     )
     group.add_argument(
         "--clip",
@@ -215,7 +215,10 @@ def add_score_flags(group) -> None:
         help="for --score: open_clip model, ARCHITECTURE:TAG, ARCHITECTURE:FILE, hf-hub:NAME or folder",
     )
     group.add_argument(
-        "--threshold", type=cli.number(-1, 1), metavar="COSINE", help="for --score: text scores from here up are enough"
+        "--threshold",
+        type=cli.number(-1, 1),
+        metavar="COSINE",
+        help="for --score: redraw images with lower text scores",
     )
     group.add_argument(
         "--max-redraws",
@@ -256,7 +259,7 @@ def add_run_flags(group) -> None:
 
 def add_other_flags(group) -> None:
     group.add_argument(
-        "--dry-run", action="store_true", help="print what there is to draw, in images, steps, hours and bytes"
+        "--dry-run", action="store_true", help="print how much there is to draw, in images, steps, hours and bytes"
     )
     group.add_argument(
         "--steps-per-second",
@@ -326,7 +329,7 @@ def stop_on_other_settings(folder: Path, settings: dict) -> None:
 
 
 def draw(plan: DrawPlan, folder: Path, sources: Sources, weights: dict[str, Path], todo, done, stop) -> int:
-    """Load what draws, draw what is missing, and give the exit code."""
+    """Load the models, draw the missing images, and return the exit code."""
     import models
     from runtime.device import pick_device
 
@@ -346,7 +349,7 @@ def draw(plan: DrawPlan, folder: Path, sources: Sources, weights: dict[str, Path
         texts.check_length(pipe, plan.texts(), args.generator, args.on_long_prompt)
         job.draw(pipe, todo, done, stop, adapters)
     if stop.received:
-        print(f"{args.out}: {stop.received} after {job.saved} images; run the same command again to go on")
+        print(f"{args.out}: {stop.received} after {job.saved} images; run the same command again to resume")
         return runs.RESUMABLE
     return job.report()
 
@@ -381,7 +384,7 @@ def most_shards(args) -> int:
 
 
 def validate(folder: Path) -> int:
-    """Print what is wrong with a spectrum folder, and give the exit code."""
+    """Print the errors in a spectrum folder, and return the exit code."""
     count, errors = spectrum_folder.check(folder)
     for line in errors:
         print(line)
@@ -404,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     import models  # takes seconds
     from runtime.device import pick_device
 
-    # Work out everything that determines the images, and stop where the folder was begun otherwise.
+    # Gather everything that determines the images, and stop where the folder was begun with other settings.
     known = check_generator(args)
     dtype = models.generator_dtype(args.dtype, pick_device(args.device))
     generator = models.describe_generator(args.generator, args.revision)
@@ -429,7 +432,7 @@ def main(argv: list[str] | None = None) -> int:
             extra.append(args.also_draw)
         plan = DrawPlan(args, settings, hard, prompts, adapters, extra)
 
-        # Look at the sources, lay out the batches, and find those that are not drawn yet.
+        # Read the sources' sizes, lay out the batches, and find the ones that are not drawn yet.
         train = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed).train
         sources = Sources(train, args.data_root)
         most = MOST_AREA * known.native**2 if args.generator in models.GENERATORS else math.inf

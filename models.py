@@ -185,7 +185,7 @@ GENERATORS = {
 }
 UNKNOWN_GENERATOR = KnownGenerator(512, (0, math.inf), "")
 
-# The shipped one, and those that draw no further noise in a step and start image-to-image from any level.
+# The shipped one, and samplers that add no noise in a step and can start image-to-image from any level.
 SCHEDULERS = {
     "shipped": None,
     "ddim": ("DDIMScheduler", {}),

@@ -48,8 +48,8 @@ PANELS = {
 }
 INTRODUCTION = (
     "Every number is from a run's own test figures after its last epoch: mean and, in brackets, standard deviation "
-    "over seeds. Many-, medium- and few-shot are classes by their training images. Published figures are those that "
-    "the row's recipe quotes; differences are in points."
+    "over seeds. Many-, medium- and few-shot are classes by their training images. Published figures are quoted "
+    "from the row's recipe; differences are in points."
 )
 
 
@@ -341,7 +341,7 @@ def table_section(table: tables.Table, drawn: list[tuple[Path, str]]) -> list[st
         for seed in seeds
     ]
     if waiting:
-        body.append(page.commands("Commands of what is missing", waiting))
+        body.append(page.commands("Commands of missing runs", waiting))
     body += [page.figure(path, caption) for path, caption in drawn]
     return body
 

@@ -10,9 +10,9 @@ Writes: OUT/args.json, shots.csv, checkpoint.pt, TensorBoard events, history.jso
         accuracy of the last epoch, of the best by validation, and for a CLIP zero-shot and of WiSE-FT
         with --grid OUT/grid/SETTING/, a run each, and the results of the one that is best on validation
 
-Killed at any moment, the same command resumes after the last finished epoch, to the same result; SIGTERM and SIGUSR2
+After a kill, the same command resumes after the last finished epoch, to the same result; SIGTERM and SIGUSR2
 are answered by a checkpoint within the epoch and exit code 75. `torchrun --nproc-per-node N train_fewshot.py ...`
-trains in N processes. The test set is looked at once, at the end.
+trains in N processes. The test set is evaluated once, at the end.
 
     python train_fewshot.py --dataset fewshot_digits --shots 4 --images real
 """
@@ -62,7 +62,7 @@ def build_parser() -> cli.Parser:
     datasets.add_shot_flags(parser)
     flags.add_run_flags(parser)
     group = parser.add_argument_group("images")
-    group.add_argument("--images", choices=["real", "synthetic", "both"], default="both", help="what is trained on")
+    group.add_argument("--images", choices=["real", "synthetic", "both"], default="both", help="images to train on")
     group.add_argument(
         "--method",
         choices=["untuned", "cls", "dset"],

@@ -1,8 +1,8 @@
 """Step 5b: fine-tune a CLIP on camera-trap images of low quality, with a generative curriculum.
 
 FLYP: the CLIP's own contrastive loss on (image, caption) pairs, and a zero-shot head rebuilt from the tuned text tower.
-In the epochs of the curriculum all accepted synthetic images of the stage's levels stand in for the hard real images;
-the epochs after it train on all real images (DisCL, Algorithm 2).
+In the epochs of the curriculum all accepted synthetic images of the stage's levels replace the hard real images; the
+epochs after it train on all real images (DisCL, Algorithm 2).
 
 Reads:  the data set (iwildcam: WILDS's folder; cameratraps: your own in the same layout; toycam is drawn if it is not
         there), a CLIP, a filtered spectrum folder (none is needed for --curriculum none; toycam's default one is made
@@ -12,7 +12,7 @@ Writes: OUT/args.json, checkpoint.pt and the one before it, TensorBoard events, 
         (find_hard.py takes it: --clip ARCHITECTURE:FILE), results.json: accuracy and macro-F1 out of domain (OOD: test)
         and in domain (ID: id_test), of the last epoch, of the best by id_val, of WiSE-FT, and of zero-shot
 
-Killed at any moment, the same command goes on after the last finished epoch, to the same result; SIGTERM and SIGUSR2
+After a kill, the same command resumes after the last finished epoch, to the same result; SIGTERM and SIGUSR2
 are answered by a checkpoint within the epoch and exit code 75. `torchrun --nproc-per-node N train_iwildcam.py ...`
 trains in N processes, with the loss of the whole batch.
 

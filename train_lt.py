@@ -8,9 +8,9 @@ Reads:  the data set, a filtered spectrum folder (none is needed for --curriculu
 Writes: OUT/args.json, checkpoint.pt and the one before it, TensorBoard events, history.jsonl, predictions.npz,
         confusion.png, results.json, and subset.csv where a data set was made long-tailed
 
-Killed at any moment, the same command goes on after the last finished epoch, to the same result; SIGTERM and SIGUSR2
+After a kill, the same command resumes after the last finished epoch, to the same result; SIGTERM and SIGUSR2
 are answered by a checkpoint within the epoch and exit code 75. The best epoch is chosen by the mean of the classes'
-accuracies on the validation set; the test set is looked at once, at the end. `torchrun --nproc-per-node N train_lt.py
+accuracies on the validation set; the test set is evaluated once, at the end. `torchrun --nproc-per-node N train_lt.py
 ...` trains in N processes.
 
     python train_lt.py --loss bs --curriculum d2s
@@ -93,7 +93,7 @@ def add_training_flags(group) -> None:
         "--ema",
         type=cli.number(0, 1),
         metavar="DECAY",
-        help="evaluate a moving average of the weights, of which each step keeps DECAY (default: no average)",
+        help="evaluate a moving average of the weights that keeps DECAY of itself at each step (default: no average)",
     )
 
 

@@ -8,7 +8,7 @@ Writes: OUT/plan.json, shots.csv (a hard.csv) and prompts.json, which generate_s
         OUT/LABEL/pytorch_lora_weights.safetensors (dset: OUT/all/), which diffusers loads, and beside it history.jsonl,
         TensorBoard events (loss by noise level, held-out loss at fixed noise) and sheets of samples before and after
 
-Killed at any moment, the same command resumes; SIGTERM and SIGUSR2 end it within a step, with exit code 75. Several
+After a kill, the same command resumes; SIGTERM and SIGUSR2 end it within a step, with exit code 75. Several
 processes share the classes by --shard 0/4 to --shard 3/4. --together G tunes G class adapters side by side, each as
 if alone, which fills a GPU that the few images of one class do not.
 
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         print_forecast(args, todo)
         return 0
 
-    # Write the plan, or stop where another one stands.
+    # Write the plan, or stop where the folder has another one.
     plan = make_plan(args, data, models.generator_dtype(args.dtype, device))
     path = args.out / "plan.json"
     if path.exists():

@@ -2,13 +2,13 @@
 
 --from template takes the data set's own phrasings; scenes writes descriptions offline, from a grammar; llm has any
 text-generation model of transformers write them; file takes yours; domains puts each class into the domains of
-describe_domains.py (ALIA). Descriptions by scenes and llm have 15 words or more and stand in the paper's frame, "a 8k
-real photo: {}" (DisCL).
+describe_domains.py (ALIA). Descriptions by scenes and llm have 15 words or more and are put into the paper's frame, "a
+8k real photo: {}" (DisCL).
 
 Reads:  hard.csv
-Writes: prompts.json: for each class index its name, the prompt that CLIPScore is taken against, and the prompts that
-        the generator draws from. Classes that the file already holds are left as they are.
-        with --from llm: beside it prompts.answers.jsonl, all that the model was asked and answered
+Writes: prompts.json: for each class index its name, the text that CLIPScore compares with, and the prompts that the
+        generator draws from. Classes that the file already holds are left as they are.
+        with --from llm: beside it prompts.answers.jsonl, all questions and answers
 
     python write_prompts.py --dataset digits --hard runs/hard.csv --out runs/prompts.json
 """
@@ -50,15 +50,21 @@ def build_parser() -> cli.Parser:
         "llm: a language model; file: your own prompts; domains: the data set's domains (ALIA)",
     )
     parser.accept_old("--source", "--from")
+    parser.add_argument(
+        "--score-prompt",
+        metavar="TEXT",
+        help="text that CLIPScore compares with, with {} for the class name (default: the data set's; DisCL's is "
+        "'a photo of {}')",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/prompts.json"), metavar="FILE", help="the file to write")
     group = parser.add_argument_group("scenes and llm")
     group.add_argument("--count", type=cli.whole(1), default=10, metavar="N", help="prompts of each class")
     group.add_argument(
-        "--frame", default="a 8k real photo: {}", metavar="TEXT", help="what a description stands in, as {}"
+        "--frame", default="a 8k real photo: {}", metavar="TEXT", help="text around each description, which replaces {}"
     )
     group.add_argument("--llm", metavar="NAME", help="text-generation model: hub name or local folder")
-    group.add_argument("--tries", type=cli.whole(1), default=3, metavar="N", help="times that a class is asked for")
-    group.add_argument("--batch-size", type=cli.whole(1), default=16, metavar="N", help="classes asked for at once")
+    group.add_argument("--tries", type=cli.whole(1), default=3, metavar="N", help="attempts per class")
+    group.add_argument("--batch-size", type=cli.whole(1), default=16, metavar="N", help="classes per question batch")
     group.add_argument("--max-new-tokens", type=cli.whole(1), default=800, metavar="N", help="longest answer")
     group.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the model's answers")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -98,7 +104,7 @@ def read_answer(text: str, class_name: str) -> list[str]:
 
 
 def write_by_llm(labels: list[int], names: dict[int, str], args) -> Iterator[tuple[int, list[str], int]]:
-    """Have the model describe each class, ask again for what is missing, and fill up from `scenes`.
+    """Have the model describe each class, ask again for missing descriptions, and fill up from `scenes`.
 
     Yields:
         A class's index, its descriptions, and how many of them, the last ones, are from `scenes`.
@@ -191,6 +197,8 @@ def check_flags(args) -> None:
             raise cli.UserError(f"--from {args.source}: expected --{source} with --from {source}, and only with it")
     if args.frame.count("{}") != 1:
         raise cli.UserError(f"--frame {args.frame!r}: expected a text with one {{}}, where the description goes")
+    if args.score_prompt is not None and args.score_prompt.count("{}") != 1:
+        raise cli.UserError(f"--score-prompt {args.score_prompt!r}: expected a text with one {{}}, for the class name")
 
 
 def check_names(args, names: dict[int, str], prompts: dict[int, dict]) -> None:
@@ -268,22 +276,23 @@ def main(argv: list[str] | None = None) -> int:
         prompts[label] = {"class_name": names[label], "score_prompt": score_prompt} | found
 
     known = datasets.TABLE[args.dataset]
+    score_prompt = args.score_prompt or known.score_prompt
     empty = {} if args.source == "file" else known.empty_prompts
     for label in new:
         if own := empty.get(spoken_name(names[label])):
             add(label, {"prompts": own, "source": "empty scenes"}, own[0])
     for label, found in write(args, [label for label in new if spoken_name(names[label]) not in empty], names):
         before = prompts.get(label, {}).get("score_prompt")
-        add(label, found, before or known.score_prompt.replace("{}", spoken_name(names[label])))
+        add(label, found, before or score_prompt.replace("{}", spoken_name(names[label])))
         if args.source == "llm":  # a class takes seconds
             save()
     save()
 
-    # Say what is new, kept and filled up.
+    # Report how many are new, kept, and filled up.
     print(f"{args.out}: prompts for {len(prompts)} classes, {len(new)} of them new, from {args.source}")
     kept = len(names) - len(new)
     if kept:
-        print(f"{kept} classes had prompts there and keep them; for other ones take another --out")
+        print(f"{kept} classes had prompts there and keep them; for other prompts take another --out")
     filled = {label: len(prompts[label].get("filled_from_scenes", [])) for label in new}
     if any(filled.values()):
         short = [label for label in new if filled[label]]

@@ -17,7 +17,7 @@ Takes:  on 2 idle CPU cores about 30 minutes each for digits (6 MB) and toycam (
         trains several at once; cifar100_lt_gpu is for a GPU alone
 
 A signal (SIGTERM, SIGUSR2), or the end of --minutes, is answered by a checkpoint and exit code 75: the same command
-goes on, to the same weights.
+resumes, to the same weights.
 
     python assets/make_assets.py --out assets
     python assets/make_assets.py --caption-noise 0.6 --sizes digits_noisy --start assets/tiny_sd --out runs/noisy_assets
@@ -54,10 +54,10 @@ class Sizes:
 
     Attributes:
         vae_widths: of the autoencoder, one halving of the image between each two.
-        unet_widths: of the denoiser; the last `unet_attends` of them look at the text.
+        unet_widths: of the denoiser; the last `unet_attends` of them attend to the text.
         text_width, text_layers: of the generator's text encoder.
         clip_patch: side of the CLIP's image patches in pixels.
-        judge: classifier that tells whether an image is of the class that was asked for.
+        judge: classifier that checks whether a generated image shows the class of its prompt.
     """
 
     latent_channels: int = 4
@@ -442,7 +442,7 @@ def main(argv: list[str] | None = None) -> int:
             pipe.to("cpu", torch.float16).save_pretrained(args.out / "tiny_sd", safe_serialization=True)
             judge = train_judge(work)
         except Stopped as stop:
-            print(f"{args.out}: {stop}; run the same command again to go on", flush=True)
+            print(f"{args.out}: {stop}; run the same command again to resume", flush=True)
             return runs.RESUMABLE
         clip = (args.start.parent if args.start else args.out) / "tiny_clip"
         result = check(web, args.out / "tiny_sd", clip, judge, work.device)

@@ -160,8 +160,8 @@ class Digits:
 class Cifar100:
     """CIFAR-100's training images that the subset of ratio 100 leaves over, less the validation images; mirrored.
 
-    The loader's validation images stay out, so that what is chosen on them is chosen on images that the generator and
-    the CLIP have not seen. (A smaller ratio keeps more images, of those that this web holds: it is for 100 alone.)
+    The loader's validation images stay out, so that choices made on them are made on images that the generator and the
+    CLIP have not seen. The web is for ratio 100 alone: with a smaller ratio, training would use images of it.
     """
 
     benchmark = "cifar100_lt"

@@ -1,7 +1,7 @@
 """When does the order of a curriculum pay? The digits benchmark over caption noise, look gap and filter.
 
 A generator whose captions were wrong for a share of the web draws another class than it is asked for; one that has
-never seen the target's look draws another look. The CLIPScore filter drops some of what is wrong. For each of the
+never seen the target's look draws another look. The CLIPScore filter drops some wrong images. For each of the
 sixteen combinations a spectrum is drawn, what a user can measure before training is measured, and the demo's rows are
 trained: cross-entropy and Balanced Softmax without synthetic images, with text-only ones, all levels at once, and in
 an order.
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
             first = (noise, name) == (min(args.noises), "filtered")
             waiting += [(setting, spectrum, row) for row in ROWS if first or curriculum_of(row) != "none"]
     write_csv(args.out / "before.csv", before)
-    # Train, one seed after the other; what is there already is kept.
+    # Train, one seed after the other; finished runs are kept.
     commands, table = [], []
     for seed in args.train_seeds:
         for setting, spectrum, row in waiting:

@@ -29,7 +29,7 @@ class Editor(Generator):
         steps: denoising steps, whatever the level.
         text_guidance: classifier-free guidance scale of the text.
         image_guidance: that of the image by level, for InstructPix2Pix.
-        cache_mb: bound in MiB on what is kept of encoded sources and texts.
+        cache_mb: memory in MiB for encoded sources and texts.
         adapters: a loras.Adapters, where batches name adapters.
     """
 

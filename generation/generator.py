@@ -1,8 +1,8 @@
 """Drawing whole batches of work units with a loaded pipeline: each text and each source is encoded once.
 
 The images are those of a plain call of the pipeline for one image with `Unit.noise_seed` as the generator's seed. The
-denoising loop is the pipeline's own (and with it SDXL's size and aesthetic-score conditioning, which it repeats for
-each image); what is done here, once instead of at each call, is what stands before and after it.
+denoising loop is the pipeline's own, with SDXL's size and aesthetic-score conditioning. The encoding before it and the
+decoding after it are done here, once instead of at each call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Cache:
         self.entries: OrderedDict = OrderedDict()
 
     def missing(self, keys: list) -> list:
-        """Those of the keys that are not there, each once; those that are count as used."""
+        """The keys without an entry, each once; the other keys count as used."""
         for key in keys:
             if key in self.entries:
                 self.entries.move_to_end(key)
@@ -70,9 +70,9 @@ class Generator:
         pipe: of `models.load_generator`.
         steps: denoising steps at level 0.
         text_guidance: classifier-free guidance scale.
-        pure_noise: at level 0, start from noise alone. Otherwise from the noised source, of which strength 1 leaves a
+        pure_noise: at level 0, start from noise alone; otherwise from the noised source, where strength 1 leaves a
             trace (its brightness, mostly).
-        cache_mb: bound in MiB on what is kept of encoded sources and texts.
+        cache_mb: memory in MiB for encoded sources and texts.
         adapters: a loras.Adapters, where batches name adapters.
     """
 
@@ -178,8 +178,7 @@ class Generator:
             redraw: how often the batch's units were drawn before.
             texts: a prompt for each unit.
             images: RGB images of the sources that `missing_sources` names, in the batch's size.
-            pad_to: draw at least so many images, of which the surplus is thrown away, so that all batches have one
-                shape.
+            pad_to: draw at least so many images and throw the surplus away, so that all batches have one shape.
         """
         surplus = max(0, pad_to - len(batch.units))
         units, texts = batch.units + batch.units[-1:] * surplus, texts + texts[-1:] * surplus

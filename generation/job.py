@@ -20,7 +20,7 @@ from spectrum.domains import domain_of_prompt
 from spectrum.units import Unit
 
 MAX_REDRAWS = 3
-# A model that does not work is noticed after so many images, of which more than half were blank or not finite.
+# After so many images, a model stops the job if more than half of them were blank or not finite.
 TRIAL = 256
 
 
@@ -184,7 +184,7 @@ class Job:
         args, waiting = self.args, list(range(len(batch.units)))
         best: list[tuple] = [(-math.inf,)] * len(waiting)
         for redraw in range(args.max_redraws + 1):
-            # Draw those that are not good enough yet. Encoded sources that memory did not hold are read again.
+            # Draw the images that score too low so far. Sources that the cache has dropped are read again.
             some = batch._replace(units=[batch.units[index] for index in waiting])
             pixels, good, arrived = self.draw_once(some, redraw, self.read_sources(some) if redraw else images)
             arrived()

@@ -127,10 +127,10 @@ def check_tuned_file(path: Path, plan: dict) -> None:
 
 
 class Adapters:
-    """The adapters of a pipeline, of which one is loaded at a time.
+    """The adapters of a pipeline; one is loaded at a time.
 
     A further one is copied into the place of the one before, where its layers and shapes are the same: no memory grows
-    with the number of classes, and a compiled UNet stays compiled. Each is made sure to change what is drawn.
+    with the number of classes, and a compiled UNet stays compiled. `switch` checks that each one changes the output.
 
     Args:
         pipe: without adapters.

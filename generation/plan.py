@@ -257,8 +257,8 @@ class DrawPlan:
     def share(self) -> list[Batch]:
         """The batches of this process's shard.
 
-        Each noted list of sources and each file of further units is shared out by itself: what is added while processes
-        are at work then takes nothing from one of them to give it to another.
+        Each noted list of sources and each file of further units is shared out separately, so that units added while
+        processes are at work move no unit from one process to another.
         """
         groups = self.frozen or [dict.fromkeys(self.hard)]
         lists = [order_planned(self.args, self.settings, self.hard, self.prompts, group) for group in groups]
@@ -289,7 +289,7 @@ class DrawPlan:
         return [batch for batch in mine if not done.issuperset(batch.units)], done
 
     def stop_on_changed_sources(self, sources: Sources, todo: list[Batch]) -> None:
-        """Raise UserError where a source in these batches is not the image any more that it was drawn from before."""
+        """Raise UserError where a source of these batches has changed since images were drawn from it."""
         names = {unit.source for batch in todo for unit in batch.units}
         before = read_source_digests(self.args.out, names)
 
@@ -303,8 +303,8 @@ class DrawPlan:
             changed = [name for name, other in zip(before, pool.map(differs, before), strict=True) if other]
         if changed:
             raise UserError(
-                f"{self.args.out}: {len(changed)} sources are other images than those that it was drawn from, the "
-                f"first {changed[0]}; expected the same --data-root and files, or another --out"
+                f"{self.args.out}: {len(changed)} sources have changed since images were drawn from them, the first "
+                f"{changed[0]}; expected the same --data-root and files, or another --out"
             )
 
     def warn_of_sizes(self, todo: list[Batch]) -> None:

@@ -1,4 +1,4 @@
-"""Width and height of what is drawn: of a source, rounded to what the generator divides by."""
+"""Width and height of generated images: those of the source, rounded to a multiple that the generator needs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def read_sizes(
     names: list[str], sources: Sources, must: bool = True
 ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """Width and height of each source, and for those that cannot be opened why not.
+    """Width and height of each source, and the reason for each that cannot be opened.
 
     Raises:
         UserError: a source of another data set, or, with `must`, not one that can be opened.

@@ -1,8 +1,8 @@
 """The work list of a spectrum: every image to draw, in batches of one shape, shared out among processes.
 
 Pure Python, so that a million images are planned in seconds before any model is loaded. The batches follow from the
-plan and the batch size alone: neither shards nor what is drawn already change them, so that an image is always drawn
-beside the same others and comes out the same to the last bit.
+plan and the batch size alone, not from the shards or from the images that exist already: an image is always drawn
+beside the same others, and comes out the same to the last bit.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 from runtime.cli import UserError
 from spectrum.units import Unit
 
-# Sources that pass through all levels and seeds before the next ones are begun: what is encoded once and kept
-# (1 GB for this many sources at 1024x1024) stays bounded however many there are.
+# So many sources pass through all levels and seeds before the next ones begin. This bounds the memory for encoded
+# sources (1 GB for this many at 1024x1024).
 GROUP = 2048
 
 
@@ -68,7 +68,7 @@ def make_batches(
     batch_size: int,
     adapter_of: Callable[[str], str | None] = lambda source: None,
 ) -> list[Batch]:
-    """Full batches, in the order in which they fill up; those that stay short come last.
+    """Full batches in the order in which they fill up, then the batches that stay short.
 
     Args:
         size_of: width and height in pixels at which a source is drawn.

@@ -125,7 +125,7 @@ class ImageWriter:
             way_out = "free some space and " if self._error.errno == errno.ENOSPC else ""
             raise UserError(
                 f"{what}: {self._error.strerror or self._error}; {self.saved} images were saved, "
-                f"{way_out}run the same command again to go on"
+                f"{way_out}run the same command again to resume"
             )
 
     def _write(self, images, good, ready, rows: list[dict | None]) -> None:

@@ -1,4 +1,4 @@
-"""What every loader makes, sets of images and a data set of three of them, and what is known of a data set beforehand.
+"""The types that loaders make: ImageSet, DataSet (its splits), and Entry (what is known of a data set beforehand).
 
 Each family of data sets has one file beside this one. It ends in DATASETS, its rows of the table in datasets.py.
 """
@@ -188,10 +188,10 @@ class Entry:
     Attributes:
         load: from (name, imbalance ratio or None, data root or None, seed) to the data set.
         defaults: "data" (the flags that all scripts share) or a script's name -> flag -> value.
-        layout: what lies below --data-root; said where the data are not as expected.
+        layout: the files below --data-root; part of the error where they are not as expected.
         root: whether --data-root is needed, optional, or not used.
         imb_ratio: whether --imb-ratio is needed, optional, or refused.
-        templates: prompts that write_prompts.py gives a class, whose name goes where {} stands.
+        templates: prompts that write_prompts.py gives a class, with {} for its name.
         score_prompt: the text that CLIPScore is taken against.
         empty_prompts: prompts of the class of images that show nothing, by its name.
         counts: published numbers of images of each split, and of classes; held-out validation is counted in train.
@@ -242,7 +242,7 @@ def fold_of(source: str, folds: int) -> int:
 
 
 def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split a training set that has no validation set: indices of what stays, and of what is held out.
+    """Split a training set that has no validation set: indices of the images that stay, and of the held-out ones.
 
     Of each class one image in 20 is held out, and one of a class with 5 to 19 images; smaller classes keep all.
     """

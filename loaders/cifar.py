@@ -49,7 +49,7 @@ def load(name: str, imb_ratio: float, root: Path, seed: int) -> DataSet:
 
     Which images stay is decided by `seed` alone, and a larger ratio keeps a part of what a smaller one keeps. CIFAR has
     no validation set, and published figures train on the whole long-tailed set: validation takes up to 20 images a
-    class of those that the draw leaves over. (The largest class leaves none.)
+    class that the draw leaves over. (The largest class leaves none.)
     """
     whole = "cifar100_lt" if name == FIFTH else name
     train, test = read_split(whole, root, "train"), read_split(whole, root, "test")

@@ -159,8 +159,8 @@ def draw_set(look: Callable, indices: np.ndarray) -> ImageSet:
 DEFAULTS = {
     "data": {"imb_ratio": 30.0},
     "generate_spectrum": {
-        # It learnt from captions of which 60 % were wrong, as the web's often are: 74 % of what it draws at level 0 and
-        # this text guidance is the digit asked for (assets/tiny_sd_noisy/agreement.json).
+        # 60 % of the captions that it learnt from were wrong, as the web's often are: at level 0 and this text guidance
+        # 74 % of its images show the digit of their prompt (assets/tiny_sd_noisy/agreement.json).
         "generator": str(ASSETS / "tiny_sd_noisy"),
         "levels": [0, 10, 30, 50, 70, 90],
         "seeds": 4,

@@ -1,7 +1,7 @@
 """From an image file, or pixels in memory, to RGB and a digest. Every reader of an image goes through this file.
 
 Trainers, CLIP, the generator and the checks see one picture of a file: its first frame, turned as its EXIF says, 16
-bits scaled to 8, what is transparent on white. Colour profiles are not applied, as in all published results.
+bits scaled to 8, transparent parts on white. Colour profiles are not applied, as in all published results.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_image_file(path: Path, what: str) -> tuple[Image.Image, str]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as upright 8-bit RGB: 16 bits are scaled, not cut off; what is transparent becomes white."""
+    """An image of any mode as upright 8-bit RGB: 16 bits are scaled, not cut off; transparent parts become white."""
     if orientation_of(image) > 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, or 32 that hold 16; convert() would clip at 255

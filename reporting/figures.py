@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 # Figures share these colours; the order keeps neighbours apart for colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-# Fonts with Chinese, Japanese and Korean characters; those that are installed are used.
+# Fonts with Chinese, Japanese and Korean characters; the installed ones are used.
 WIDE_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Source Han Sans SC", "WenQuanYi Zen Hei",
     "WenQuanYi Micro Hei", "Droid Sans Fallback", "IPAGothic", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",

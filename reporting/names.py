@@ -72,7 +72,7 @@ def row_name(args: dict) -> str:
 
 
 def few_shot_row(args: dict) -> str:
-    """The row of a run of train_fewshot.py: its images, where the synthetic ones come from, and what is special."""
+    """The row of a run of train_fewshot.py: its images, the origin of the synthetic ones, and other differences."""
     if args.get("model") == "clip" and not args.get("lr"):
         return ZERO_SHOT
     drawn = f"{args.get('method', 'untuned')} synthetic"
@@ -99,7 +99,7 @@ def table_name(args: dict) -> str:
 
 
 def folder_name(args: dict, shipped: dict[str, dict], script: str) -> str:
-    """The run folder of settings, without the seed: those that differ from the data set's defaults stand in it.
+    """The run folder's name, without the seed: the settings that differ from the data set's defaults.
 
     Args:
         shipped: the data set's defaults: "data" or the script -> flag -> value.

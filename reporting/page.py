@@ -1,4 +1,4 @@
-"""One HTML page that needs no other file: its pictures stand in it."""
+"""One HTML page that needs no other file: its pictures are inside."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write(path: Path, title: str, introduction: str, sections: list[tuple[str, l
     """Write the page.
 
     Args:
-        sections: headings, and the HTML of what stands below each.
+        sections: headings, and the HTML below each.
     """
     body = "".join(
         f"<section><h2>{escape(name)}</h2>\n" + "\n".join(parts) + "</section>\n" for name, parts in sections

@@ -1,4 +1,4 @@
-"""Recipes: files of arguments that say which row of which table their command makes, and what was published for it.
+"""Recipes: files of arguments, each with the table and row that it makes and the published figures of that row.
 
 A recipe opens with five comment lines of this form:
 

@@ -126,12 +126,12 @@ def input_notes(table: Table) -> list[str]:
                 parts = [f"{digest} ({', '.join(dict.fromkeys(paths))})" for digest, paths in digests.items()]
                 lines.append(f"{base} was trained with several {name}, each in a row of its own: {'; '.join(parts)}")
     if " (data " in table.name:
-        lines.append("Runs on other images of this data set stand in a table of their own: they are not comparable")
+        lines.append("Runs on other images of this data set have a table of their own: they are not comparable")
     return lines
 
 
 def published_notes(table: Table) -> list[str]:
-    """Where the published figures stand."""
+    """The sources of the published figures."""
     by_source: dict[str, list[str]] = {}
     for row in table.rows.values():
         if row.expected:

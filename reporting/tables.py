@@ -199,7 +199,7 @@ def read(
     for name, some in split_by_data(read_runs(folders)).items():
         table = Table(name)
         title = table_name(some[0]["args"])
-        # Recipes are of the table's data; where runs stand on several versions of the data, each table has them.
+        # Recipes belong to the data set; where its runs used several versions of the images, each table lists them.
         table.recipes = [recipe for recipe in wanted if table_name(recipe.args) == title]
         rows = group_runs(some, table.recipes, effective)
         if common := name_rows(rows):
@@ -278,7 +278,7 @@ def add_run(row: Row, run: dict) -> None:
 
 
 def changing(args: dict, read_by: dict | None = None) -> dict:
-    """The flags that change a run's result: those that it reads, as `read_by`, or these arguments, decide."""
+    """The flags that change a run's result: the ones that it reads, which `read_by` (default: `args`) decides."""
     args = {RENAMED.get(flag, flag): value for flag, value in args.items()}
     decides = args if read_by is None else read_by
     unread = {flag for flag, (other, values) in READ_WITH.items() if decides.get(other) not in values}
@@ -317,7 +317,7 @@ def same(value: object, wanted: object) -> bool:
 
 
 def name_rows(rows: list[Row]) -> list[str]:
-    """Give rows distinct names that say what is special: flags that differ, another spectrum, another start model.
+    """Give rows distinct names, which say how they differ: in flags, in the spectrum, in the start model.
 
     Returns:
         What all rows without a recipe have in common against the data set's defaults, as it would be typed.
@@ -387,7 +387,7 @@ def add_zero_shot(table: Table) -> None:
 
 
 def row_order(row: Row) -> tuple:
-    """What rows are sorted by: the loss, then the curriculum, then what is special; published rows last."""
+    """The sort key of rows: the loss, then the curriculum, then other differences; published rows last."""
 
     def place(names: tuple[str, ...], name: str | None) -> int:
         return names.index(name) if name in names else len(names)
@@ -408,7 +408,7 @@ def row_order(row: Row) -> tuple:
 
 
 def missing(table: Table) -> dict[str, tuple[Recipe, list[int]]]:
-    """Rows that recipes ask for, with the recipe and the seeds of which there is no run."""
+    """Rows of recipes that lack runs, with the recipe and the missing seeds."""
     found = {}
     for recipe in table.recipes:
         there = {run["args"]["seed"] for row in table.rows.values() if row.recipe is recipe for run in row.runs}

@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill: tensors and plain Python, of which nothing is executed when they are read."""
+"""Checkpoints that survive a kill: tensors and plain Python; reading one executes nothing."""
 
 from __future__ import annotations
 

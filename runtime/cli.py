@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         # data set -> "data" or the script -> flag -> value: who adds --dataset sets it
         self.shipped: dict[str, dict[str, dict]] = {}
         self.default_root: Callable[[str], Path | None] = lambda dataset: None  # where a data set lies: as shipped
-        self._read: list[tuple[str, Path | None]] = []  # words, and the files that they stand in
+        self._read: list[tuple[str, Path | None]] = []  # words, and the files that they come from
 
     def accept_old(self, old: str, flag: str) -> None:
         """Take a flag's old spelling too, which no help shows."""
@@ -88,7 +88,7 @@ def expand_files(
         within: the files that are being read.
 
     Returns:
-        Pairs of a word and the file that it stands in, None for the command line itself.
+        Pairs of a word and the file that it comes from, None for the command line itself.
 
     Raises:
         UserError: a file that cannot be read, an open quote in it, or one that includes itself.
@@ -238,6 +238,6 @@ def run(main: Callable[[], int]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {place}{error.strerror}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; run the same command again to go on", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: interrupted; run the same command again to resume", file=sys.stderr)
         code = 130
     raise SystemExit(code)

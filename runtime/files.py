@@ -35,7 +35,7 @@ def digest_files(paths: list[Path]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that at any moment either the old or the new content stands there, whole."""
+    """Write a file so that at any moment it holds either the old or the new content, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -138,7 +138,7 @@ class RowWriter:
             self.file.write("\n")
 
     def append(self, rows: Iterable[dict]) -> None:
-        """Write rows, whose images must already stand under their final names."""
+        """Write rows, whose images must already have their final names."""
         for row in rows:
             self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()

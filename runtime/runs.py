@@ -20,7 +20,7 @@ from runtime.files import read_json, write_json
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "numpy", "pillow")
 HERE = Path(__file__).resolve().parents[1]  # the project's own folder
 COMMIT = "commit.txt"  # in a snapshot of the code, the commit that it was taken of
-RESUMABLE = 75  # exit code of a script that a signal stopped ("try again" in sysexits.h): the same command goes on
+RESUMABLE = 75  # exit code of a script that a signal stopped ("try again" in sysexits.h): the same command resumes
 # Arguments that may differ when a run is taken up again: they change where and how fast it runs, not its result.
 FREE = ("out", "overwrite", "device", "workers", "data_root", "checkpoint_every")
 
@@ -74,8 +74,8 @@ def claim(folder: Path) -> Iterator[None]:
 def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bool:
     """Make a run folder ready: new, to be resumed, or complete.
 
-    args.json records the effective arguments, the digests of the inputs, and versions. Where it already stands, the
-    arguments and inputs must be the same.
+    args.json records the effective arguments, the digests of the inputs, and versions. Where it exists
+    already, the arguments and inputs must be the same.
 
     Returns:
         True where the folder already holds results.json: there is nothing left to do.
@@ -98,7 +98,7 @@ def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bo
 
 
 def effective_arguments(args: Namespace) -> dict:
-    """Arguments as args.json has them, without those that change where and how fast a run goes."""
+    """Arguments as args.json has them, without the ones that only change where and how fast a run goes."""
     return {name: _portable(value) for name, value in vars(args).items() if name not in FREE}
 
 
@@ -108,7 +108,7 @@ def _portable(value: Any) -> Any:
 
 
 def stop_on_difference(path: Path, found: dict, wanted: dict, way_out: str) -> None:
-    """Raise UserError, naming each difference, where what stands in `path` is not what this command asks for."""
+    """Raise UserError, naming each difference, where `path` holds other values than this command asks for."""
 
     def flat(content: dict, prefix: str = "") -> dict:
         items: dict = {}

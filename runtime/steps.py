@@ -26,7 +26,7 @@ def run(script: str, *arguments) -> None:
     print("$", shlex.join(["python", script, *(str(argument) for argument in arguments)]), flush=True)
     code = subprocess.run(command(script, *arguments), check=False).returncode
     if code:
-        raise UserError(f"{script} ended with exit code {code}; its message stands above")
+        raise UserError(f"{script} ended with exit code {code}; its message is above")
 
 
 def make_spectrum(folder: Path, dataset: str, imb_ratio: float | None = None, *generate) -> Path:

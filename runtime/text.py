@@ -22,7 +22,7 @@ def read_text(path: Path, hint: str = "") -> str:
     """The text of a UTF-8 file, with or without a byte-order mark, line ends as they are.
 
     Args:
-        hint: said where there is no such file.
+        hint: added to the error where there is no such file.
 
     Raises:
         UserError: no such file, or one in another encoding.
@@ -60,7 +60,7 @@ def read_csv(path: Path, columns: Iterable[str], hint: str = "") -> Iterator[tup
 
     Args:
         columns: what the file must have; it may have more.
-        hint: said where the file or a column is missing.
+        hint: added to the error where the file or a column is missing.
 
     Raises:
         UserError: as `read_text`; a column missing or there twice; a row with more or fewer values than the header.

@@ -45,8 +45,8 @@ class Command:
     """A command line that a job runs, and runs again after a preemption or a time limit (submitit's protocol).
 
     Args:
-        failures: the file in which the script lists what it had to leave out; where the script wrote it and ended with
-            exit code 1, it has done all that it could, and the job has not failed.
+        failures: the file in which the script lists the images that it skipped. If the script has just written it, exit
+            code 1 means only that images were skipped, and the job counts as done.
     """
 
     def __init__(self, command: list[str], folder: str, grace: float, failures: str | None = None):
@@ -60,7 +60,7 @@ class Command:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
             import submitit
 
-            # The script itself takes the GPU of its rank out of all of the node's.
+            # All GPUs of the node stay visible: the script picks the one of its rank.
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         began = time.time()
         # Unbuffered, so that --status sees the last line of a running task.
@@ -76,7 +76,7 @@ class Command:
         return code
 
     def checkpoint(self):
-        """What to submit instead of this job when Slurm takes its node away: the same command."""
+        """When Slurm takes the node away: stop the script, and give submitit the same command to queue again."""
         import signal
         import subprocess
 
@@ -181,7 +181,7 @@ def check(words: list[str], paths_exist: bool):
 def expand_sweep(words: list[str], sweeps: list[str]) -> list[list[str]]:
     """The command lines of a sweep: the product of its values, each with a run folder of its own.
 
-    Where the script names a folder for each by itself, that is it; otherwise each gets an --out.
+    The script's own default folders are kept where they differ; otherwise each command line gets an --out.
 
     Raises:
         UserError: a sweep that is no FLAG=A,B or names a flag that the script does not have.
@@ -208,7 +208,7 @@ def expand_sweep(words: list[str], sweeps: list[str]) -> list[list[str]]:
 
 
 def plan(args, words: list[str]) -> list[list[str]]:
-    """The command lines to send for one script: checked by its parser, without those that are finished.
+    """The command lines of one script that are not finished yet, checked by its parser.
 
     Raises:
         UserError: --shards or --sweep with a script that does not take them.
@@ -221,7 +221,7 @@ def plan(args, words: list[str]) -> list[list[str]]:
         lines = [words]
     checked = [(line, *check(line, True)) for line in (lines if args.sweep else lines[:1])]
     if args.shards:
-        # Shards differ in nothing that could be wrong or finished alone: the whole array is sent, or nothing.
+        # Shards differ in their number only: one check serves all, and the whole array is sent or nothing.
         whole = checked[0][1].build_parser().parse_args(words[1:])
         most = checked[0][1].most_shards(whole)
         if args.shards > most:
@@ -231,7 +231,7 @@ def plan(args, words: list[str]) -> list[list[str]]:
 
 
 def is_finished(module, args) -> bool:
-    """Whether a script says that there is nothing left to do; one that does not say is sent, and finds out itself."""
+    """Whether nothing is left to do, by the script's own `finished`; a script without one is always sent."""
     return hasattr(module, "finished") and module.finished(args)
 
 
@@ -273,7 +273,7 @@ def make_executor(args, logs: Path, name: str, extra: dict[str, str], after: str
 
 
 def failures_of(words: list[str]) -> str | None:
-    """Where a shard of generate_spectrum.py lists the images that cannot be drawn; other scripts have no such list."""
+    """The file in which a shard of generate_spectrum.py lists images that it skipped; None for other scripts."""
     if words[0] != "generate_spectrum.py":
         return None
     parsed = check(words, False)[1]
@@ -305,7 +305,7 @@ def submit(args, lines: list[list[str]], folder: Path, code: Path, extra: dict[s
 
 
 def last_line(path: Path) -> str:
-    """The last line of a log that says something, without reading all of it."""
+    """The last line of a log that is not blank or submitit's own, from its last 20 kB."""
     if not path.is_file():
         return ""
     with path.open("rb") as file:
@@ -315,7 +315,7 @@ def last_line(path: Path) -> str:
 
 
 def show_status(folder: Path) -> int:
-    """A line for each task: job, state, command, and what it said last (progress, rate and time left, or its error)."""
+    """Print a line for each task: job, state, command, and the last line of its log (progress, or its error)."""
     import submitit
 
     content = files.read_json(folder / "submission.json")
@@ -340,7 +340,7 @@ def show_status(folder: Path) -> int:
 
 
 def next_error(path: Path) -> str:
-    """The last line in a log in which a script says what was wrong."""
+    """The last error message of a script in a log."""
     if not path.is_file():
         return ""
     lines = path.read_text(errors="replace").splitlines()
@@ -361,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
 
     scripts = [expand_files(words) for words in scripts]
     first = plan(args, scripts[0])
-    # A dependent job reads what the first will have written: its paths need not be there yet.
+    # A dependent job reads files that the first one writes: its paths need not exist yet.
     then = [(words, check(words, False)) and words for words in scripts[1:]]
     if not first and not then:
         print("everything is finished: nothing to submit")
@@ -377,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError(
             "--cluster slurm: no sbatch on this machine; expected a Slurm login node or --cluster local"
         )
-    # A folder of its own for each submission: an earlier one's jobs may still run from theirs.
+    # Each submission has its own snapshot: jobs of an earlier one may still run from theirs.
     code = folder / f"code-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     commit = take_snapshot(code)
     began, tasks, after = time.monotonic(), [], None
@@ -385,7 +385,7 @@ def main(argv: list[str] | None = None) -> int:
         jobs = submit(args, lines, folder, code, extra, after)
         after = jobs[0].job_id.split("_")[0]
         tasks += [{"job_id": job.job_id, "command": line} for job, line in zip(jobs, lines, strict=True)]
-        if args.cluster != "slurm":  # no scheduler that could wait for the first job
+        if args.cluster != "slurm":  # without a scheduler, wait for the first job here
             for job in jobs:
                 job.wait()
                 if job.exception() is not None:

@@ -1,1 +1,1 @@
-"""What lies in a spectrum folder, and what is measured on it."""
+"""The files of a spectrum folder, and measurements on them."""

@@ -1,6 +1,6 @@
 """The rules that keep or drop an edited image (ALIA): pure functions of CLIP similarities and of probabilities.
 
-Each rule gives, for N images, what is wrong with each: a reason, or an empty text where it keeps the image.
+Each rule gives a reason for each of N images that it drops, and an empty text for the images that it keeps.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def confidence_rule(
     Args:
         labels: classes asked for, int (N,).
         thresholds: of `class_thresholds`, (C,).
-        judged: the class that another judge sees, int (N,). It then decides alone what is corrupted: on biased data the
-            base model takes a new background for another class, and would drop the very edits that help.
+        judged: the class that another judge sees, int (N,). It then decides alone which edits are corrupted: on biased
+            data the base model takes a new background for another class, and would drop the very edits that help.
     """
     predicted = probabilities.argmax(1)
     confident = probabilities.max(1) >= thresholds[predicted]

@@ -84,7 +84,7 @@ def batches(
         workers: processes that decode; 0 decodes in this one.
 
     Yields:
-        Places in `names` (n), their tensors (n, ...) on `device` (None where n is 0), and place -> what is wrong.
+        Places in `names` (n), their tensors (n, ...) on `device` (None where n is 0), and place -> error.
     """
     cuda = device.startswith("cuda")
 
@@ -137,7 +137,7 @@ class Clip:
         """Embeddings of images, in batches.
 
         Yields:
-            Places in `names` (n), float32 (n, D), and, for images that cannot be read, place -> what is wrong.
+            Places in `names` (n), float32 (n, D), and, for images that cannot be read, place -> error.
         """
         for places, pixels, wrong in batches(names, read, self.preprocess, self.batch_size, self.workers, self.device):
             yield places, torch.empty(0, 0) if pixels is None else self.vectors(pixels), wrong
@@ -151,7 +151,7 @@ class Clip:
         """Embeddings of all images at once, under a progress bar called `what`.
 
         Returns:
-            float32 (N, D), NaN where there is no image, and place -> what is wrong.
+            float32 (N, D), NaN where there is no image, and place -> error.
         """
         gathered, wrong = torch.full((len(names), self.texts([""]).shape[1]), torch.nan), {}
         with cli.progress(len(names), what, "image") as bar:

@@ -60,7 +60,7 @@ def read_plan(folder: Path) -> dict:
 
 
 def describe_clip(name: str) -> dict[str, str]:
-    """What tells one CLIP's scores from another's: `clip`, its name, and `clip_digest`, of the files of a folder.
+    """The identity of a CLIP: `clip`, its name, and `clip_digest`, a digest of its files where it is a folder.
 
     A folder may move or be trained again: its content counts, not its place.
     """
@@ -76,8 +76,8 @@ def describe_clip(name: str) -> dict[str, str]:
 def read_rows(folder: Path, decode: bool = False) -> list[dict]:
     """The rows of all shards; `file_name` is relative to `folder`.
 
-    A row whose image is missing (or, with `decode`, damaged) is no row, nor is a line that a kill left unfinished. A
-    unit that stands in two shards counts once.
+    Rows whose image is missing (or, with `decode`, damaged) and lines that a kill left unfinished are left out. A unit
+    that is in two shards counts once.
     """
     rows, seen, there = [], set(), _image_names(folder)
     for _, _, row in _read_lines(folder):
@@ -89,7 +89,7 @@ def read_rows(folder: Path, decode: bool = False) -> list[dict]:
 
 
 def _unit_key(row: dict) -> tuple | str:
-    """What tells one image from another: its unit, which may stand in two shards, or else its file."""
+    """The key of an image: its unit, which may be in two shards, or else its file."""
     unit = row.get("source"), row.get("level"), row.get("seed")
     return row["file_name"] if None in unit else unit
 
@@ -119,7 +119,7 @@ def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
 
 
 def drawn_units(folder: Path, wanted: Collection[Unit]) -> dict[Unit, str]:
-    """Those of the wanted units that any shard has drawn, and the image of each; not looked into: `done_units` does."""
+    """The wanted units that any shard has drawn, and the image of each, which is not decoded (`done_units` does)."""
     found, there = {}, _image_names(folder)
     for _, _, row in _read_lines(folder):
         unit = Unit(row.get("source"), row.get("level"), row.get("seed")) if row else None
@@ -129,12 +129,12 @@ def drawn_units(folder: Path, wanted: Collection[Unit]) -> dict[Unit, str]:
 
 
 def done_units(folder: Path, wanted: Collection[Unit], delete: bool = True) -> set[Unit]:
-    """Those of the wanted units whose images any shard has drawn and that decode; with `delete` damaged ones go."""
+    """The wanted units whose image exists in a shard and decodes; with `delete`, damaged images are deleted."""
     found = drawn_units(folder, wanted)
     with ThreadPoolExecutor() as pool:
         whole = list(pool.map(lambda name: decodes(folder / name), found.values()))
     for name, fine in zip(found.values(), whole, strict=True):
-        if delete and not fine:  # its row is then no row, in whichever shard it stands
+        if delete and not fine:  # without its image the row no longer counts, in any shard
             (folder / name).unlink(missing_ok=True)
     return {unit for unit, fine in zip(found, whole, strict=True) if fine}
 
@@ -230,7 +230,7 @@ def read_frozen_sizes(folder: Path) -> list[dict[str, tuple[int, int]]]:
 
 
 def read_source_digests(folder: Path, sources: Collection[str]) -> dict[str, str]:
-    """The sha256 of those of the sources that images of the folder were drawn from."""
+    """The sha256 of each source that has images in the folder, as it was when they were drawn."""
     there = _image_names(folder)
     return {
         row["source"]: row["source_sha256"]
@@ -243,8 +243,8 @@ def check(folder: Path) -> tuple[int, list[str]]:
     """Validate a spectrum folder: plan.json, every row of every metadata.jsonl, and every image.
 
     Returns:
-        How many images are right, and a line for each thing that is wrong. Half a line that a kill left, and the row of
-        an image that is gone, are not wrong: such images are only not drawn yet.
+        How many images are right, and a line for each error. A line that a kill cut short, and the row of a missing
+        image, are no errors: such images are only not drawn yet.
 
     Raises:
         UserError: the folder is no spectrum.
@@ -297,7 +297,7 @@ def check(folder: Path) -> tuple[int, list[str]]:
 
 @without_garbage_collection()
 def read_made(folder: Path) -> list[dict]:
-    """What CLIPScore filtering needs of every row of all shards, also of those whose image is gone.
+    """The fields of every row of all shards that filters need, also where the image is missing.
 
     Each has `file_name` (relative to `folder`), `source`, `label`, `class_name`, `level`, `seed` and `prompt`; one that
     was scored when it was drawn has `text_score` and `image_score` too. A file with two rows counts once, as in
@@ -357,7 +357,7 @@ def read_made(folder: Path) -> list[dict]:
 
 
 def _one_row_a_unit(folder: Path, rows: Iterable[dict]) -> list[dict]:
-    """The rows, less the second one of each unit that stands in two shards; the one whose image exists stays."""
+    """The rows, less the second one of each unit that is in two shards; the one whose image exists stays."""
     there, units = _image_names(folder), {}
     for row in rows:
         unit = row["source"], row["level"], row["seed"]
@@ -423,6 +423,6 @@ def kept_rows(folder: Path, levels: Iterable[int], filtered: bool = True) -> lis
 
 
 def decisive_files(folder: Path) -> list[Path]:
-    """The files of a filtered spectrum that decide what is trained on, for digests."""
+    """The files of a filtered spectrum that decide which images training uses, for digests."""
     files = [folder / name for name in ("plan.json", "scores.csv", EDITS)]
     return [file for file in files if file.is_file()]

@@ -1,4 +1,4 @@
-"""Quotas: classes and levels of which too few images are kept, and what to draw more."""
+"""Quotas: which classes and levels have too few kept images, and which further images to draw for them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def find_short(plan: dict, names: dict[int, str], made: Counter, kept: Counter, 
 
 
 def plan_top_up(rows: list[dict], prompts: dict[int, dict], short: list[dict], first_seed: int) -> list[dict]:
-    """The images to draw so that `short` may be filled: rows with source, level, seed and prompt.
+    """Further images that should fill `short`: rows with source, level, seed and prompt.
 
-    For each class and level as many as its acceptance so far makes it need, (kept + 1) of (made + 2) being accepted, at
-    most ten times what is missing. They are shared among the class's sources; seeds go on above those of the spectrum;
-    prompts are those that the class has used least at this level.
+    A class and level gets short / p of them, rounded up, where p = (kept + 1) / (made + 2) estimates the acceptance
+    rate from the images so far; at most ten times `short`. The class's sources take turns, each with its next unused
+    seed, and each image gets the prompt that the class has used least at this level.
 
     Args:
-        first_seed: the seeds that the spectrum's own plan has; new ones are never below.
+        first_seed: number of seeds in the spectrum's own plan; new seeds start there or above.
     """
     sources, used, seeds = defaultdict(dict), defaultdict(Counter), defaultdict(lambda: first_seed)
     for row in rows:
@@ -48,7 +48,7 @@ def plan_top_up(rows: list[dict], prompts: dict[int, dict], short: list[dict], f
         draws = min(10 * gap["short"], math.ceil(gap["short"] * (gap["made"] + 2) / (gap["kept"] + 1)))
         texts, times = prompts[label]["prompts"], used[label, level]
         for source in itertools.islice(itertools.cycle(sources[label]), draws):
-            prompt = min(texts, key=times.__getitem__)  # the first of those that are used least
+            prompt = min(texts, key=times.__getitem__)  # the first of the least used
             times[prompt] += 1
             planned.append({"source": source, "level": level, "seed": seeds[source, level], "prompt": prompt})
             seeds[source, level] += 1

@@ -248,7 +248,7 @@ def test_a_source_that_changed_since_is_found_before_drawing(tmp_path, road, mon
     for name in ("a.png", "b.png"):
         Image.new("RGB", (16, 16), "green").save(folder / name)
     monkeypatch.setattr(models, "load_generator", None)  # not even loaded
-    with pytest.raises(UserError, match="2 sources are other images than those that it was drawn from, the first a"):
+    with pytest.raises(UserError, match="2 sources have changed since images were drawn from them, the first a"):
         generate_spectrum.main(command)
 
 

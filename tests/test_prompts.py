@@ -81,6 +81,13 @@ def test_scenes_stand_in_the_papers_frame(hard):
     assert content["0"]["prompts"] == content["7"]["prompts"]
 
 
+def test_clipscore_compares_with_the_text_asked_for(hard):
+    content = run(hard, "--score-prompt", "a drawing of {}.")
+    assert content["4"]["score_prompt"] == "a drawing of bow/arrow."
+    # A class that has prompts keeps its text.
+    assert run(hard, "--score-prompt", "another {}")["4"]["score_prompt"] == "a drawing of bow/arrow."
+
+
 def test_from_has_its_old_spelling_too_and_does_not_show_it():
     parser = write_prompts.build_parser()
     assert parser.parse_args(["--source", "scenes"]) == parser.parse_args(["--from", "scenes"])
@@ -255,6 +262,7 @@ def test_bad_files_are_named(hard, tmp_path, name, content, message):
         (["--from", "llm"], "--from llm: expected --llm"),
         (["--from", "scenes", "--llm", "x"], "--from scenes: expected --llm"),
         (["--frame", "no slot"], "--frame 'no slot': expected a text with one {}"),
+        (["--score-prompt", "no slot"], "--score-prompt 'no slot': expected a text with one {}"),
     ],
 )
 def test_bad_input_names_the_flag(hard, arguments, message):

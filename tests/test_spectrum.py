@@ -474,7 +474,7 @@ def test_arguments_out_of_range_are_named(kind, text):
     ("raised", "code", "message"),
     [
         (UserError("--levels 100: no"), 2, "error: --levels 100: no"),
-        (KeyboardInterrupt(), 130, "interrupted; run the same command again to go on"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume"),
     ],
 )
 def test_bad_input_and_ctrl_c_end_in_one_line(capsys, raised, code, message):

@@ -14,7 +14,7 @@ from runtime import cli
 
 
 def add_flags(group) -> None:
-    """The flags of edits that are added, and of which real images are trained on."""
+    """The flags that add edits and choose the real images."""
     group.add_argument(
         "--add",
         metavar="all|N|SHARE|like:FILE",

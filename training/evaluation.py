@@ -30,17 +30,17 @@ def predict(
     width: int | None = None,
     between: Callable[[], None] | None = None,
 ):
-    """Logits, float (N, C), or what is kept of them, (N, width), on the CPU; the model is left in evaluation mode.
+    """Logits, float (N, C), or what `keep` makes of them, (N, width), on the CPU. Leaves the model in evaluation mode.
 
     Several processes share the work, and each has the whole result.
 
     Args:
-        model: not wrapped: each process looks at images of its own.
-        store: the images (training/stores.py), of which those at `places`, int (N,), are looked at.
+        model: not wrapped: each process evaluates images of its own.
+        store: the images (training/stores.py); the model sees the ones at `places`, int (N,).
         data: the data set, for its channels' mean and standard deviation and the number of classes.
-        augmentation: look at training images, augmented at these strengths, int (N,), by draws from this seed.
-        keep: what is kept of a batch's logits, (n, C) to (n, `width`), where all of them would be too many.
-        width: how much comes of an image, where that is not a logit of each class.
+        augmentation: show it training images, augmented at these strengths, int (N,), by draws from this seed.
+        keep: reduces a batch's logits, (n, C), to (n, `width`), where all of them would take too much memory.
+        width: numbers that each image gives, where that is not a logit for each class.
         between: called after each batch; what it raises ends the evaluation.
     """
     model.eval()

@@ -1,4 +1,4 @@
-"""The flags of the trainers: those that all have, and the losses, models and images of train_lt.py."""
+"""The flags of the trainers: the shared ones, and the losses, models and images of train_lt.py."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def add_run_flags(parser) -> None:
 
 
 def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
-    """The flags of a curriculum; `spelling` gives the name in curricula.py of what is typed."""
+    """The flags of a curriculum; `spelling` turns the typed name into the one of curricula.py."""
     group.add_argument(
         "--curriculum",
         type=spelling,
         choices=curricula.CURRICULA,
         default="none",
         help="which guidance levels each epoch trains on; d2s goes from diverse to specific, s2d back, cyclic up and "
-        "down; adaptive takes the level on which the model makes most progress",
+        "down; adaptive takes the level on which the model progresses most",
     )
     group.add_argument(
         "--spectrum",
@@ -72,7 +72,7 @@ def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
         "--curriculum-epochs",
         type=cli.whole(0),
         metavar="N",
-        help="epochs of the curriculum; those after them have all real images",
+        help="epochs of the curriculum; the epochs after them train on all real images",
     )
     group.add_argument(
         "--progress-images",

@@ -92,7 +92,7 @@ def log_end(writer, args, metrics: dict[str, float]) -> None:
 
 @contextmanager
 def decoration(what: str) -> Iterator[None]:
-    """Make a figure or a picture that no result depends on: where it fails, say so and go on."""
+    """Make a figure or a picture that no result depends on; a failure is only a warning."""
     try:
         yield
     except Exception as error:  # matplotlib, fonts and files fail in as many ways as there are libraries below them

@@ -54,10 +54,10 @@ def text_encoders(pipe) -> dict[str, nn.Module]:
 
 
 def add_adapters(pipe, parts: list[str], groups: int, rank: int, alpha: float) -> dict[str, GroupedLinear]:
-    """Put adapters into a pipeline's attention layers, in place of those that an earlier call put there.
+    """Put adapters into a pipeline's attention layers; they replace the adapters of an earlier call.
 
     Args:
-        parts: what is adapted: `unet`, `text` (all text encoders), or both.
+        parts: the parts to adapt: `unet`, `text` (all text encoders), or both.
 
     Returns:
         The layers by their name in a file, such as `unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q`, in
@@ -175,7 +175,7 @@ def adapter_weights(layers: dict[str, GroupedLinear], group: int) -> dict[str, t
 def save_adapter(path: Path, weights: dict[str, torch.Tensor], rank: int, alpha: float, notes: dict[str, str]) -> None:
     """Write an adapter in diffusers' format, whole or not at all.
 
-    alpha stands in the metadata under diffusers' own key: without it a reader takes alpha = rank.
+    alpha is in the metadata under diffusers' own key: without it a reader takes alpha = rank.
 
     Args:
         notes: further metadata.

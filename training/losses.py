@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; a trainer's --help needs the
     import torch
 
 LOSSES = ("ce", "bs", "focal", "ldam", "la")
-MIXABLE = ("ce", "bs", "la")  # those that are defined for mixed labels
+MIXABLE = ("ce", "bs", "la")  # the losses that are defined for mixed labels
 LDAM_SCALE = 30.0  # of the cosines that LDAM takes for logits, as its authors train it
 
 

@@ -110,7 +110,7 @@ class Decoded:
         skip_unreadable: yield a black image where one does not decode, and note it, instead of raising UserError.
 
     Attributes:
-        unreadable: with `skip_unreadable`, place -> what is wrong, of the images that were met so far.
+        unreadable: with `skip_unreadable`, place -> error, of the images read so far.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Tuning a generator's adapters on a few images: groups of them side by side, resumable to the last bit on a CPU.
 
-Every draw follows from (seed, adapter, step): what is tuned before or beside an adapter does not change it.
+Every draw follows from (seed, adapter, step): adapters tuned before or beside another do not change it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 #!/bin/sh
-# CIFAR100-LT of ratio 100, the whole road with a generator and a CLIP of our own (docs/cifar100_lt.md).
+# CIFAR100-LT of ratio 100, all steps with a generator and a CLIP of our own (docs/cifar100_lt.md).
 #
 #   sh recipes/cifar100_lt/own_generator.sh assets                 generator and CLIP, from scratch
 #   sh recipes/cifar100_lt/own_generator.sh spectrum               hard images, prompts, spectrum, filter, distances
 #   sh recipes/cifar100_lt/own_generator.sh train LOSS CURRICULUM SEED [further flags of train_lt.py]
 #
-# Each stage ends within MINUTES; one that is not done leaves with exit code 75: the same command goes on.
+# Each stage ends within MINUTES; one that is not done ends with exit code 75: run the same command again to resume.
 # DATA: CIFAR-100 as train_lt.py reads it. OUT: where everything goes. SIZES: row of make_assets.py's table.
 # SEEDS: images of each source and level.
 set -eu
@@ -23,7 +23,9 @@ assets)
     ;;
 spectrum)
     $PYTHON find_hard.py $data --out "$OUT/hard.csv"
-    $PYTHON write_prompts.py --dataset cifar100_lt --hard "$OUT/hard.csv" --out "$OUT/prompts.json"
+    # the caption that this CLIP learnt; the paper's "a photo of X" is for OpenAI's
+    $PYTHON write_prompts.py --dataset cifar100_lt --hard "$OUT/hard.csv" --out "$OUT/prompts.json" \
+        --score-prompt "a photo of a {}"
     limited $PYTHON generate_spectrum.py $data --hard "$OUT/hard.csv" --prompts "$OUT/prompts.json" --out "$OUT/spectrum" \
         --generator "$OUT/assets/tiny_sd" --levels 0 50 70 90 --seeds "$SEEDS" --steps 20 --text-guidance 3 \
         --size source --batch-size 256
