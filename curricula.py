@@ -14,7 +14,18 @@ import numpy as np
 from runtime.cli import UserError
 
 REAL = 100  # the guidance level of a real image
-CURRICULA = ("none", "text_only", "fixed", "all", "d2s", "s2d", "random", "cyclic", "adaptive")
+# Every curriculum, for --help and in a table's order. A new one needs its name here and its levels in `epoch_levels`.
+CURRICULA = {
+    "none": "real images alone",
+    "text_only": "level 0",
+    "fixed": "--fixed-level",
+    "all": "all levels at once",
+    "d2s": "from diverse (the lowest level) to specific",
+    "s2d": "the reverse",
+    "random": "a random level each epoch",
+    "cyclic": "up and down, a level an epoch",
+    "adaptive": "the level on which the model progresses most",
+}
 
 
 def epoch_levels(

@@ -1,6 +1,7 @@
 """Every data set by its name: one table, `load`, and the flags that choose the data.
 
-A new data set needs a loader and an Entry in a file of loaders/, and that file's DATASETS in TABLE.
+A new data set needs two edits: a file in loaders/ with its loader and its Entry (both types are in loaders/base.py;
+loaders/folders.py is an example), and that file's DATASETS in TABLE below.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def add_flags(parser: cli.Parser, default: str = "digits", choices: Iterable[str
         "--dataset",
         default=default,
         choices=sorted(choices),
-        help="data set; the defaults shown here are the chosen one's",
+        metavar="NAME",
+        help="data set, whose defaults are shown here: %(choices)s",
     )
     group.add_argument(
         "--imb-ratio",

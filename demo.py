@@ -129,6 +129,7 @@ def write_table(out: Path, dataset: str, results: dict[tuple[str, ...], list[dic
     heading = ["test accuracy, %" if dataset == "digits" else "test, %", *figures.values()]
     heading += [f"{figures[first]} against none", "against all levels"]
     lines = [" | ".join(heading), " | ".join("---" for _ in heading)]
+    # A line for each row: its figures, and how far it is from the rows without a curriculum and with all levels.
     sentences = []
     values = {row: [one["last"][first] for one in found] for row, found in results.items()}
     if dataset == "toycam":
@@ -152,6 +153,7 @@ def write_table(out: Path, dataset: str, results: dict[tuple[str, ...], list[dic
                     f"{row_name(row)} against {row_name(against)}: {apart:+.1f} ± {error:.1f} points, {verdict}."
                 )
         lines.append(" | ".join(cells))
+    # Write and print them.
     table = "\n".join(f"| {line} |" for line in lines)
     tested = "500 test images" if dataset == "digits" else "400 test images OOD, 300 ID"
     note = (

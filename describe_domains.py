@@ -161,6 +161,7 @@ def caption_shard(args, data, stop: signals.StopSignals) -> None:
 
     folder = args.out / f"shard-{args.shard.index:05d}"
     with runs.claim(folder):
+        # Find the images without a caption; unreadable ones are tried again.
         known = read_all(args.out)
         wanted = data.train.sources[args.shard.index :: args.shard.count]
         todo = [
@@ -207,6 +208,7 @@ def ask_for_domains(args, captions: list[str], class_names: list[str]) -> list[d
     from spectrum import language_model
 
     model, tokenizer = models.load_language_model(args.llm, pick_device(args.device))
+    # Fill in the questions' words.
     unique = sorted(set(captions))
     prefix = args.prefix.replace("{}", args.superclass)
     words = {
@@ -218,6 +220,7 @@ def ask_for_domains(args, captions: list[str], class_names: list[str]) -> list[d
     best: list[dict] = []
     with (args.out / "domains.answers.jsonl").open("a", encoding="utf-8") as raw:
         for attempt in range(args.tries):
+            # Ask about a sample of the captions, in two turns.
             rng = random.Random(files.digest_int("captions", args.seed, attempt))
             shown = rng.sample(unique, min(args.sample, len(unique)))
             seed = files.digest_int("domains", args.seed, attempt)
@@ -227,6 +230,7 @@ def ask_for_domains(args, captions: list[str], class_names: list[str]) -> list[d
                 messages.append({"role": "assistant", "content": answer})
                 if turn == 0:
                     messages.append({"role": "user", "content": SECOND_TURN.format(**words)})
+            # Take the usable domains, and keep the conversation.
             found, refused = summary.read_domain_lines(answer, args.superclass, class_names, args.most)
             row = {"attempt": attempt, "model": args.llm, "messages": messages, "refused": refused}
             raw.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -241,6 +245,7 @@ def find_domains(args, captions: list[str], labels: list[int], class_names: list
     """The content of domains.json, but for shares and examples."""
     if args.summary == "file":
         return summary.read_domains(args.domains)
+    # Ask the language model, and fill up by counting.
     domains = ask_for_domains(args, captions, class_names) if args.summary == "llm" else []
     if len(domains) < LEAST_DOMAINS:
         counted, attributes = summary.count_domains(
@@ -338,6 +343,7 @@ def draw_captions(args, data, captions: dict[str, str]) -> None:
 
 def summarise(args, data, rows: dict[str, dict]) -> None:
     """Write everything that follows from the captions."""
+    # Write all captions, and clean them.
     readable = [name for name in data.train.sources if rows[name]["caption"] is not None]
     label_of = dict(zip(data.train.sources, data.train.labels.tolist(), strict=True))
     labels = [label_of[name] for name in readable]
@@ -351,6 +357,7 @@ def summarise(args, data, rows: dict[str, dict]) -> None:
     usable = [place for place, text in enumerate(cleaned) if text]
     if not usable:
         raise cli.UserError(f"{args.out}: no caption can be used; expected another --captioner")
+    # Find the domains, and assign every image to one.
     content = find_domains(args, [cleaned[i] for i in usable], [labels[i] for i in usable], spoken)
     assigned = add_shares(content, cleaned)
     names = [domain["name"] for domain in content["domains"]]
@@ -362,6 +369,7 @@ def summarise(args, data, rows: dict[str, dict]) -> None:
             for name, label, place in zip(readable, labels, assigned, strict=True)
         ),
     )
+    # Measure how much the domain tells about the class, and print it.
     table = summary.count_table(np.array(labels), assigned, len(spoken), len(names))
     bits = summary.mutual_information(table)
     chance = summary.shuffled_information(np.array(labels), assigned, len(spoken), len(names))

@@ -34,6 +34,7 @@ from spectrum import edit_rules
 from spectrum import edits as edits_table
 from spectrum import folder as spectrum_folder
 from spectrum.flags import add_clip_flag, add_device_flags
+from spectrum.kept import images_like
 from spectrum.tables import read_prompts
 from spectrum.vectors import VectorCache
 
@@ -200,15 +201,17 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
 
 def judge_confidence(args, data, rows: list[dict], judged: np.ndarray | None, note: dict) -> dict:
     """Reasons and columns of the confidence rule, and how many real images it would drop."""
+    # Evaluate the edits and the real images with every run.
     source, folds = check_runs(args, data)
     names = [row["file_name"] for row in rows]
-    images = edits_table.read_as_images(args.spectrum, rows, data.train)
+    images = images_like(data.train, args.spectrum, rows)
     sets = {"edits": (names, images), "train": (data.train.sources, data.train)}
     if source == "val":
         sets["val"] = (data.val.sources, data.val)
     found = [base_probabilities(args, data, run, sets) for run in args.checkpoint]
     count = len(folds)
 
+    # Judge each image by the run that did not train on it.
     def by_fold(what: str, sources: list[str]) -> np.ndarray:
         """Of each image the probabilities by the run that did not train on it (or on its source)."""
         if source != "folds":
@@ -218,6 +221,7 @@ def judge_confidence(args, data, rows: list[dict], judged: np.ndarray | None, no
 
     edits = by_fold("edits", [row["source"] for row in rows])
     real = by_fold("train", data.train.sources)
+    # Take the thresholds, apply the rule, and report both.
     reference = (found[0]["val"], data.val.labels) if source == "val" else (real, data.train.labels)
     thresholds = edit_rules.class_thresholds(*reference)
     known = thresholds[thresholds <= 1]

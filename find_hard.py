@@ -122,6 +122,7 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     from training import losses, stores
     from training.augmentations import normalise
 
+    # Check that the run is of this data.
     trained = files.read_json(args.checkpoint / "args.json")["args"]
     for name in ("dataset", "imb_ratio", "data_seed"):
         if trained[name] != getattr(args, name):
@@ -130,6 +131,7 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
                 f"expected {getattr(args, name)}"
             )
     device = pick_device(args.device)
+    # Load its model.
     size = data.train.images.shape[1] if data.train.in_memory else trained["image_size"]
     model = build_classifier(trained["model"], len(data.class_names), size, cosine_head=trained["loss"] == "ldam")
     path = args.checkpoint / "checkpoint.pt"
@@ -139,6 +141,7 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
         model.load_state_dict(evaluated_weights(checkpoints.load_checkpoint(path, "cpu")))
     except (KeyError, RuntimeError) as error:
         raise cli.UserError(f"{path}: does not fit the model {trained['model']} of args.json") from error
+    # Evaluate the training images.
     model.to(device).eval()
     workers = embeddings.default_workers(device) if args.workers is None else args.workers
     store = stores.build([data.train], device, size, workers, "contiguous")

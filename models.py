@@ -46,6 +46,7 @@ def build_classifier(
     Raises:
         UserError: no such classifier, or one without pre-trained weights.
     """
+    # Build the network.
     match = re.fullmatch(r"resnet(\d+)", name)
     depth = int(match[1]) if match else 0
     if pretrained and not name.startswith("timm:"):
@@ -66,6 +67,7 @@ def build_classifier(
             f"--model {name}: unknown; expected resnetN with N of {SMALL_DEPTHS} for small images or {LARGE_DEPTHS} "
             "for large ones, or timm:NAME"
         )
+    # Exchange its last layer.
     linear = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:  # some of timm's end in a convolution
         if cosine_head:

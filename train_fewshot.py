@@ -280,6 +280,7 @@ def build_clip(args, data: DataSet, device: str) -> tuple:
     from training import clip as heads
     from training import lora
 
+    # Load the CLIP and its class prompts.
     clip, _, tokenizer = models.load_clip(args.clip, device)
     size, mean, std = heads.input_of(clip, args.clip)
     data = dataclasses.replace(data, mean=mean, std=std)
@@ -288,6 +289,7 @@ def build_clip(args, data: DataSet, device: str) -> tuple:
             f"--clip {args.clip}: takes images of {size}x{size}; expected one of the size of {data.name}'s"
         )
     tokens = tokenizer(heads.captions_of(data.class_names, [args.template])).to(device)
+    # Choose which weights are trained: all, a linear head, or adapters.
     tuned = heads.TunedClip(clip)
     if args.tune == "full":
         clip.requires_grad_(True)

@@ -347,6 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(args)
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
+    # Load the data set.
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.extra_real or args.leave_out:
         data = additions.choose_training_images(args, data)
@@ -354,6 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
     check_files(args, data.splits)
+    # Load the spectrum, and digest all inputs.
     levels, hard_classes, synthetic = [], [], {}
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
@@ -371,6 +373,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.init_checkpoint:
         inputs["init_checkpoint"] = files.digest_files([args.init_checkpoint])
 
+    # Train.
     def begin(signals: StopSignals) -> tuple[Trainer, dict]:
         if distributed.rank() == 0 and args.dataset in DRAWN and args.imb_ratio is not None:
             write_subset(args.out / "subset.csv", data)
@@ -393,6 +396,7 @@ def prepare(
     device = pick_device(args.device)
     check_bfloat16(args.precision, device)
     torch.manual_seed(files.digest_int("weights", args.seed))
+    # Build the model.
     size = data.train.images.shape[1] if data.train.in_memory else args.image_size
     model = models.build_classifier(args.model, len(data.class_names), size, args.pretrained, args.loss == "ldam")
     if args.init_checkpoint:
@@ -405,6 +409,7 @@ def prepare(
 
     state = loop.start_or_resume(args, model, optimizer, average, device)
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
+    # Build the pool of real and synthetic images.
     pool = build_pool(args, data, synthetic, levels, lambda sets: build_store(args, sets, device, args.randaugment))
     is_hard = np.isin(np.arange(len(data.class_names)), hard_classes)
     trainer = Trainer(

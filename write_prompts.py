@@ -37,7 +37,13 @@ QUESTION = (
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "write_prompts")
-    parser.add_argument("--dataset", default="digits", choices=sorted(datasets.TABLE), help="whose templates to take")
+    parser.add_argument(
+        "--dataset",
+        default="digits",
+        choices=sorted(datasets.TABLE),
+        metavar="NAME",
+        help="data set, whose templates are taken: %(choices)s",
+    )
     parser.add_argument(
         "--hard", type=cli.existing_file, default=Path("runs/hard.csv"), metavar="FILE", help="table of find_hard.py"
     )

@@ -34,13 +34,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
+from assets.agreement import check, training_noise
 from assets.stages import Stopped, Work, fit
 from assets.tokens import MAX_TOKENS, make_tokenizer, tokenize
 from assets.webs import WEBS
@@ -126,17 +126,6 @@ SIZES = {
 }
 
 
-def training_noise(scheduler):
-    """The noise that a denoiser learns: DDPM's, whose amount rises with the timestep.
-
-    A sampler's own `add_noise` must not stand in for it: DPMSolverMultistepScheduler without `set_timesteps` gives
-    timestep T the noise of 999 - T, and a denoiser trained so looks right and follows no prompt.
-    """
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(scheduler.config)
-
-
 def train_vae(work: Work):
     """A small autoencoder, images (N, 3, H, W) to latents (N, channels, h, w) of unit variance."""
     from diffusers import AutoencoderKL
@@ -216,6 +205,7 @@ def train_unet(work: Work, vae, tokenizer):
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="trailing"
     )
     unet, text_encoder = build_denoiser(work, tokenizer)
+    # Prepare the texts' tokens and the moving average.
     noise_scheduler = training_noise(scheduler)
     captions = ["", *web.captions()]
     tokens = dict(zip(captions, tokenize(tokenizer, captions), strict=True))
@@ -274,6 +264,7 @@ def train_clip(work: Work, tokenizer, out: Path) -> None:
             "mlp_ratio": 2.0,
         },
     }
+    # Train it.
     model = open_clip.CLIP(**copy.deepcopy(config)).to(work.device)
 
     def loss_of(done: int) -> torch.Tensor:
@@ -291,6 +282,8 @@ def train_clip(work: Work, tokenizer, out: Path) -> None:
         model.logit_scale.clamp_(max=math.log(20))
 
     fit(work, "CLIP", model, loss_of, sizes.clip_steps, 1e-3, 0.05, 0.1, limit)
+
+    # Save it as open_clip does.
     out.mkdir(parents=True, exist_ok=True)
     preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
     described = {"model_cfg": config, "preprocess_cfg": preprocess}
@@ -312,76 +305,6 @@ def train_judge(work: Work) -> nn.Module:
 
     fit(work, "judge", judge, loss_of, work.sizes.judge_steps, 3e-3, 0.05)
     return judge.eval()
-
-
-@torch.no_grad()
-def check(web, generator: Path, clip: Path, judge: nn.Module, device: str) -> dict:
-    """How far the saved models do what they are asked to, on the validation images (never on train or test)."""
-    real, labels = (one.to(device) for one in web.validation())
-    result = {"judge_accuracy_on_real": (judge(real).argmax(1) == labels).float().mean().item()}
-
-    model, _, tokenizer = models.load_clip(str(clip), device)
-    names = web.class_names
-    text = model.encode_text(tokenizer([web.template.format(name) for name in names]).to(device), normalize=True)
-    scores = torch.cat([model.encode_image(part, normalize=True) for part in real.split(500)]) @ text.T
-    right = scores[torch.arange(len(labels)), labels]
-    result["clip_accuracy_on_real"] = (scores.argmax(1) == labels).float().mean().item()
-    quantiles = torch.tensor([0.05, 0.5, 0.95], device=device)
-    result["clipscore_of_right_class"] = right.quantile(quantiles).tolist()
-    wrong = scores.masked_fill(F.one_hot(labels, len(names)).bool(), -1).max(1).values
-    result["clipscore_of_best_wrong_class"] = wrong.quantile(quantiles).tolist()
-
-    pipe = models.load_generator(str(generator), device, dtype="float32")
-
-    def draw(prompts: list[str], guidance: float) -> torch.Tensor:
-        """Images in [-1, 1] at level 0."""
-        blank = torch.zeros(len(prompts), 3, web.size, web.size)
-        settings = {"strength": 1.0, "num_inference_steps": 20, "guidance_scale": guidance, "output_type": "pt"}
-        noise = torch.Generator().manual_seed(0)
-        return pipe(prompts, image=blank, generator=noise, **settings).images.to(device) * 2 - 1
-
-    asked = torch.tensor(web.asked).repeat(400 // len(web.asked))
-    for guidance in (1.0, 2.0, 3.0, 5.0):
-        drawn = draw([web.template.format(names[label]) for label in asked], guidance)
-        agreement = (judge(drawn).argmax(1).cpu() == asked).float().mean().item()
-        result[f"judge_agreement_at_level_0_text_guidance_{guidance:g}"] = agreement
-    if web.looks():
-        prompts, wanted = zip(*web.looks(), strict=True)
-        seen = web.see(draw(list(prompts), 3.0).cpu())
-        for word in wanted[0]:
-            right = np.mean([one[word] == other[word] for one, other in zip(wanted, seen, strict=True)])
-            result[f"{word}_as_asked_at_level_0_text_guidance_3"] = float(right)
-    result["loss_by_timestep"] = losses_by_timestep(
-        pipe, real[:200], web.template, [names[label] for label in labels[:200]]
-    )
-    return result
-
-
-@torch.no_grad()
-def losses_by_timestep(pipe, images: torch.Tensor, template: str, names: list[str]) -> dict[str, list[float]]:
-    """How well a generator predicts light and heavy noise when it is told the right timestep, and the opposite one.
-
-    A generator that learnt time forwards predicts better when told the truth, at both ends.
-
-    Args:
-        images: float (N, 3, H, W) in [-1, 1], on the generator's device; names: of their classes.
-
-    Returns:
-        {"light": [told T, told 999 - T], "heavy": the same}: mean squared errors, T = 100 and 899.
-    """
-    generator = torch.Generator().manual_seed(0)
-    scheduler = training_noise(pipe.scheduler)
-    latents = pipe.vae.encode(images.to(pipe.vae.dtype)).latent_dist.mean * pipe.vae.config.scaling_factor
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    text = pipe.text_encoder(tokenize(pipe.tokenizer, [template.format(name) for name in names]).to(latents.device))[0]
-    result = {}
-    for name, timestep in (("light", 100), ("heavy", 899)):
-        noisy = scheduler.add_noise(latents, noise, torch.full((len(latents),), timestep, device=latents.device))
-        result[name] = [
-            F.mse_loss(pipe.unet(noisy, told, text).sample.float(), noise.float()).item()
-            for told in (timestep, 999 - timestep)
-        ]
-    return result
 
 
 def build_parser() -> cli.Parser:
@@ -420,6 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from diffusers import StableDiffusionImg2ImgPipeline
 
+    # Train the CLIP, the autoencoder, the denoiser and the judge.
     with StopSignals() as signals:
         web = WEBS[args.benchmark](args.data_root, args.caption_noise)
         work = Work(args, web, SIZES[args.sizes or args.benchmark], signals)
@@ -444,6 +368,7 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped as stop:
             print(f"{args.out}: {stop}; run the same command again to resume", flush=True)
             return runs.RESUMABLE
+        # Check the finished models.
         clip = (args.start.parent if args.start else args.out) / "tiny_clip"
         result = check(web, args.out / "tiny_sd", clip, judge, work.device)
         result |= {"caption_noise": args.caption_noise, "minutes": work.seconds / 60, "device": work.device_name}

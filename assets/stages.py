@@ -73,6 +73,27 @@ class Work:
             torch.cuda.set_rng_state(draws["cuda"].cpu(), self.device)
         self.web.rng.bit_generator.state = draws["web"]
 
+    def stop_reason(self) -> str | None:
+        """The signal that came, or the end of --minutes; None where the work goes on."""
+        return self.signals.received or ("the end of --minutes" if time.monotonic() > self.deadline else None)
+
+    def checkpoint(self, step: int, parts: dict) -> None:
+        """Write a checkpoint before step `step` of the current stage; `parts` have a state_dict each."""
+        self.state["current"] = {"step": step, "draws": self.draws()} | {
+            name: part.state_dict() for name, part in parts.items()
+        }
+        self.save()
+
+    def resume(self, parts: dict) -> int:
+        """Load the last checkpoint of `checkpoint` into `parts`, if there is one; gives the next step."""
+        current = self.state["current"]
+        if not current:
+            return 0
+        for name, part in parts.items():
+            part.load_state_dict(current[name])
+        self.restore(current["draws"])
+        return current["step"]
+
     def save(self) -> None:
         self.state["seconds"] = self.seconds
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,24 +134,15 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=pct_start)
     parts = {"weights": held, "optimizer": optimizer, "schedule": schedule}
-    done, current = 0, work.state["current"]
-    if current:
-        done = current["step"]
-        for name, part in parts.items():
-            part.load_state_dict(current[name])
-        work.restore(current["draws"])
-
+    done = work.resume(parts)
     # Train step by step.
     saved = time.monotonic()
     with cli.progress(steps, stage, "step") as bar:
         bar.update(done)
         for number in range(done, steps):
-            stop = work.signals.received or (time.monotonic() > work.deadline and "the end of --minutes")
+            stop = work.stop_reason()
             if stop or time.monotonic() - saved > CHECKPOINT_SECONDS:
-                work.state["current"] = {"step": number, "draws": work.draws()} | {
-                    name: part.state_dict() for name, part in parts.items()
-                }
-                work.save()
+                work.checkpoint(number, parts)
                 saved = time.monotonic()
             if stop:
                 raise Stopped(f"{stop} came; checkpoint written before step {number} of {steps} of the {stage}")

@@ -180,12 +180,14 @@ class Generator:
             images: RGB images of the sources that `missing_sources` names, in the batch's size.
             pad_to: draw at least so many images and throw the surplus away, so that all batches have one shape.
         """
+        # Fill up the batch, and load its adapter.
         surplus = max(0, pad_to - len(batch.units))
         units, texts = batch.units + batch.units[-1:] * surplus, texts + texts[-1:] * surplus
         batch = batch._replace(units=units)
         if batch.adapter != self.adapter:
             self.adapters.switch(batch.adapter)
             self.adapter = batch.adapter
+        # Draw from latents and embeddings where the pipeline takes them, else from images and texts.
         generators = [torch.Generator().manual_seed(unit.noise_seed(redraw)) for unit in units]
         run = steps_at(batch.level, self.steps)
         call = {

@@ -43,6 +43,7 @@ def make_settings(
         loras: adapter files by name.
         editor: class of the pipeline where it is an editor (models.editor_kind), else empty.
     """
+    # Write down the data, the levels and the generator.
     score = None
     if args.score:
         score = describe_clip(args.clip) | {"threshold": args.threshold, "max_redraws": args.max_redraws}
@@ -69,6 +70,7 @@ def make_settings(
         "format": args.format,
         "score": score,
     }
+    # Add what flags of few runs determine, so that plans without them stay as they are.
     if args.each_prompt:
         settings |= {"each_prompt": True, "seeds": max(count_seeds(args, hard, prompts).values())}
         settings["units"] = sum(1 for _ in order_planned(args, settings, hard, prompts))

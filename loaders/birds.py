@@ -187,6 +187,7 @@ def load_iwildcam7(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet
 
     ALIA's lists have 6,052 training, 2,826 validation and 8,483 test images (two cameras), and 2,224 extra ones.
     """
+    # Read ALIA's lists, or WILDS's table.
     lists = {part: root / f"{file}_subset.csv" for part, file in
              (("train", "train"), ("extra", "train_extra"), ("val", "val"), ("test", "test"))}  # fmt: skip
     columns = {"filename", "y", "location_remapped"}
@@ -206,6 +207,7 @@ def load_iwildcam7(name: str, imb_ratio: None, root: Path, seed: int) -> DataSet
             if row["split"] in parts and parse_whole(row["y"]) in IWILDCAM7:
                 tables[parts[row["split"]]].append((files[0], line, row))
         note = "validation: WILDS's id_val; all images of the seven classes, as ALIA's lists are not in --data-root"
+    # Check every row, and number classes and cameras from 0.
     labels = {y: label for label, y in enumerate(IWILDCAM7)}
     cameras: set[int] = set()
     for part, table in tables.items():

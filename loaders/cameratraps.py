@@ -106,6 +106,7 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
     path = root / "metadata.csv"
     older = "this is version 1.0 of WILDS, whose splits differ; " if (root / "val_trans.csv").exists() else ""
     hint = older + LAYOUTS.get(name, LAYOUTS["cameratraps"])
+    # Read and check every row.
     found: dict[str, list[tuple[str, int, int]]] = {split: [] for split in SPLITS}
     for number, row in read_csv(path, ("split", "y", "filename", "location_remapped"), hint):
         where = f"{path} row {number}"
@@ -124,6 +125,7 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
         if not is_below(row["filename"]):
             raise UserError(f"{where}: {row['filename']}: expected a file below train")
         found[row["split"]].append((f"train/{row['filename']}", label, camera))
+    # Check the splits and their files.
     empty = [split for split, rows in found.items() if not rows]
     if empty:
         raise UserError(f"{path}: no image in split {', '.join(empty)}; expected some in each of {', '.join(SPLITS)}")

@@ -61,6 +61,7 @@ def load(name: str, imb_ratio: float, root: Path, seed: int) -> DataSet:
         )
     if name == FIFTH:
         train, test, classes = take_fifth(train), take_fifth(test), classes // 5
+    # Draw each class's training images; validation takes some of the others.
     by_class = [np.flatnonzero(train.labels == label) for label in range(classes)]
     counts = long_tail_counts(max(map(len, by_class)), classes, imb_ratio)
     kept, left = [], []

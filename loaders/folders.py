@@ -105,6 +105,7 @@ def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
     With `imb_ratio` the training set is made long-tailed, in the alphabet's order of the classes; otherwise it is taken
     as it is. Without a val folder a validation set is held out of the training set.
     """
+    # List the images of each class and split.
     left_out: Counter = Counter()
     by_part = {
         part: class_folders(root, part, left_out)
@@ -115,6 +116,7 @@ def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
     label_of = {same_form(folder): label for label, folder in enumerate(class_names)}
     passed = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
     passed = f"; left out: {passed}" if passed else ""
+    # Make the training set long-tailed where --imb-ratio asks for it.
     sets = {}
     for part, classes in by_part.items():
         unknown = [folder for folder, _ in classes if same_form(folder) not in label_of]

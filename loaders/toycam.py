@@ -65,6 +65,7 @@ def draw_animal(image: Image.Image, name: str, rng: np.random.Generator, cut: bo
     if name == "empty":
         return
     side = SIZE * SCALE
+    # Choose size, place and coat.
     size = side * rng.uniform(0.42, 0.62)
     x = side * (rng.choice([-0.02, 1.02]) if cut else rng.uniform(0.35, 0.65))
     y = side * rng.uniform(0.62, 0.78)  # of the feet
@@ -87,6 +88,7 @@ def draw_animal(image: Image.Image, name: str, rng: np.random.Generator, cut: bo
     def line(points: list[tuple[float, float]], width: float, fill: tuple) -> None:
         draw.line([at(*point) for point in points], fill=fill, width=max(1, int(width * size / 2)), joint="curve")
 
+    # Draw it, part by part.
     if name == "deer":
         for u in (-0.5, -0.35, 0.3, 0.45):
             line([(u, 0.8), (u, 0)], 0.11, dark)

@@ -90,6 +90,7 @@ def thumbnail(image: Image.Image, side: int) -> Image.Image:
 
 def describe(by_source: dict[str, list[dict]], scores: dict, threshold: float, about: str, command: str) -> dict:
     """All that the page's script reads: tables of words, and for the images one list a column."""
+    # Number columns, prompts and reasons.
     rows = [row for own in by_source.values() for row in own]
     domains = any("domain" in row for row in rows)
     columns = [key for (key,) in sorted({column_key(row) for row in rows}, key=str if domains else None)]
@@ -98,6 +99,7 @@ def describe(by_source: dict[str, list[dict]], scores: dict, threshold: float, a
     entries = [scores.get(row["file_name"]) or {} for row in rows]
     finite = [math.isfinite(entry.get("text_score", math.nan)) for entry in entries]
     lost = {entry.get("reason") or "no score" for entry, known in zip(entries, finite, strict=True) if not known}
+    # Put the words into tables, and the images into columns of numbers.
     return {
         "about": about,
         "command": command,

@@ -398,7 +398,7 @@ def row_order(row: Row) -> tuple:
         row.base != ZERO_SHOT,
         place(tuple(LOSS_NAMES), args.get("loss", "ce")),
         args.get("prior") == "stage",
-        place(curricula.CURRICULA, args.get("curriculum", "none")),
+        place(tuple(curricula.CURRICULA), args.get("curriculum", "none")),
         bool(args.get("init_checkpoint")) and args.get("curriculum") == "none",
         args.get("augment") == "cuda",
         args.get("fixed_level", 0),

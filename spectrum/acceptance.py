@@ -1,4 +1,4 @@
-"""Which synthetic images are kept, and how many: by class, level and class group, beside the paper's."""
+"""Which synthetic images are kept (`decide_kept` has the rule), and how many: by class, level and class group."""
 
 from __future__ import annotations
 

@@ -115,6 +115,7 @@ def count_domains(
         Dictionaries of name (as most captions write it) and share of the captions; and the phrases that one class
         alone has, as (phrase, class name).
     """
+    # Collect the phrases and the captions that have them.
     names = name_pattern([*class_names, *([superclass] if superclass else [])])
     written: dict[str, Counter] = {}
     holders: dict[str, set[int]] = {}
@@ -123,6 +124,7 @@ def count_domains(
             key = phrase_key(phrase)
             written.setdefault(key, Counter())[phrase] += 1
             holders.setdefault(key, set()).add(place)
+    # Set phrases apart that only one class has.
     several = len(set(labels)) > 1
     attributes = {
         key: class_names[labels[min(places)]]
@@ -130,6 +132,7 @@ def count_domains(
         if several and len(places) > 1 and len({labels[place] for place in places}) == 1
     }
     pool = {key: places for key, places in holders.items() if not (agnostic and key in attributes)}
+    # Take the phrase that covers most further captions, again and again.
     chosen, covered = [], set()
     while pool and len(chosen) < most:
         key = min(pool, key=lambda key: (-len(pool[key] - covered), -len(pool[key]), key))

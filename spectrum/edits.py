@@ -1,4 +1,4 @@
-"""edits.csv: which edits filter_edits.py keeps, and what each of its rules found; edits as images."""
+"""edits.csv: which edits filter_edits.py keeps, and the findings of its rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.base import ImageSet
 from runtime.cli import UserError
 from runtime.files import write_text
 
@@ -56,25 +55,6 @@ def kept_edits(folder: Path) -> set[str] | None:
     """The files that edits.csv of a spectrum folder keeps; None where filter_edits.py has not been run."""
     path = folder / EDITS
     return {name for name, row in read_edits(path).items() if row["kept"] == "1"} if path.is_file() else None
-
-
-def read_as_images(folder: Path, rows: list[dict], like: ImageSet) -> ImageSet:
-    """The edits of a spectrum folder as a data set's images are: in memory and of its size, or files."""
-    from PIL import Image
-
-    from loaders.pictures import read_image
-
-    labels, sources = np.array([row["label"] for row in rows]), [row["source"] for row in rows]
-    paths = [folder / row["file_name"] for row in rows]
-    if not like.in_memory:
-        return ImageSet(paths, labels, sources)
-    height, width = like.images.shape[1:3]
-    images = map(read_image, paths)
-    sized = (
-        image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
-        for image in images
-    )
-    return ImageSet(np.stack([np.asarray(image) for image in sized]), labels, sources)
 
 
 def format_table(rows: list[dict], domains: list[str], reasons: np.ndarray) -> list[str]:

@@ -23,6 +23,7 @@ def load_spectrum(folder: Path, levels: list[int], data: DataSet, filtered: bool
         UserError: not filtered, a level without a kept image, an image that does not decode, or a spectrum that was
             drawn from other images than this training set's.
     """
+    # Sort the kept rows by level; each must belong to an unchanged training image.
     plan = spectrum_folder.read_plan(folder)
     if plan["dataset"] != data.name:
         raise UserError(f"{folder}: made for --dataset {plan['dataset']}; expected a spectrum of {data.name}")
@@ -46,16 +47,18 @@ def load_spectrum(folder: Path, levels: list[int], data: DataSet, filtered: bool
             )
         by_level[row["level"]].append(row)
 
-    def image_set(rows: list[dict]) -> ImageSet:
-        labels, sources = np.array([row["label"] for row in rows]), [row["source"] for row in rows]
-        if not data.train.in_memory:
-            return ImageSet([folder / row["file_name"] for row in rows], labels, sources)
-        height, width = data.train.images.shape[1:3]
-        images = (read_image(folder / row["file_name"]) for row in rows)
-        resized = (
-            image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
-            for image in images
-        )
-        return ImageSet(np.stack([np.asarray(image) for image in resized]), labels, sources)
+    return {level: images_like(data.train, folder, rows) for level, rows in by_level.items()}
 
-    return {level: image_set(rows) for level, rows in by_level.items()}
+
+def images_like(real: ImageSet, folder: Path, rows: list[dict]) -> ImageSet:
+    """The images of some rows of a spectrum folder as the real ones are: in memory and of their size, or as files."""
+    labels, sources = np.array([row["label"] for row in rows]), [row["source"] for row in rows]
+    paths = [folder / row["file_name"] for row in rows]
+    if not real.in_memory:
+        return ImageSet(paths, labels, sources)
+    height, width = real.images.shape[1:3]
+    resized = (
+        image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BICUBIC)
+        for image in map(read_image, paths)
+    )
+    return ImageSet(np.stack([np.asarray(image) for image in resized]), labels, sources)

@@ -44,6 +44,7 @@ def predict(
         between: called after each batch; what it raises ends the evaluation.
     """
     model.eval()
+    # Take this process's share of the images.
     mine = np.arange(distributed.rank(), len(places), distributed.world())
     logits = torch.zeros(len(places), width or len(data.class_names))
     if augmentation is None:
@@ -52,6 +53,7 @@ def predict(
         split = (torch.from_numpy(some).split(batch_size) for some in (places[mine], mine, augmentation[0][mine]))
         chosen, keys, strengths = split
         batches = store.training(chosen, keys, augmentation[1], strengths)
+    # Evaluate it batch by batch, and gather the shares.
     parts = []
     together = len(places) // distributed.world() // batch_size  # batches that every process has
     with (

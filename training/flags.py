@@ -42,8 +42,8 @@ def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
         type=spelling,
         choices=curricula.CURRICULA,
         default="none",
-        help="which guidance levels each epoch trains on; d2s goes from diverse to specific, s2d back, cyclic up and "
-        "down; adaptive takes the level on which the model progresses most",
+        help="guidance levels of each epoch: "
+        + "; ".join(f"{name}: {levels}" for name, levels in curricula.CURRICULA.items()),
     )
     group.add_argument(
         "--spectrum",

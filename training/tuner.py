@@ -128,6 +128,7 @@ class Tuner:
     def begin(self, units: list[Unit]) -> dict:
         """Adapters and their optimiser, fresh or from the checkpoint, and the group's latents. Returns its state."""
         args, count = self.args, len(units)
+        # Make fresh adapters and their optimiser, and encode the images.
         self.layers = lora.add_adapters(self.pipe, args.parts, count, args.rank, args.alpha)
         lora.start_adapters(self.layers, [files.digest_int("adapter", args.seed, unit.name) for unit in units])
         self.optimizer = torch.optim.AdamW(
@@ -147,6 +148,7 @@ class Tuner:
             "rows": {unit.name: [] for unit in units},
             "failed": {},
         }
+        # Take up the group's last checkpoint.
         saved = checkpoints.load_latest_checkpoint(self.folder / "checkpoint.pt", str(self.pipe.device))
         if saved and saved["units"] == state["units"]:
             state = {name: saved[name] for name in state}
