@@ -94,9 +94,10 @@ def test_too_few_epochs_for_the_stages_is_an_error():
 
 
 levels_lists = st.lists(st.integers(0, 99), min_size=1, max_size=8, unique=True)
+names = st.sampled_from(list(CURRICULA))
 
 
-@given(st.sampled_from(list(CURRICULA)), levels_lists, extra=st.integers(0, 20), real=st.integers(0, 5))
+@given(curriculum=names, levels=levels_lists, extra=st.integers(0, 20), real=st.integers(0, 5))
 def test_every_epoch_stays_within_the_levels_and_ends_real(curriculum, levels, extra, real):
     curriculum_epochs = len(levels) + extra
     for epoch in range(curriculum_epochs + real):
