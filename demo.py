@@ -220,6 +220,10 @@ def run_biased(args) -> int:
     steps.run("write_prompts.py", *data, *domains, "--hard", hard, "--out", prompts)
     inputs = ("--hard", hard, "--prompts", prompts, "--each-prompt")
     steps.run("generate_spectrum.py", *data, *inputs, "--skip-own-domain", described / "sources.csv", "--out", drawn)
+    # As many images from text alone, of the plain prompt.
+    plain, text = out / "prompts_plain.json", out / "text_to_image"
+    steps.run("write_prompts.py", *data, "--hard", hard, "--out", plain)
+    steps.run("generate_spectrum.py", *data, "--hard", hard, "--prompts", plain, "--per-class", 90, "--out", text)
     # Keep all edits for one row, and those that CLIP takes for their class for another.
     edits = {"edits": out / "unfiltered", "edits + filter": drawn}
     if not edits["edits"].exists():

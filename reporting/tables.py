@@ -13,7 +13,17 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import curricula
-from reporting.names import LOSS_NAMES, ZERO_SHOT, figure_order, is_balanced, row_name, table_name
+from reporting.names import (
+    EDIT_NAMES,
+    LOSS_NAMES,
+    MIX_NAMES,
+    ZERO_SHOT,
+    added_names,
+    figure_order,
+    is_balanced,
+    row_name,
+    table_name,
+)
 from reporting.recipes import SEEDS, Published, Recipe
 from runtime import files
 from runtime.cli import UserError
@@ -103,6 +113,8 @@ class Table:
             for name, value in row.runs[0]["results"]["last"].items()
             if name not in NOT_FIGURES and isinstance(value, int | float | None)
         ]
+        if "worst_group" in found:  # their groups are classes in domains, not classes by size
+            found = [name for name in found if name not in ("many", "medium", "few")]
         return sorted(dict.fromkeys(found), key=figure_order)
 
 
@@ -355,7 +367,8 @@ def name_rows(rows: list[Row]) -> list[str]:
 def names_say(flag: str, args: dict) -> bool:
     """Whether a row's name already says what a flag is."""
     return (
-        flag in ("fixed_level", "merge_same_class", "balanced", "fill")
+        flag in ("fixed_level", "merge_same_class", "balanced", "fill", "edits", "edit_rules", "randaugment", "extra_real")
+        or (flag == "mix" and args.get("mix") in MIX_NAMES)
         or (flag == "prior" and args.get("loss") == "bs")
         or (flag == "augment" and args.get("augment") == "cuda")
         or (flag == "lr" and not args.get("lr"))
@@ -399,7 +412,10 @@ def row_order(row: Row) -> tuple:
         row.base != ZERO_SHOT,
         place(tuple(LOSS_NAMES), args.get("loss", "ce")),
         args.get("prior") == "stage",
+        bool(args.get("extra_real")),
         place(curricula.CURRICULA, args.get("curriculum", "none")),
+        place(tuple(EDIT_NAMES), args.get("edits")),
+        len(set(args.get("edit_rules") or ("all", "of", "them")) - {"none"}),
         bool(args.get("init_checkpoint")) and args.get("curriculum") == "none",
         args.get("augment") == "cuda",
         args.get("fixed_level", 0),
@@ -467,20 +483,25 @@ def verdict(difference: float, error: float | None) -> str:
     return "better" if difference > 0 else "worse"
 
 
+def is_plain(row: Row) -> bool:
+    """Whether a row has the real images alone: no curriculum, no CUDA, and nothing added."""
+    args = row.args
+    return args.get("curriculum", "none") == "none" and args.get("augment") != "cuda" and not added_names(args)
+
+
 def plain_row(table: Table, row: Row) -> Row | None:
-    """The row that a curriculum or CUDA is compared with: the same loss and start without either."""
+    """The row that a curriculum, CUDA or additions are compared with: the same loss and start without them."""
     if not row.runs or row.base == ZERO_SHOT:
         return None
-    if row.args.get("curriculum", "none") == "none" and row.args.get("augment") != "cuda":
+    if is_plain(row):
         return None
     options = [
         other
         for other in table.rows.values()
         if other.runs
         and other.base != ZERO_SHOT
+        and is_plain(other)
         and other.args.get("loss") == row.args.get("loss")
-        and other.args.get("curriculum", "none") == "none"
-        and other.args.get("augment") != "cuda"
         and other.args.get("merge_same_class") == row.args.get("merge_same_class")
     ]
     # The paper compares with the model that was trained on real images alone, before its further epochs.
