@@ -60,7 +60,9 @@ def build_parser() -> cli.Parser:
         "--domains", type=cli.existing_file, metavar="FILE", help="domains.json, for semantic and domain"
     )
     group = parser.add_argument_group("what is kept")
-    group.add_argument("--rules", nargs="+", choices=edit_rules.RULES, default=["semantic", "confidence"], help="rules in use")
+    group.add_argument(
+        "--rules", nargs="+", choices=edit_rules.RULES, default=["semantic", "confidence"], help="rules in use"
+    )
     group.add_argument(
         "--checkpoint", type=cli.existing_folder, nargs="+", metavar="RUN", help="for confidence: runs of train_lt.py"
     )

@@ -367,7 +367,8 @@ def name_rows(rows: list[Row]) -> list[str]:
 def names_say(flag: str, args: dict) -> bool:
     """Whether a row's name already says what a flag is."""
     return (
-        flag in ("fixed_level", "merge_same_class", "balanced", "fill", "edits", "edit_rules", "randaugment", "extra_real")
+        flag
+        in ("fixed_level", "merge_same_class", "balanced", "fill", "edits", "edit_rules", "randaugment", "extra_real")
         or (flag == "mix" and args.get("mix") in MIX_NAMES)
         or (flag == "prior" and args.get("loss") == "bs")
         or (flag == "augment" and args.get("augment") == "cuda")

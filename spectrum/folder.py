@@ -361,9 +361,7 @@ def _score(path: Path, number: int, row: dict, field: str) -> float:
     return row[field]
 
 
-def kept_rows(
-    folder: Path, levels: Iterable[int], filtered: bool = True, rules: list[str] | None = None
-) -> list[dict]:
+def kept_rows(folder: Path, levels: Iterable[int], filtered: bool = True, rules: list[str] | None = None) -> list[dict]:
     """The rows of a spectrum that training may use: those of `levels` that scores.csv and edits.csv keep.
 
     Args:

@@ -258,7 +258,9 @@ def test_training_applies_some_of_the_rules(made, tmp_path):
     both = {row["file_name"] for row in spectrum_folder.kept_rows(spectrum, [10])}
     assert both == {name for name, row in found.items() if row["kept"] == "1"}
     assert len(spectrum_folder.kept_rows(spectrum, [10], rules=["none"])) == len(rows)
-    with pytest.raises(UserError, match="--edit-rules domain: .*edits.csv was made by semantic class; run filter_edits"):
+    with pytest.raises(
+        UserError, match="--edit-rules domain: .*edits.csv was made by semantic class; run filter_edits"
+    ):
         spectrum_folder.kept_rows(spectrum, [10], rules=["domain"])
     # A run says which rules it took, and what its images are.
     train = ["--dataset", "biased_digits", "--epochs", "1", "--curriculum-epochs", "1", "--curriculum", "all"]
