@@ -29,7 +29,6 @@ import io
 import multiprocessing
 import os
 import shlex
-import shutil
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -112,10 +111,15 @@ def row_name(row: tuple[str, ...]) -> str:
     return name if curriculum == "none" else f"{name} + {shown}"
 
 
+def standard_error(values: list[float]) -> float:
+    """The standard error of a mean over runs; not a number for one."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
 def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     """Mean and standard error of the differences of two rows, run by run with equal seeds."""
     apart = [one - other for one, other in zip(ours, theirs, strict=True)]
-    return mean(apart), stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else float("nan")
+    return mean(apart), standard_error(apart)
 
 
 def write_table(out: Path, dataset: str, results: dict[tuple[str, ...], list[dict]]) -> list[str]:
@@ -222,16 +226,20 @@ def run_biased(args) -> int:
     steps.run("write_prompts.py", *data, *domains, "--hard", hard, "--out", prompts)
     inputs = ("--hard", hard, "--prompts", prompts, "--each-prompt")
     steps.run("generate_spectrum.py", *data, *inputs, "--skip-own-domain", described / "sources.csv", "--out", drawn)
-    # One row trains on all edits, the other on edits in which CLIP sees the right class and domain.
-    edits = {"edits": out / "unfiltered", "edits + filter": drawn}
-    if not edits["edits"].exists():
-        shutil.copytree(drawn, edits["edits"])
-    for folder, keep in ((edits["edits"], 1), (drawn, 0)):
-        rules = ("--rules", "class", "domain", "--domains", described / "domains.json", "--keep-dropped", keep)
-        steps.run("filter_edits.py", *data, "--spectrum", folder, "--prompts", prompts, *rules)
+    # As many images from text alone, of the plain prompt.
+    plain, text = out / "prompts_plain.json", out / "text_to_image"
+    steps.run("write_prompts.py", *data, "--hard", hard, "--out", plain)
+    steps.run("generate_spectrum.py", *data, "--hard", hard, "--prompts", plain, "--per-class", 90, "--out", text)
+    # Note the edits in which CLIP sees the right class and domain.
+    rules = ("class", "domain")
+    domains = ("--domains", described / "domains.json")
+    steps.run("filter_edits.py", *data, "--spectrum", drawn, "--prompts", prompts, "--rules", *rules, *domains)
     # Train every row for the same number of steps.
     rows = {"real": (), "RandAugment": ("--randaugment",)}
-    rows |= {name: ("--curriculum", "all", "--add", "all", "--spectrum", folder) for name, folder in edits.items()}
+    for name, folder, applied in (
+        ("text to image", text, ("none",)), ("edits", drawn, ("none",)), ("edits + filter", drawn, rules)
+    ):  # fmt: skip
+        rows[name] = ("--curriculum", "all", "--add", "all", "--spectrum", folder, "--edit-rules", *applied)
     places = {
         (name, seed): out / "train" / f"{name.replace(' + ', '_')}_seed{seed}"
         for name in rows for seed in args.train_seeds
@@ -244,18 +252,20 @@ def run_biased(args) -> int:
     train_all("train_lt", commands, args.jobs)
     # Write the table.
     figures = {"id": "ID", "ood": "OOD", "balanced": "all groups", "worst_group": "worst group"}
-    lines = [f"| test accuracy, % | {' | '.join(figures.values())} |", "|---" * (len(figures) + 1) + "|"]
+    heading = "test accuracy, %: mean ± standard error" if len(args.train_seeds) > 1 else "test accuracy, %"
+    lines = [f"| {heading} | {' | '.join(figures.values())} |", "|---" * (len(figures) + 1) + "|"]
     for name in rows:
         found = [files.read_json(places[name, seed] / "results.json")["last"] for seed in args.train_seeds]
         cells = []
         for key in figures:
             values = [one[key] for one in found]
-            cells.append(f"{mean(values):.1f}" + (f" ({stdev(values):.1f})" if len(values) > 1 else ""))
+            cells.append(f"{mean(values):.1f}" + (f" ± {standard_error(values):.1f}" if len(values) > 1 else ""))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     files.write_text(out / "demo.md", table + "\n")
+    steps.run("report.py", "--runs", *places.values(), "--spectrum", drawn, "--out", out)
     print(f"\n{table}\n\ndone in {time.monotonic() - began:.0f} s; look at {described / 'domains.png'} (the data "
-          f"set's bias) and {drawn / 'edits_kept.png'}")  # fmt: skip
+          f"set's bias), {out / 'spectrum.png'} (edits) and {out / 'report.html'}")  # fmt: skip
     return 0
 
 

@@ -11,7 +11,8 @@ that it has memorised this is nearly 1, and nothing is dropped: --thresholds fol
 --leave-out I/K, each asked about the images that it did not train on; val from the validation set; train is ALIA's.
 
 Reads:  a spectrum folder, prompts.json, domains.json, the real images, runs of train_lt.py
-Writes: SPECTRUM/edits.csv (file_name, domain, semantic, clip_class, predicted, confidence, threshold, kept, reason),
+Writes: SPECTRUM/edits.csv (file_name, domain, semantic, clip_class, predicted, confidence, threshold, kept, reason,
+        dropped_by),
         edits.json (what made it), edits_kept.png (kept share by class and domain), edits_dropped.png (by reason)
         SPECTRUM/edits/*.npz: embeddings and probabilities, kept for the next call
 Training takes the images that edits.csv keeps and, where there is a scores.csv of filter_clipscore.py, it keeps too.
@@ -38,7 +39,6 @@ from spectrum.kept import images_like
 from spectrum.tables import read_prompts
 from spectrum.vectors import VectorCache
 
-RULES = ("semantic", "class", "domain", "confidence")
 MOST_REAL = 0.2  # a rule that drops more than this share of the real images is not to be trusted
 SHEET = 16  # dropped images of each reason in the sheet
 
@@ -60,7 +60,9 @@ def build_parser() -> cli.Parser:
         "--domains", type=cli.existing_file, metavar="FILE", help="domains.json, for semantic and domain"
     )
     group = parser.add_argument_group("what is kept")
-    group.add_argument("--rules", nargs="+", choices=RULES, default=["semantic", "confidence"], help="rules in use")
+    group.add_argument(
+        "--rules", nargs="+", choices=edit_rules.RULES, default=["semantic", "confidence"], help="rules in use"
+    )
     group.add_argument(
         "--checkpoint", type=cli.existing_folder, nargs="+", metavar="RUN", help="for confidence: runs of train_lt.py"
     )
@@ -393,9 +395,11 @@ def main(argv: list[str] | None = None) -> int:
     # Decide, and write.
     names = [row["file_name"] for row in rows]
     final = edit_rules.give_back(edit_rules.combine(list(reasons.values())), names, args.keep_dropped)
+    dropped_by = [" ".join(rule for rule in reasons if reasons[rule][i]) for i in range(len(rows))]
     edits_table.write_edits(
         args.spectrum / edits_table.EDITS,
         {"file_name": names, "domain": domains, "kept": [int(reason == "") for reason in final], "reason": final}
+        | {"dropped_by": dropped_by}
         | {column: found[column] for found in (by_clip, sure) for column in found.keys() & edits_table.FINDINGS},
     )
     files.write_json(args.spectrum / "edits.json", note)

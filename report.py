@@ -9,7 +9,8 @@ Reads:  run folders of the trainers, or what was kept of them (args.json, result
 Writes: OUT/report.html (all of it on one page that needs no other file), table.md, table.tex, table.csv (test figures
         after the last epoch, and in table.csv also at the best by validation); for each table curriculum.png (level and
         validation accuracy by epoch), groups.png, synthetic.png, frequency.png, gain.png, cuda.png; spectrum.png (rows:
-        hard images; columns: levels), acceptance.png (kept share by class and level), distance.png
+        hard images; columns: levels), acceptance.png (kept share by class and level), distance.png,
+        edits_kept.png; for data with groups domains.png (accuracy by class and domain)
         with --gallery: OUT/gallery/index.html and its thumbnails, to look through the spectrum and choose the threshold
 
     python report.py --runs runs/digits_* --spectrum runs/spectrum --out runs/report
@@ -24,6 +25,7 @@ import json
 import re
 import shlex
 import shutil
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +38,7 @@ from loaders.sources import read_sources
 from reporting import figures, gallery, names, page, recipes, render, tables
 from runtime import cli, files, runs
 from spectrum import folder as spectrum_folder
+from spectrum.edits import EDITS, read_edits
 from spectrum.tables import read_scores
 
 GROUPS = ("many", "medium", "few")
@@ -115,12 +118,20 @@ def all_curves(rows: list[tables.Row], name: str) -> dict[str, np.ndarray]:
     return {row.name: line for row in rows if (line := curves(row, name)) is not None}
 
 
+def per_group(row: tables.Row) -> np.ndarray | None:
+    """Accuracy of each class in each domain in percent, mean over the seeds, NaN without a test image, (C, D)."""
+    found = [run["results"]["last"].get("per_group") for run in row.runs]
+    known = all(found) and all("domain_names" in run["results"] for run in row.runs)
+    return np.array(found, dtype=float).mean(0) if known else None
+
+
 def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, str]]:
     """The figures that a table's runs allow: files and what they show."""
     rows = [row for row in table.rows.values() if row.runs]
     styles = figures.style_of([row.name for row in rows])
     drawn = []
-    for name, caption, draw, *args in (*by_epoch(rows, styles), *by_class(rows, styles), *of_cuda(rows, styles)):
+    found = (*by_epoch(rows, styles), *by_class(rows, styles), *by_domain(rows), *of_cuda(rows, styles))
+    for name, caption, draw, *args in found:
         path = out / f"{prefix}{name}.png"
         drawn += decorate(path.name, lambda: draw(*args, path) or [(path, caption)])  # noqa: B023  (called at once)
     return drawn
@@ -200,6 +211,21 @@ def by_class(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
         )  # fmt: skip
 
 
+def by_domain(rows: list[tables.Row]) -> Iterator[tuple]:
+    """Accuracy of each class in each domain: name, caption, function, and its arguments but the path."""
+    known = {row.name: found for row in rows if (found := per_group(row)) is not None}
+    if not known:
+        return
+    results = next(row for row in rows if row.name in known).runs[0]["results"]
+    yield (
+        "domains",
+        "Test accuracy of each group, a class in a domain: mean over the seeds. A group counts as shown in training "
+        "where its domain has a tenth of its class's images or more.",
+        figures.draw_groups, known,
+        np.array(results["last"]["seen_groups"]), results["class_names"], results["domain_names"],
+    )  # fmt: skip
+
+
 def of_cuda(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
     """CUDA's level of learning along the epochs: name, caption, function, and its arguments but the path."""
     learned = {
@@ -213,10 +239,14 @@ def of_cuda(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
 
 
 def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: int = 10) -> None:
-    """A sheet: a row for each of some hard images, a column for each level and the source; rejected ones framed red."""
+    """A sheet: a row for each of some hard images, a column for each level (of edits: each domain) and the source;
+    rejected ones are framed red, and for edits with the reason below."""
     plan = spectrum_folder.read_plan(folder)
     rows = spectrum_folder.read_rows(folder)
     scores = read_scores(folder / "scores.csv") if (folder / "scores.csv").exists() else {}
+    edits = read_edits(folder / EDITS) if (folder / EDITS).exists() else {}
+    dropped = {name: "" for name, row in scores.items() if not row["kept"]}
+    dropped |= {name: row["reason"] for name, row in edits.items() if row["kept"] == "0"}
     by_label: dict[int, list[str]] = {}
     for source, label in {row["source"]: row["label"] for row in rows}.items():
         by_label.setdefault(label, []).append(source)
@@ -228,11 +258,15 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
         if i < len(by_label[label])
     ][:rows_shown]
     shown.sort(key=lambda source: next(row["label"] for row in rows if row["source"] == source))
-    cells = {(row["source"], row["level"]): row for row in rows if row["seed"] == 0}
+    domains = sorted({row["domain"] for row in rows if row.get("domain")})
+    if domains:
+        cells = {(row["source"], row.get("domain")): row for row in rows if row["level"] == plan["levels"][0]}
+    else:
+        cells = {(row["source"], row["level"]): row for row in rows if row["seed"] == 0}
     train = datasets.load(plan["dataset"], plan["imb_ratio"], data_root, plan["data_seed"]).train
     real = dict(zip(shown, (image for image, _ in read_sources(shown, train, data_root)), strict=True))
 
-    columns = [*plan["levels"], 100]
+    columns = [*(domains or plan["levels"]), 100]
     figure, axes = figures.new_figure(
         len(shown), len(columns), figsize=(len(columns) * 1.05, len(shown) * 1.05), squeeze=False
     )
@@ -245,30 +279,37 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
                 axis.imshow(real[source])
             elif row:
                 axis.imshow(read_image(folder / row["file_name"]))
-                rejected = row["file_name"] in scores and not scores[row["file_name"]]["kept"]
                 for spine in axis.spines.values():
-                    spine.set(visible=rejected, color="red", linewidth=3)
+                    spine.set(visible=row["file_name"] in dropped, color="red", linewidth=3)
+                axis.set_xlabel(dropped.get(row["file_name"], ""), fontsize=7, color="red", labelpad=1)
             else:
                 axis.axis("off")
         name = next(row["class_name"] for row in rows if row["source"] == source)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for level, axis in zip(columns, axes[0], strict=True):
-        axis.set_title({0: "text only\nlevel 0", 100: "real\n100"}.get(level, f"\n{level}"), fontsize=9)
-    figure.text(0.5, 0.085, "red frame: rejected by CLIPScore", ha="center", fontsize=9, color="red")
+        named = {0: "text only\nlevel 0", 100: "real\n100"}.get(level, f"\n{level}")
+        axis.set_title(textwrap.fill(level, 14) if level in domains else named, fontsize=7 if domains else 9)
+    rejected = "red frame: rejected" + ("" if domains else " by CLIPScore")
+    figure.text(0.5, 0.085, rejected, ha="center", fontsize=9, color="red")
     figures.save_figure(figure, path)
 
 
 def draw_spectrum_figures(folder: Path, data_root: Path | None, out: Path) -> list[tuple[Path, str]]:
     """The figures of a spectrum folder: files and what they show."""
     root = data_root or datasets.default_data_root(spectrum_folder.read_plan(folder)["dataset"])
-    path, caption = out / "spectrum.png", "Each row starts at text only and ends at the real image, level 100."
+    path, caption = out / "spectrum.png", "Each row ends at the real image, level 100."
     drawn = decorate(path.name, lambda: draw_spectrum(folder, root, path) or [(path, caption)])
     if (folder / "scores.csv").exists():
         kept, shown = out / "acceptance.png", "How many synthetic images CLIPScore keeps, by class and guidance level."
         drawn += decorate(kept.name, lambda: draw_acceptance(folder, kept) or [(kept, shown)])
-    if (folder / "distance.png").exists():
-        shutil.copyfile(folder / "distance.png", out / "distance.png")
-        drawn.append((out / "distance.png", "How far the synthetic images of each level are from the real ones."))
+    for name, caption in (
+        ("distance.png", "How far the synthetic images of each level are from the real ones."),
+        ("edits_kept.png", "How many edits the rules keep, by class and domain."),
+        ("edits_dropped.png", "Some of the edits that the rules drop, by reason."),
+    ):
+        if (folder / name).exists():
+            shutil.copyfile(folder / name, out / name)
+            drawn.append((out / name, caption))
     return drawn
 
 

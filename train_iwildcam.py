@@ -36,7 +36,7 @@ from runtime import cli, files
 from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
-from training import distributed, flags, log, loop, losses, optimization
+from training import additions, distributed, flags, log, loop, losses, optimization
 from training.pool import build_pool, check_files, prepare_spectrum
 
 LOSSES = ("flyp", "ce", "lpft")
@@ -63,6 +63,7 @@ def build_parser() -> cli.Parser:
         help="draw at most N synthetic images, anew each epoch, in place of a hard one, and keep the hard images that "
         "have none (default: all accepted images of the epoch's levels in place of all hard images)",
     )
+    additions.add_edit_flags(parser.add_argument_group("additions"))
     group = parser.add_argument_group("model and loss")
     group.add_argument(
         "--clip",
@@ -102,6 +103,7 @@ def check_flags(args) -> None:
         raise cli.UserError("--templates: expected texts with {}, where the class name goes")
     if args.merge_same_class and args.loss != "flyp":
         raise cli.UserError(f"--merge-same-class: --loss {args.loss} has no captions; expected flyp")
+    additions.check_flags(args)
     flags.check_flags(args)
 
 
@@ -115,6 +117,7 @@ class Trainer(loop.Trainer):
         source_ids: a number for each image of the pool, the same for those of one source, int (N,).
         is_hard: whether an image of the pool is a hard real one or was made from one, bool (N,).
         stores: the images of the splits to evaluate on.
+        wanted: with --add, edits of each class in an epoch, int (C,); None for one of every source.
     """
 
     tokens: object
@@ -122,6 +125,7 @@ class Trainer(loop.Trainer):
     source_ids: np.ndarray
     is_hard: np.ndarray
     stores: dict[str, object]
+    wanted: np.ndarray | None = None
 
     chosen_by = "id_f1"
 
@@ -195,6 +199,8 @@ class Trainer(loop.Trainer):
     def epoch_places(self, epoch: int, stage: list[int]) -> np.ndarray:
         """See training.Trainer."""
         args, pool = self.args, self.pool
+        if args.add and stage:
+            return additions.place_additions(args, pool, stage, self.wanted, epoch)
         rng = np.random.default_rng([args.seed, epoch])
         return curricula.replaced_epoch(
             pool.levels, self.source_ids, pool.held, self.is_hard, stage, args.per_hard_image, rng
@@ -358,10 +364,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.curriculum != "none":
         levels, _ = prepare_spectrum(args)
         loop.stage_of(args, 0, levels)
-        synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
+        drawn = [level for level in levels if level < REAL]
+        synthetic = load_spectrum(args.spectrum, drawn, data, rules=args.edit_rules)
         inputs["spectrum"] = files.digest_files(spectrum_folder.decisive_files(args.spectrum))
         hard = {row["source"] for row in spectrum_folder.read_rows(args.spectrum)}
-        say_hard(args, len(hard), levels, synthetic)
+        if args.add:
+            args.edits = additions.check_edits(args)
+        else:
+            say_hard(args, len(hard), levels, synthetic)
     return loop.run(args, inputs, lambda signals: prepare(args, data, synthetic, levels, hard, signals))
 
 
@@ -431,6 +441,7 @@ def prepare(
         args, data, levels, pool, model, step_model, None, optimizer, device, signals, tokens, zero_shot,
         np.unique(pool.sources, return_inverse=True)[1], np.isin(pool.sources, sorted(hard)),
         {name: store([part]) for name, part in data.splits.items() if name != "train"},
+        additions.count_wanted(args, data) if args.add else None,
     )  # fmt: skip
     return trainer, state
 

@@ -47,7 +47,9 @@ def build_parser() -> cli.Parser:
     datasets.add_flags(parser)
     flags.add_run_flags(parser)
     add_curriculum_flags(parser.add_argument_group("curriculum"))
-    additions.add_flags(parser.add_argument_group("additions"))
+    group = parser.add_argument_group("additions")
+    additions.add_edit_flags(group)
+    additions.add_real_flags(group)
     flags.add_loss_flags(parser.add_argument_group("loss"))
     flags.add_model_flags(parser.add_argument_group("model and images"))
     add_training_flags(parser.add_argument_group("training"))
@@ -109,14 +111,11 @@ def check_flags(args) -> None:
         raise cli.UserError(f"--drw: --loss {args.loss} corrects for the class counts itself; expected ce, focal, ldam")
     if args.class_weights != "none" and (args.drw or args.loss != "ce" or args.mix != "none"):
         raise cli.UserError("--class-weights inverse: expected --loss ce, without --drw and --mix")
-    if args.add and args.curriculum in ("none", "adaptive"):
-        raise cli.UserError(f"--add {args.add}: --curriculum {args.curriculum} names no level; expected all or another")
     if args.leave_out and args.curriculum != "none":
         raise cli.UserError("--leave-out: expected --curriculum none, a base model for filter_edits.py")
-    if args.add_once and not args.add:
-        raise cli.UserError("--add-once: expected with --add only")
     if args.ema == 1:
         raise cli.UserError("--ema 1: an average that never moves; expected less than 1, such as 0.999")
+    additions.check_flags(args)
     flags.check_flags(args)
 
 
@@ -244,11 +243,7 @@ class Trainer(loop.Trainer):
         """The real and the synthetic images of an epoch: by --add, or as the curriculum mixes them."""
         args, pool = self.args, self.pool
         if args.add and stage:
-            rng = np.random.default_rng([args.seed, 5] if args.add_once else [args.seed, epoch, 5])
-            edits = np.flatnonzero(np.isin(pool.levels, stage) & (pool.levels < REAL))
-            sources = [pool.sources[place] for place in edits]
-            chosen = curricula.choose_additions(pool.labels[edits], sources, self.wanted, rng)
-            return np.concatenate([np.flatnonzero(pool.levels == REAL), edits[chosen]])
+            return additions.place_additions(args, pool, stage, self.wanted, epoch)
         share = args.hard_share if args.hard_share is not None else self.is_hard.mean()
         rng = np.random.default_rng([args.seed, epoch])
         return curricula.long_tail_epoch(
@@ -298,7 +293,9 @@ class Trainer(loop.Trainer):
             "train_counts": data.counts.tolist(),
             "class_names": data.class_names,
             "validation": data.note,
+            **({"domain_names": data.domain_names} if "per_group" in last else {}),
         }
+        additions.say_untested_groups(data, last)
         np.savez(args.out / "predictions.npz", logits=logits.numpy(), labels=data.test.labels)
         if len(data.groups["few"]):
             with log.decoration("confusion.png"):
@@ -367,7 +364,10 @@ def main(argv: list[str] | None = None) -> int:
                 "replaces hard images"
             )
         loop.stage_of(args, 0, levels)
-        synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data)
+        drawn = [level for level in levels if level < REAL]
+        synthetic = load_spectrum(args.spectrum, drawn, data, rules=args.edit_rules)
+        if args.add:
+            args.edits = additions.check_edits(args)
         inputs["spectrum"] = files.digest_files(spectrum_folder.decisive_files(args.spectrum))
         print_gaps(hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:

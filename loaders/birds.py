@@ -248,7 +248,7 @@ TRAINING = {
     "optimizer": "sgd",
     "lr": 1e-3,
     "weight_decay": 1e-4,
-    "augment": "none",
+    "augment": "resize",
     "memory_format": "channels_last",
 }
 ALIA: dict[str, dict] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import mean, stdev
 
-from reporting.names import ZERO_SHOT
+from reporting.names import ZERO_SHOT, added_names
 from reporting.tables import Row, Table
 
 
@@ -51,20 +51,25 @@ def verdict(difference: float, error: float | None) -> str:
     return "better" if difference > 0 else "worse"
 
 
+def is_plain(row: Row) -> bool:
+    """Whether a row has the real images alone: no curriculum, no CUDA, and nothing added."""
+    args = row.args
+    return args.get("curriculum", "none") == "none" and args.get("augment") != "cuda" and not added_names(args)
+
+
 def plain_row(table: Table, row: Row) -> Row | None:
-    """The row that a curriculum or CUDA is compared with: the same loss and start without either."""
+    """The row that a curriculum, CUDA or additions are compared with: the same loss and start without them."""
     if not row.runs or row.base == ZERO_SHOT:
         return None
-    if row.args.get("curriculum", "none") == "none" and row.args.get("augment") != "cuda":
+    if is_plain(row):
         return None
     options = [
         other
         for other in table.rows.values()
         if other.runs
         and other.base != ZERO_SHOT
+        and is_plain(other)
         and other.args.get("loss") == row.args.get("loss")
-        and other.args.get("curriculum", "none") == "none"
-        and other.args.get("augment") != "cuda"
         and other.args.get("merge_same_class") == row.args.get("merge_same_class")
     ]
     # The paper compares with the model that was trained on real images alone, before its further epochs.

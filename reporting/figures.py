@@ -18,6 +18,7 @@ WIDE_FONTS = (
     "Malgun Gothic", "Arial Unicode MS",
 )  # fmt: skip
 MARKERS = ("x", "s", "o", "+", "^", "v", "d")
+MOST_GROUPS = 60  # columns of draw_groups
 SMOOTHED = 5  # epochs that a bold line is the mean of
 COLUMNS, TILE, LINE = 8, 72, 24  # of a sheet: images a row; sides of an image and its text in pixels
 
@@ -186,6 +187,36 @@ def draw_curriculum(
     top.grid(alpha=0.3)
     _draw_panels(others, panels, styles)
     add_legend(figure, (*others, top))
+    save_figure(figure, path)
+
+
+def draw_groups(
+    rows: dict[str, np.ndarray], seen: np.ndarray, class_names: list[str], domain_names: list[str], path: Path
+) -> None:
+    """Accuracy of each row of a table by group, a class in a domain; those that training shows are marked.
+
+    Args:
+        rows: accuracies in percent by row, NaN without a test image, (C, D).
+        seen: whether training shows a group, bool (C, D).
+    """
+    tested = ~np.isnan(np.stack(list(rows.values()))).all(0)
+    places = np.argwhere(tested)
+    if len(places) <= MOST_GROUPS:
+        values = np.stack([row[tested] for row in rows.values()])
+        words = [f"{class_names[c]}, {domain_names[d]}{' *' if seen[c, d] else ''}" for c, d in places]
+    else:  # too many to read: the mean over a domain's classes
+        domains = np.flatnonzero(tested.any(0))
+        values = np.stack([np.nanmean(row[:, domains], 0) for row in rows.values()])
+        words = [domain_names[d] for d in domains]
+    figure, axis = new_figure(figsize=(2.5 + 0.34 * len(words), 2.2 + 0.3 * len(rows)))
+    axis.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto", interpolation="nearest")
+    for (i, j), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            colour = "black" if value > 60 else "white"
+            axis.text(j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    axis.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    axis.set_title("test accuracy by group (%); * training shows this group", fontsize=9)
     save_figure(figure, path)
 
 

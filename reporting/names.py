@@ -23,11 +23,19 @@ DATASET_NAMES = {
     "imagenet": "ImageNet",
     "pets": "Oxford Pets",
     "sun397": "SUN397",
+    "cub": "CUB",
+    "waterbirds": "Waterbirds",
+    "waterbirds_biased": "Waterbirds, 100 % biased",
+    "planes": "Planes",
+    "iwildcam7": "iWildCam, 7 classes",
 }
 LOSS_NAMES = {"ce": "CE", "bs": "BS", "focal": "focal", "ldam": "LDAM", "la": "LA", "lpft": "LP-FT", "flyp": "FLYP"}
 CURRICULUM_NAMES = {"text_only": "text only", "all": "all levels"}
 # Test figures of results.json in a table's order. WE is WiSE-FT's weight ensembling.
-FIGURES = ("many", "medium", "few", "overall", "ood_f1", "id_f1", "ood_f1_we", "id_f1_we", "ood_acc", "id_acc")
+FIGURES = (
+    "many", "medium", "few", "overall", "ood_f1", "id_f1", "ood_f1_we", "id_f1_we", "ood_acc", "id_acc",
+    "id", "ood", "balanced", "worst_group", "macro_f1",
+)  # fmt: skip
 FIGURE_NAMES = {
     "overall": "all",
     "ood_f1": "OOD macro-F1",
@@ -36,7 +44,15 @@ FIGURE_NAMES = {
     "id_f1_we": "ID macro-F1 with WE",
     "ood_acc": "OOD accuracy",
     "id_acc": "ID accuracy",
+    "id": "ID",
+    "ood": "OOD",
+    "balanced": "all groups",
+    "worst_group": "worst group",
+    "macro_f1": "macro-F1",
 }
+MIX_NAMES = {"cutmix": "CutMix", "mixup": "mixup"}
+# What --edits says of the images that --add takes.
+EDIT_NAMES = {"text": "text to image", "user": "edits by the user's prompt", "domains": "ALIA"}
 ZERO_SHOT = "zero-shot"  # the row of a CLIP that is not tuned
 
 
@@ -60,15 +76,28 @@ def row_name(args: dict) -> str:
         name += " + CUDA"
     if args.get("merge_same_class"):
         name += " (classes merged)"
+    name += "".join(f" + {word}" for word in added_names(args))
     if curriculum == "fixed":
         name += f" + level {args.get('fixed_level', 50)}"
-    elif curriculum != "none":
+    elif curriculum != "none" and not (args.get("add") and curriculum == "all"):
         name += f" + {CURRICULUM_NAMES.get(curriculum, curriculum)}"
     elif loss == "ce" and args.get("init_checkpoint"):
         name += ", trained on"
     if is_balanced(args):
         name += ", balanced fill"
     return name
+
+
+def added_names(args: dict) -> list[str]:
+    """What a row of ALIA's tables adds to the real images: augmentations, extra real images, edits and their rules."""
+    words = ["RandAugment"] if args.get("randaugment") else []
+    words += [MIX_NAMES[args["mix"]]] if args.get("mix") in MIX_NAMES else []
+    words += ["extra real"] if args.get("extra_real") else []
+    if args.get("add"):
+        rules = list(args.get("edit_rules") or [])
+        suffix = {(): "", ("none",): ", unfiltered"}.get(tuple(rules), f" ({', '.join(rules)})")
+        words.append(EDIT_NAMES.get(args.get("edits"), "edits") + suffix)
+    return words
 
 
 def few_shot_row(args: dict) -> str:
@@ -95,7 +124,7 @@ def table_name(args: dict) -> str:
         name += f" IR{float(args['imb_ratio']):g}"
     if "clip" in args:
         return f"{name}, {Path(str(args['clip']).removeprefix('hf-hub:').partition(':')[0]).name}"
-    return f"{name}, {re.sub(r'^resnet', 'ResNet-', str(args['model']))}"
+    return f"{name}, {re.sub(r'^resnet', 'ResNet-', str(args['model']).removeprefix('timm:').partition('.')[0])}"
 
 
 def folder_name(args: dict, shipped: dict[str, dict], script: str) -> str:
@@ -125,6 +154,10 @@ def folder_name(args: dict, shipped: dict[str, dict], script: str) -> str:
     words.append(f"fixed{args['fixed_level']}" if args["curriculum"] == "fixed" else args["curriculum"])
     if is_balanced(args):
         words.append("balanced")
+    words += [str(args[name]) for name in ("mix",) if args.get(name) in MIX_NAMES]
+    words += [name.replace("_", "-") for name in ("randaugment", "extra_real") if args.get(name)]
+    if args.get("add"):
+        words += [args.get("edits") or "edits", *(args.get("edit_rules") or [])]
     return "_".join(words)
 
 

@@ -10,7 +10,11 @@ from reporting.names import FIGURE_NAMES, ZERO_SHOT
 from reporting.tables import Row, Table
 
 SHOWN = 3  # folders that a line names
-COMPARED = (("few", "overall"), ("ood_f1", "id_f1"))  # the figures that rows are compared by; the first pair there is
+COMPARED = (
+    ("ood", "worst_group"),
+    ("few", "overall"),
+    ("ood_f1", "id_f1"),
+)  # the figures that rows are compared by; the first pair there is
 RULE = (
     "± is the standard error of the difference over seeds; 'better' and 'worse' are written only beyond two of them, "
     "which chance alone passes in about one case in eight where both have three seeds; the spread of published figures "

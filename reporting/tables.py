@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import curricula
-from reporting.names import LOSS_NAMES, ZERO_SHOT, figure_order, is_balanced, row_name, table_name
+from reporting.names import (
+    EDIT_NAMES,
+    LOSS_NAMES,
+    MIX_NAMES,
+    ZERO_SHOT,
+    figure_order,
+    is_balanced,
+    row_name,
+    table_name,
+)
 from reporting.recipes import SEEDS, Published, Recipe
 from runtime import files
 from runtime.cli import UserError
@@ -102,6 +111,8 @@ class Table:
             for name, value in row.runs[0]["results"]["last"].items()
             if name not in NOT_FIGURES and isinstance(value, int | float | None)
         ]
+        if "worst_group" in found:  # their groups are classes in domains, not classes by size
+            found = [name for name in found if name not in ("many", "medium", "few")]
         return sorted(dict.fromkeys(found), key=figure_order)
 
 
@@ -354,7 +365,9 @@ def name_rows(rows: list[Row]) -> list[str]:
 def names_say(flag: str, args: dict) -> bool:
     """Whether a row's name already says what a flag is."""
     return (
-        flag in ("fixed_level", "merge_same_class", "balanced", "fill")
+        flag
+        in ("fixed_level", "merge_same_class", "balanced", "fill", "edits", "edit_rules", "randaugment", "extra_real")
+        or (flag == "mix" and args.get("mix") in MIX_NAMES)
         or (flag == "prior" and args.get("loss") == "bs")
         or (flag == "augment" and args.get("augment") == "cuda")
         or (flag == "lr" and not args.get("lr"))
@@ -398,7 +411,10 @@ def row_order(row: Row) -> tuple:
         row.base != ZERO_SHOT,
         place(tuple(LOSS_NAMES), args.get("loss", "ce")),
         args.get("prior") == "stage",
+        bool(args.get("extra_real")),
         place(tuple(curricula.CURRICULA), args.get("curriculum", "none")),
+        place(tuple(EDIT_NAMES), args.get("edits")),
+        len(set(args.get("edit_rules") or ("all", "of", "them")) - {"none"}),
         bool(args.get("init_checkpoint")) and args.get("curriculum") == "none",
         args.get("augment") == "cuda",
         args.get("fixed_level", 0),

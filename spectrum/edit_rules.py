@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.files import digest_int
 
+RULES = ("semantic", "class", "domain", "confidence")
 SEMANTIC, CLASS, DOMAIN = "semantic", "another class", "another domain"
 EASY, CORRUPTED = "too easy", "class corrupted"
 NO_THRESHOLD = 2.0  # of a class without an image: never reached

@@ -1,4 +1,8 @@
-"""edits.csv: which edits filter_edits.py keeps, and the findings of its rules."""
+"""edits.csv: which edits filter_edits.py keeps, and the findings of its rules.
+
+`kept` is the verdict of all rules together, `dropped_by` names each rule that would drop the edit, so that training can
+apply some of them alone.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from runtime.cli import UserError
-from runtime.files import write_text
+from runtime.files import read_json, write_text
 
 EDITS = "edits.csv"
 FINDINGS = ("semantic", "clip_class", "predicted", "confidence", "threshold")  # empty where their rule is not in use
-COLUMNS = ["file_name", "domain", *FINDINGS, "kept", "reason"]
+COLUMNS = ["file_name", "domain", *FINDINGS, "kept", "reason", "dropped_by"]
 SHOWN = 20  # classes without a kept edit that are named
 
 
@@ -51,10 +55,26 @@ def read_edits(path: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def kept_edits(folder: Path) -> set[str] | None:
-    """The files that edits.csv of a spectrum folder keeps; None where filter_edits.py has not been run."""
+def kept_edits(folder: Path, rules: list[str] | None = None) -> set[str] | None:
+    """The files that edits.csv of a spectrum folder keeps; None where nothing was filtered.
+
+    Args:
+        rules: the rules to apply; None for the verdict of all that were run, `none` for no rule at all.
+
+    Raises:
+        UserError: a rule that filter_edits.py was not run with.
+    """
     path = folder / EDITS
-    return {name for name, row in read_edits(path).items() if row["kept"] == "1"} if path.is_file() else None
+    if rules == ["none"] or (rules is None and not path.is_file()):
+        return None
+    found = read_edits(path)
+    if rules is None:
+        return {name for name, row in found.items() if row["kept"] == "1"}
+    known = read_json(folder / "edits.json")["rules"]
+    for rule in rules:
+        if rule not in known:
+            raise UserError(f"--edit-rules {rule}: {path} was made by {' '.join(known)}; run filter_edits.py with it")
+    return {name for name, row in found.items() if not set(row["dropped_by"].split()) & set(rules)}
 
 
 def format_table(rows: list[dict], domains: list[str], reasons: np.ndarray) -> list[str]:

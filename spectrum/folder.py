@@ -390,18 +390,19 @@ def _score(path: Path, number: int, row: dict, field: str) -> float:
     return row[field]
 
 
-def kept_rows(folder: Path, levels: Iterable[int], filtered: bool = True) -> list[dict]:
+def kept_rows(folder: Path, levels: Iterable[int], filtered: bool = True, rules: list[str] | None = None) -> list[dict]:
     """The rows of a spectrum that training may use: those of `levels` that scores.csv and edits.csv keep.
 
     Args:
         filtered: False takes all rows where neither is there.
+        rules: rules of filter_edits.py to apply, or `none`; None for all that edits.csv was made by.
 
     Raises:
-        UserError: neither is there, or a level has no kept image.
+        UserError: neither is there, a rule that edits.csv was not made by, or a level has no kept image.
     """
-    edits = kept_edits(folder)
+    edits = kept_edits(folder, rules)
     scored = (folder / "scores.csv").is_file()
-    if filtered and not scored and edits is None:
+    if filtered and not scored and edits is None and rules is None:
         raise UserError(
             f"{folder}: no scores.csv there; run filter_clipscore.py --spectrum {folder}, or filter_edits.py"
         )

@@ -13,11 +13,14 @@ from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 
 
-def load_spectrum(folder: Path, levels: list[int], data: DataSet, filtered: bool = True) -> dict[int, ImageSet]:
+def load_spectrum(
+    folder: Path, levels: list[int], data: DataSet, filtered: bool = True, rules: list[str] | None = None
+) -> dict[int, ImageSet]:
     """The kept synthetic images of each level: in memory and in the size of the data set's own, or as files like them.
 
     Args:
         filtered: False takes all images where the spectrum was not filtered.
+        rules: rules of filter_edits.py to apply, or `none`; None for all that edits.csv was made by.
 
     Raises:
         UserError: not filtered, a level without a kept image, an image that does not decode, or a spectrum that was
@@ -30,7 +33,7 @@ def load_spectrum(folder: Path, levels: list[int], data: DataSet, filtered: bool
     places = {source: place for place, source in enumerate(data.train.sources)}
     digests: dict[int, str] = {}  # a source has many rows, and is read once
     by_level: dict[int, list[dict]] = {level: [] for level in levels}
-    for row in spectrum_folder.kept_rows(folder, levels, filtered):
+    for row in spectrum_folder.kept_rows(folder, levels, filtered, rules):
         place = places.get(row["source"])
         if place is not None and place not in digests:
             digests[place] = data.train.sha256(place)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 
+import numpy as np
+
 from bench import bench_tune as bench
 
 TINY = {
@@ -17,11 +19,11 @@ TINY = {
 }
 
 
-def run_here(script: str, *words) -> float:
+def run_here(script: str, *words) -> np.ndarray:
     """A script in this process: the test need not wait for imports."""
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     assert module.main([str(word) for word in words]) == 0
-    return 1.0
+    return np.array([1.0, 2.0])
 
 
 def test_both_ways_make_the_same_adapters_and_images(tmp_path, monkeypatch):
@@ -33,6 +35,7 @@ def test_both_ways_make_the_same_adapters_and_images(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert result["largest_difference_of_adapters"] < 0.01 and result["largest_difference_of_pixels"] <= 1
     assert result["tuning_seconds_a_class"] == {"ours": 0.5, "theirs": 1.0, "ratio": 2.0}
+    assert result["generation_cpu_seconds_a_class"] == {"ours": 1.0, "theirs": 2.0, "ratio": 2.0}
 
 
 def test_sd21_has_the_published_number_of_weights():

@@ -242,9 +242,48 @@ def test_training_adds_edits_to_all_real_images(made, tmp_path):
     assert figures("extra", "--extra-real")[1][0]["images"] == 550
 
 
+def test_training_applies_some_of_the_rules(made, tmp_path):
+    root, rows, _ = made
+    spectrum = tmp_path / "spectrum"
+    shutil.copytree(root / "spectrum", spectrum)
+    flags = ("--rules", "semantic", "class", "--keep-dropped", 0.5, "--clip", CLIP, "--domains", root / "domains.json")
+    found = {row["file_name"]: row for row in run(root, *flags, spectrum=spectrum)}
+    # What one rule drops does not depend on the other, nor on what is given back.
+    for rule, kept in (
+        ("semantic", {name for name, row in found.items() if row["semantic"] == "a photo of a three"}),
+        ("class", {name for name, row in found.items() if row["clip_class"] == class_of(rows, name)}),
+    ):
+        assert {row["file_name"] for row in spectrum_folder.kept_rows(spectrum, [10], rules=[rule])} == kept
+        assert 0 < len(kept) < len(rows)
+    both = {row["file_name"] for row in spectrum_folder.kept_rows(spectrum, [10])}
+    assert both == {name for name, row in found.items() if row["kept"] == "1"}
+    assert len(spectrum_folder.kept_rows(spectrum, [10], rules=["none"])) == len(rows)
+    with pytest.raises(
+        UserError, match="--edit-rules domain: .*edits.csv was made by semantic class; run filter_edits"
+    ):
+        spectrum_folder.kept_rows(spectrum, [10], rules=["domain"])
+    # A run says which rules it took, and what its images are.
+    train = ["--dataset", "biased_digits", "--epochs", "1", "--curriculum-epochs", "1", "--curriculum", "all"]
+    train += ["--spectrum", str(spectrum), "--add", "all", "--edit-rules", "class"]
+    assert train_lt.main([*train, "--out", str(tmp_path / "run")]) == 0
+    args = files.read_json(tmp_path / "run/args.json")["args"]
+    assert (args["edit_rules"], args["edits"]) == (["class"], "user")
+    [record] = files.read_json_lines(tmp_path / "run/history.jsonl")
+    assert record["images"] == 300 + sum(row["clip_class"] == class_of(rows, name) for name, row in found.items())
+    with pytest.raises(UserError, match="--edits domains: .*spectrum is user; expected --edits user"):
+        train_lt.main([*train, "--edits", "domains", "--out", str(tmp_path / "other")])
+
+
+def class_of(rows, name) -> str:
+    return next(row["class_name"] for row in rows if name.endswith(row["file_name"]))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--edits", "user"], "--edits: expected with --add only"),
+        (["--edit-rules", "class"], "--edit-rules: --curriculum none takes no edit"),
+        (["--edit-rules", "none", "class", "--curriculum", "all"], "--edit-rules: expected none alone, or rules"),
         (["--add", "all"], "--add all: --curriculum none names no level"),
         (["--add", "-3", "--curriculum", "all"], "--add -3: expected all, a number"),
         (["--add", "like:/nowhere.csv", "--curriculum", "all"], "--add like:/nowhere.csv: not a readable CSV"),

@@ -130,6 +130,23 @@ def test_a_run_leaves_what_it_says_and_its_figures_agree(small, tmp_path):
 
 
 @pytest.mark.slow
+def test_flyp_adds_edits_to_all_real_images(small, tmp_path):
+    """ALIA inside FLYP: none of the real images is replaced, and each source gives one edit an epoch."""
+    flags = ["--curriculum", "all", "--levels", "50", "90", "--epochs", "2", "--curriculum-epochs", "1"]
+    flags += ["--warmup-epochs", "0"]
+    assert train(small, tmp_path / "all", *flags, "--add", "all") == 0
+    assert train(small, tmp_path / "seven", *flags, "--add", "7", "--edits", "user") == 0
+    real = SMALL["train"][2]
+    of = {name: files.read_json_lines(tmp_path / name / "history.jsonl") for name in ("all", "seven")}
+    sources = set().union(*kept_sources(small).values())
+    assert [record["images"] for record in of["all"]] == [real + len(sources), real]
+    assert [record["images"] for record in of["seven"]] == [real + 7, real]
+    assert files.read_json(tmp_path / "all/args.json")["args"]["edits"] == "user"
+    with pytest.raises(UserError, match="--edits domains: .* is user"):
+        train(small, tmp_path / "other", *flags, "--add", "all", "--edits", "domains")
+
+
+@pytest.mark.slow
 def test_the_tuned_weights_are_read_back_by_find_hard(small, tmp_path):
     train(small, tmp_path / "r", "--epochs", "1", "--warmup-epochs", "0")
     shutil.copytree(cameratraps.TOYCAM_CLIP, tmp_path / "clip")

@@ -116,11 +116,43 @@ def test_what_was_published_stands_beside_it_and_what_is_missing_below(tmp_path,
     assert "python train_lt.py @recipes/digits/ce_d2s.args --seed 2" in page
 
 
+def test_rows_of_alia_have_names_groups_and_an_order(tmp_path):
+    alia = {"curriculum": "all", "add": "like:extra", "edits": "domains", "dataset": "planes", "imb_ratio": None}
+    rows = {
+        "CE": {"curriculum": "none"},
+        "CE + CutMix": {"curriculum": "none", "mix": "cutmix"},
+        "CE + RandAugment": {"curriculum": "none", "randaugment": True},
+        "CE + text to image": {"edits": "text"},
+        "CE + edits by the user's prompt, unfiltered": {"edits": "user", "edit_rules": ["none"]},
+        "CE + ALIA, unfiltered": {"edit_rules": ["none"]},
+        "CE + ALIA (semantic)": {"edit_rules": ["semantic"]},
+        "CE + ALIA (semantic, confidence)": {"edit_rules": ["semantic", "confidence"]},
+        "CE + ALIA": {},
+        "CE + ALIA + d2s": {"curriculum": "d2s"},
+        "CE + extra real": {"curriculum": "none", "extra_real": True},
+    }
+    plain = {"add": None, "edits": None}
+    folders = []
+    for place, flags in enumerate(rows.values()):
+        settings = alia | (plain if flags.get("curriculum") == "none" else {}) | flags
+        folder = write_run(tmp_path / f"r{place}", 0, 70 + place, 40, **settings)
+        content = files.read_json(tmp_path / f"r{place}/results.json")
+        content["last"] |= {"id": 90.0, "ood": 50.0 + place, "balanced": 70.0, "worst_group": 30.0 + place}
+        files.write_json(tmp_path / f"r{place}/results.json", content)
+        folders.append(folder)
+    report.main(["--runs", *folders[::-1], "--out", str(tmp_path / "out")])
+    lines = (tmp_path / "out/table.md").read_text().splitlines()
+    assert lines[0].startswith("| test accuracy, % | all | ID | OOD | all groups | worst group | seeds | against the")
+    assert [line.split("|")[1].split(" (--")[0].strip() for line in lines[2 : 2 + len(rows)]] == list(rows)
+    assert "| 71.0 | 90.0 | 51.0 | 70.0 | 31.0 | 1 | OOD +1.0, worst group +1.0 |" in lines[3]
+    assert lines[2].endswith("| 70.0 | 90.0 | 50.0 | 70.0 | 30.0 | 1 | – |")
+
+
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
         ({"epochs": 3, "weight_decay": 0.05}, "CE (--epochs 3)"),  # weight decay 0.05 is the default of digits
-        ({"mix": "cutmix", "ema": 0.999, "randaugment": True}, "CE (--ema 0.999, --mix cutmix, --randaugment)"),
+        ({"clip_grad": 1.0, "ema": 0.999, "color_jitter": 0.2}, "CE (--clip-grad 1, --color-jitter 0.2, --ema 0.999)"),
         ({"precision": "bf16"}, "CE (--precision bf16)"),
         ({"lr": 0.003, "memory_format": "channels_last", "levels": [10]}, "CE"),  # change no result of this row
     ],
@@ -180,11 +212,11 @@ def test_runs_on_other_images_make_a_table_of_their_own(tmp_path):
 
 
 def test_a_row_with_many_flags_has_a_short_name_and_a_note(tmp_path):
-    flags = {"epochs": 3, "lr": 0.2, "optimizer": "sgd", "ema": 0.9, "mix": "cutmix"}
+    flags = {"epochs": 3, "lr": 0.2, "optimizer": "sgd", "ema": 0.9, "weight_decay": 0.2}
     found, text = rows_of([write_run(tmp_path / "a", 0, 70, 40, **flags)], tmp_path)
     [name] = found
     assert name == "CE (--ema 0.9, --epochs 3, --lr 0.2, 2 flags more)"
-    assert f"{name} was run with --ema 0.9, --epochs 3, --lr 0.2, --mix cutmix, --optimizer sgd" in text
+    assert f"{name} was run with --ema 0.9, --epochs 3, --lr 0.2, --optimizer sgd, --weight-decay 0.2" in text
 
 
 def test_groups_at_their_bounds():

@@ -9,12 +9,18 @@ from pathlib import Path
 import numpy as np
 
 import curricula
+from curricula import REAL
 from loaders.base import DataSet, fold_of, join_sets
 from runtime import cli
+from spectrum import edit_rules
+from spectrum import folder as spectrum_folder
+from training.pool import Pool
+
+EDITS = ("text", "user", "domains")
 
 
-def add_flags(group) -> None:
-    """The flags that add edits and choose the real images."""
+def add_edit_flags(group) -> None:
+    """The flags of edits that are added to the real images."""
     group.add_argument(
         "--add",
         metavar="all|N|SHARE|like:FILE",
@@ -23,6 +29,24 @@ def add_flags(group) -> None:
         "as the extra real images",
     )
     group.add_argument("--add-once", action="store_true", help="draw the edits of --add once, not anew each epoch")
+    group.add_argument(
+        "--edits",
+        choices=EDITS,
+        help="for --add: what the images of --spectrum are, as tables call them: text to image, edits by a user's "
+        "prompt, or edits toward domains (default: what the spectrum's plan says; else checked)",
+    )
+    group.add_argument(
+        "--edit-rules",
+        nargs="+",
+        choices=["none", *edit_rules.RULES],
+        metavar="RULE",
+        help=f"apply these rules of filter_edits.py alone: {', '.join(edit_rules.RULES)}, or none (default: all that "
+        "it was run with)",
+    )
+
+
+def add_real_flags(group) -> None:
+    """The flags of the real images that are trained on."""
     group.add_argument(
         "--extra-real", action="store_true", help="train on the data set's extra real images too, where it has some"
     )
@@ -38,6 +62,49 @@ def add_flags(group) -> None:
         metavar="I/K",
         help="train without part I of K of the training images, for filter_edits.py --thresholds folds",
     )
+
+
+def check_flags(args) -> None:
+    """Raise UserError where the flags of edits do not go together."""
+    if args.add and args.curriculum in ("none", "adaptive"):
+        raise cli.UserError(f"--add {args.add}: --curriculum {args.curriculum} names no level; expected all or another")
+    for name in ("add_once", "edits"):
+        if getattr(args, name) and not args.add:
+            raise cli.UserError(f"--{name.replace('_', '-')}: expected with --add only")
+    if args.edit_rules and args.curriculum == "none":
+        raise cli.UserError("--edit-rules: --curriculum none takes no edit; expected all or another")
+    if args.edit_rules and "none" in args.edit_rules and len(args.edit_rules) > 1:
+        raise cli.UserError("--edit-rules: expected none alone, or rules")
+
+
+def check_edits(args) -> str:
+    """What the images of --spectrum are, by its plan.
+
+    Raises:
+        UserError: --edits says otherwise.
+    """
+    plan = spectrum_folder.read_plan(args.spectrum)
+    found = "user"
+    if plan.get("pure_noise") and plan["levels"] == [0]:
+        found = "text"
+    elif any(row.get("domain") for row in spectrum_folder.read_rows(args.spectrum)):
+        found = "domains"
+    if args.edits not in (None, found):
+        raise cli.UserError(f"--edits {args.edits}: {args.spectrum} is {found}; expected --edits {found}")
+    return found
+
+
+def place_additions(args, pool: Pool, stage: list[int], wanted: np.ndarray | None, epoch: int) -> np.ndarray:
+    """The images of an epoch, as places in the pool: every real one, and edits of the stage's levels (ALIA).
+
+    Args:
+        wanted: edits of each class, int (C,); None for one of every source.
+    """
+    rng = np.random.default_rng([args.seed, 5] if args.add_once else [args.seed, epoch, 5])
+    edits = np.flatnonzero(np.isin(pool.levels, stage) & (pool.levels < REAL))
+    sources = [pool.sources[place] for place in edits]
+    chosen = curricula.choose_additions(pool.labels[edits], sources, wanted, rng)
+    return np.concatenate([np.flatnonzero(pool.levels == REAL), edits[chosen]])
 
 
 def choose_training_images(args, data: DataSet) -> DataSet:
@@ -104,5 +171,24 @@ def test_figures(data: DataSet, logits) -> dict:
         groups = domain_groups.group_accuracies(predicted, data.test.labels, data.test.domains, seen)
         label, domain = groups.pop("worst_group_name")
         groups["worst_group_name"] = f"{data.class_names[label]}, {data.domain_names[domain]}"
+        groups["seen_groups"] = seen.tolist()
         found |= groups | {"macro_f1": evaluation.macro_f1(predicted, data.test.labels)}
     return found
+
+
+def say_untested_groups(data: DataSet, figures: dict) -> None:
+    """Print which groups have no test image, and which figure is not measured for that reason."""
+    if "per_group" not in figures:
+        return
+    missing = [
+        f"{data.class_names[label]}, {data.domain_names[domain]}"
+        for label, row in enumerate(figures["per_group"])
+        for domain, value in enumerate(row)
+        if value is None
+    ]
+    if missing:
+        groups = len(data.class_names) * len(data.domain_names)
+        print(f"{len(missing)} of {groups} groups have no test image and do not count, the first: {missing[0]}")
+    for name, what in (("id", "in"), ("ood", "out of")):
+        if figures[name] is None:
+            print(f"no test image is of a group {what} the training distribution: {name.upper()} is not measured")
