@@ -28,6 +28,7 @@ import importlib
 import io
 import multiprocessing
 import os
+import re
 import shlex
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -230,26 +231,25 @@ def run_biased(args) -> int:
     plain, text = out / "prompts_plain.json", out / "text_to_image"
     steps.run("write_prompts.py", *data, "--hard", hard, "--out", plain)
     steps.run("generate_spectrum.py", *data, "--hard", hard, "--prompts", plain, "--per-class", 90, "--out", text)
-    # Note the edits in which CLIP sees the right class and domain.
-    rules = ("class", "domain")
-    domains = ("--domains", described / "domains.json")
-    steps.run("filter_edits.py", *data, "--spectrum", drawn, "--prompts", prompts, "--rules", *rules, *domains)
-    # Train every row for the same number of steps.
-    rows = {"real": (), "RandAugment": ("--randaugment",)}
-    for name, folder, applied in (
-        ("text to image", text, ("none",)), ("edits", drawn, ("none",)), ("edits + filter", drawn, rules)
-    ):  # fmt: skip
-        rows[name] = ("--curriculum", "all", "--add", "all", "--spectrum", folder, "--edit-rules", *applied)
-    places = {
-        (name, seed): out / "train" / f"{name.replace(' + ', '_')}_seed{seed}"
-        for name in rows for seed in args.train_seeds
+    # Train on real images; then drop edits by CLIP's rules and by the base model, as ALIA does.
+    text_only = ("--curriculum", "all", "--add", "all", "--spectrum", text, "--edit-rules", "none")
+    edited = ("--curriculum", "all", "--add", "all", "--spectrum", drawn, "--edit-rules")
+    rows = {
+        "real": (), "RandAugment": ("--randaugment",), "text to image": text_only, "edits": (*edited, "none"),
+        "edits + CLIP's rules": (*edited, "class", "domain"), "edits + ALIA's rule": (*edited, "confidence"),
     }  # fmt: skip
-    length = ("--epochs", 20, "--curriculum-epochs", 20, "--epoch-images", 600)
-    commands = [
-        [str(word) for word in (*data, *rows[name], *length, "--seed", seed, "--out", place)]
-        for (name, seed), place in places.items()
-    ]
-    train_all("train_lt", commands, args.jobs)
+    length = ("--epochs", 20, "--curriculum-epochs", 20, "--epoch-images", 600)  # every row takes as many steps
+    places, commands = {}, {}
+    for name in rows:
+        for seed in args.train_seeds:
+            places[name, seed] = out / "train" / f"{re.sub('[^a-zA-Z]+', '_', name)}_seed{seed}"
+            words = (*data, *rows[name], *length, "--seed", seed, "--out", places[name, seed])
+            commands[name, seed] = [str(word) for word in words]
+    train_all("train_lt", [words for (name, _), words in commands.items() if name == "real"], args.jobs)
+    rules = ("--rules", "class", "domain", "confidence", "--domains", described / "domains.json")
+    base = ("--checkpoint", places["real", args.train_seeds[0]])
+    steps.run("filter_edits.py", *data, "--spectrum", drawn, "--prompts", prompts, *rules, *base)
+    train_all("train_lt", [words for (name, _), words in commands.items() if name != "real"], args.jobs)
     # Write the table.
     figures = {"id": "ID", "ood": "OOD", "balanced": "all groups", "worst_group": "worst group"}
     heading = "test accuracy, %: mean ± standard error" if len(args.train_seeds) > 1 else "test accuracy, %"

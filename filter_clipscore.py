@@ -367,6 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.keep_share is not None:
         rule |= {"threshold": None, "share_of": args.share_of}
     note = made_by | rule | {"groups": note["groups"], "rounds": note.get("rounds", 0)}
+    note["typed"] = {"clip": args.clip, "prompts": str(args.prompts)}  # what the gallery's command repeats
 
     # Score the new images, and decide which are kept.
     def save() -> None:

@@ -18,6 +18,9 @@ With --score, the CLIPScore of each image is computed while it is in memory; fil
 again. An image below the threshold is drawn again, with another prompt of its class and other noise, up to
 --max-redraws times, and the best is kept (DisCL).
 
+A column mask in hard.csv names a file beside it for each source: white is kept, to the pixel, and the rest is drawn
+anew by inpainting (editors draw everything, and the kept part is put back).
+
 Images are drawn at the size of their source, or at --size, each side rounded to a multiple that the generator's
 autoencoder needs (8 for all published ones: 480x270 becomes 480x272), and saved as drawn, or at --save-size. For small
 images use --size 512x512 --save-size source: generators are poor at small sizes.
@@ -36,6 +39,7 @@ import datasets
 from generation import loras, texts, worklist
 from generation.guidance import image_guidance_by_level
 from generation.job import Job
+from generation.masks import Paster, check_masks
 from generation.plan import DrawPlan, count_seeds, make_settings, order_planned
 from generation.prefetch import Prefetcher
 from generation.writer import SAVE_OPTIONS
@@ -336,11 +340,12 @@ def draw(plan: DrawPlan, folder: Path, sources: Sources, weights: dict[str, Path
     args = plan.args
     scorer = build_scorer(args, plan.prompts, plan.hard) if args.score and todo else None
     preprocess = scorer.clip.preprocess if scorer else None
-    job = Job(plan, folder, Prefetcher(sources, plan.unreadable, preprocess, plan.sizes), scorer)
+    retouch = Paster(plan.masks, sources) if plan.masks else None
+    job = Job(plan, folder, Prefetcher(sources, plan.unreadable, preprocess, plan.sizes), scorer, retouch)
     if todo:
         device = pick_device(args.device)
         revision = args.revision if Path(args.generator).is_dir() else plan.settings["revision"]
-        pipe = models.load_generator(args.generator, device, revision, args.dtype, args.scheduler)
+        pipe = models.load_generator(args.generator, device, revision, args.dtype, args.scheduler, bool(plan.masks))
         adapters = loras.Adapters(pipe, weights) if weights else None
         if "all" in weights:
             adapters.switch("all")
@@ -439,6 +444,7 @@ def main(argv: list[str] | None = None) -> int:
         plan.read_sizes(sources, known.native, models.latent_multiple(args.generator, args.revision), most)
         todo, done = plan.find_todo()
         plan.stop_on_changed_sources(sources, todo)
+        check_masks(plan.masks, sources)
         plan.warn_of_sizes(todo)
         if args.dry_run:
             plan.print_forecast(todo)

@@ -198,7 +198,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_generator(
-    name_or_path: str, device: str, revision: str | None = None, dtype: str = "auto", scheduler: str = "shipped"
+    name_or_path: str,
+    device: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    scheduler: str = "shipped",
+    masked: bool = False,
 ):
     """An image-to-image diffusion pipeline by hub name or local folder, ready to draw on `device`.
 
@@ -207,6 +212,7 @@ def load_generator(
     Args:
         dtype: a key of DTYPES, or `auto`: bfloat16 on a GPU, float32 on a CPU.
         scheduler: a key of SCHEDULERS.
+        masked: load it for inpainting; editors stay what they are.
 
     Raises:
         UserError: nothing of that name can be loaded.
@@ -227,9 +233,11 @@ def load_generator(
         wanted = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInstructPix2PixPipeline"}
         names = ["safety_checker", "requires_safety_checker"] if config.get("_class_name") in wanted else []
         names += ["add_watermarker"] if "StableDiffusionXL" in config.get("_class_name", "") else []
-        # AutoPipelineForImage2Image does not know InstructPix2Pix.
-        by_name = "InstructPix2Pix" in config.get("_class_name", "")
-        loader = diffusers.DiffusionPipeline if by_name else diffusers.AutoPipelineForImage2Image
+        loader = diffusers.AutoPipelineForImage2Image
+        if "InstructPix2Pix" in config.get("_class_name", ""):  # which the automatic pipelines do not know
+            loader = diffusers.DiffusionPipeline
+        elif masked and not editor_kind(name_or_path, revision):
+            loader = diffusers.AutoPipelineForInpainting
         pipe = loader.from_pretrained(
             name_or_path,
             dtype=DTYPES[generator_dtype(dtype, device)],
@@ -328,7 +336,7 @@ def generator_dtype(dtype: str, device: str) -> str:
 
 
 def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
-    """What the sides of a generator's images must divide by: how much smaller its autoencoder's latents are.
+    """What the sides of a generator's images must divide by: how much smaller the latents are that its model takes.
 
     Raises:
         UserError: nothing of that name can be loaded.
@@ -345,7 +353,19 @@ def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
             config = diffusers.AutoencoderKL.load_config(name_or_path, subfolder="vae", revision=revision)
         except (OSError, ValueError) as error:
             raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
-    return 2 ** (len(config.get("block_out_channels", [0] * 4)) - 1)
+    halvings = len(config.get("temperal_downsample", config.get("block_out_channels", [0] * 4)[1:]))
+    return 2**halvings * (2 if _packs_latents(name_or_path, revision) else 1)
+
+
+def _packs_latents(name_or_path: str, revision: str | None) -> bool:
+    """Whether a generator's transformer takes its latents in patches of 2x2."""
+    import diffusers
+
+    try:
+        kind = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name", "")
+    except (OSError, ValueError):
+        return False  # loading it says what is wrong
+    return any(family in kind for family in ("Flux", "QwenImage", "StableDiffusion3"))
 
 
 def load_clip(name_or_path: str, device: str):

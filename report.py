@@ -37,6 +37,7 @@ from loaders.pictures import read_image
 from loaders.sources import read_sources
 from reporting import figures, gallery, names, page, recipes, render, tables
 from runtime import cli, files, runs
+from spectrum import edits
 from spectrum import folder as spectrum_folder
 from spectrum.edits import EDITS, read_edits
 from spectrum.tables import read_scores
@@ -77,7 +78,8 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--gallery",
         action="store_true",
-        help="write OUT/gallery/index.html, on which a person looks through --spectrum and chooses the threshold",
+        help="write OUT/gallery/index.html, on which a person looks through --spectrum and chooses the threshold; "
+        "edits stand under their domains, with the reasons of filter_edits.py",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="FOLDER", help="where the report goes")
     return parser
@@ -108,9 +110,9 @@ def join_equal(lines: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def per_class(row: tables.Row) -> np.ndarray | None:
-    """Accuracy of each class in percent, mean over the seeds, NaN without a test image, (C,)."""
+    """Accuracy in percent by seed and class, NaN without a test image, (S, C)."""
     found = [run["results"]["last"].get("per_class") for run in row.runs]
-    return np.array(found, dtype=float).mean(0) if all(found) else None
+    return np.array(found, dtype=float) if all(found) else None
 
 
 def all_curves(rows: list[tables.Row], name: str) -> dict[str, np.ndarray]:
@@ -187,7 +189,8 @@ def by_class(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
         return
     yield (
         "frequency",
-        "Test accuracy by how many training images a class has: classes in order, in groups of equal size.",
+        "Test accuracy by how many training images a class has: classes in order, in groups of equal size; the band is "
+        "one standard deviation over seeds.",
         figures.draw_by_frequency, known, np.array(counts), styles, "test accuracy (%)",
     )  # fmt: skip
 
@@ -199,14 +202,15 @@ def by_class(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
         if row.args.get("curriculum", "none") == "none" and row.args.get("augment") != "cuda"
     }
     gain = {
-        row.name: known[row.name] - plain[row.args.get("loss")]
+        row.name: known[row.name] - plain[row.args.get("loss")].mean(0)
         for row in tested
         if row.args.get("curriculum", "none") != "none" and row.args.get("loss") in plain
     }
     if gain:
         yield (
             "gain",
-            "What a curriculum adds over the same loss without one, by how many training images a class has.",
+            "What a curriculum adds over the mean of the same loss without one, by how many training images a class "
+            "has; the band is one standard deviation over seeds.",
             figures.draw_by_frequency, gain, np.array(counts), styles, "gain (points)",
         )  # fmt: skip
 
@@ -327,42 +331,51 @@ def draw_acceptance(folder: Path, path: Path) -> None:
 
 
 def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
-    """The page on which a person looks through a filtered spectrum; its index.html."""
-    plan, note = spectrum_folder.read_plan(folder), files.read_json(folder / "scores.json")
-    scores = read_scores(folder / "scores.csv")
-    domains = {row["file_name"]: row["domain"] for row in spectrum_folder.read_rows(folder) if "domain" in row}
-    rows = [
-        row | ({"domain": domains[row["file_name"]]} if row["file_name"] in domains else {})
-        for row in spectrum_folder.read_made(folder)  # as filter_clipscore.py counts: also those whose image is gone
-    ]
-    train = datasets.load(plan["dataset"], plan["imb_ratio"], data_root, plan["data_seed"]).train
-    kept, threshold = sum(entry["kept"] for entry in scores.values()), note.get("threshold")
-    rule = f"--threshold {threshold:g}" if threshold is not None else f"--keep-share {note['keep_share']:g}"
-    if threshold is None:  # a kept share has none: begin at the lowest score that it kept
-        threshold = min((entry["text_score"] for entry in scores.values() if entry["kept"]), default=0.0)
+    """The page on which a person looks through a filtered spectrum or a set of edits; its index.html."""
+    plan = spectrum_folder.read_plan(folder)
+    rows = spectrum_folder.read_made(folder)  # as filter_clipscore.py counts: also those whose image is gone
+    about, command = f"{folder}: {len(rows):,} images of {plan['dataset']}.", ""
+    scores, dropped, threshold = {}, {}, None
+    if len(plan["levels"]) == 1:  # edits stand under their domains
+        named = spectrum_folder.read_rows(folder)
+        domains = {row["file_name"]: row["domain"] for row in named if row.get("domain")}
+        rows = [row | {"domain": domains.get(row["file_name"], "none")} for row in rows] if domains else rows
+    if (folder / edits.EDITS).is_file():
+        found = edits.read_edits(folder / edits.EDITS)
+        dropped = {name: entry["reason"] for name, entry in found.items() if entry["kept"] == "0"}
+        about += f" edits.csv drops {len(dropped):,} of them."
+    if (folder / "scores.json").is_file():
+        note, scores = files.read_json(folder / "scores.json"), read_scores(folder / "scores.csv")
+        kept, threshold = sum(entry["kept"] for entry in scores.values()), note.get("threshold")
+        rule = f"--threshold {threshold:g}" if threshold is not None else f"--keep-share {note['keep_share']:g}"
+        if threshold is None:  # a kept share has none: begin at the lowest score that it kept
+            threshold = min((entry["text_score"] for entry in scores.values() if entry["kept"]), default=0.0)
+        about += f" scores.csv keeps {kept:,} ({rule}), scored by the CLIP {note['clip']}."
+        command = filter_command(folder, data_root, plan, note)
+    root = data_root or datasets.default_data_root(plan["dataset"])
+    train = datasets.load(plan["dataset"], plan["imb_ratio"], root, plan["data_seed"]).train
     return gallery.write_gallery(
         rows,
         scores,
+        dropped,
         threshold,
-        lambda names: (image for image, _ in read_sources(names, train, data_root)),
+        lambda names: (image for image, _ in read_sources(names, train, root)),
         lambda name: read_image(folder / name),
-        f"{folder}: {len(rows):,} images of {plan['dataset']}. scores.csv keeps {kept:,} of them ({rule}), "
-        f"scored by the CLIP {note['clip']}.",
-        filter_command(folder, data_root, plan, note),
+        about,
+        command,
         out / "gallery",
     )
 
 
 def filter_command(folder: Path, data_root: Path | None, plan: dict, note: dict) -> str:
-    """The filter's command for this spectrum, without its threshold; a CLIP in a folder is the data set's own."""
+    """The filter's command for this spectrum, without its threshold."""
     words = ["python", "filter_clipscore.py", "--dataset", plan["dataset"], "--spectrum", str(folder)]
     if plan["imb_ratio"] is not None:
         words += ["--imb-ratio", f"{plan['imb_ratio']:g}"]
     words += ["--data-seed", str(plan["data_seed"])]
     words += ["--data-root", str(data_root)] if data_root else []
-    words += ["--clip", note["clip"]] if not note.get("clip_digest") else []
-    beside = folder.parent / "prompts.json"
-    return shlex.join(words + (["--prompts", str(beside)] if beside.is_file() else []))
+    words += [word for name, value in note.get("typed", {}).items() for word in (f"--{name}", value)]
+    return shlex.join(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,8 +431,10 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.gallery and args.spectrum is None:
         raise cli.UserError("--gallery: expected the --spectrum to look through")
-    if args.gallery and not (args.spectrum / "scores.json").is_file():
-        raise cli.UserError(f"--gallery: {args.spectrum} has no scores.json; expected a filtered spectrum folder")
+    if args.gallery and not any((args.spectrum / name).is_file() for name in ("scores.json", edits.EDITS)):
+        raise cli.UserError(
+            f"--gallery: {args.spectrum} has neither scores.json nor {edits.EDITS}; expected a filtered spectrum folder"
+        )
     # Gather what recipes ask for and what was run.
     wanted, complaints = recipes.read_all(effective_arguments)
     print("".join(f"{line}\n" for line in complaints), end="")
@@ -446,11 +461,6 @@ def main(argv: list[str] | None = None) -> int:
         drawn = draw_spectrum_figures(args.spectrum, args.data_root, args.out)
         written += [path.name for path, _ in drawn]
         sections.append(("The spectrum", [page.figure(path, caption) for path, caption in drawn]))
-        if args.gallery:
-            data_root = args.data_root or datasets.default_data_root(
-                spectrum_folder.read_plan(args.spectrum)["dataset"]
-            )
-            written.append(str(draw_gallery(args.spectrum, data_root, args.out).relative_to(args.out)))
     # Put all of it on one page.
     begun = {names.table_name(row.args) for table in found for row in table.rows.values() if row.runs}
     waiting = sorted({names.table_name(recipe.args) for recipe in wanted} - begun)
@@ -458,8 +468,13 @@ def main(argv: list[str] | None = None) -> int:
         sections.append(
             ("Not begun", [page.note(f"Tables of recipes that no run belongs to yet: {', '.join(waiting)}.")])
         )
-    page.write(args.out / "report.html", "Diffusion Curriculum: results", INTRODUCTION if found else "", sections)
-    print(f"{args.out}: {', '.join(['report.html', *written])}")
+    paragraphs = [*(render.findings(table) for table in found), *([INTRODUCTION] if found else [])]
+    page.write(args.out / "report.html", "Diffusion Curriculum: results", paragraphs, sections)
+    print(f"{args.out}: {', '.join(['report.html', *written])}", flush=True)
+    # Make the gallery last: it takes longest, and nothing else needs it.
+    if args.gallery:
+        made = decorate("gallery", lambda: [(draw_gallery(args.spectrum, args.data_root, args.out), "")])
+        print("".join(f"{path}\n" for path, _ in made), end="")
     return 0
 
 

@@ -45,6 +45,8 @@ class Editor(Generator):
         super().__init__(pipe, steps, text_guidance, False, cache_mb, adapters)
         self.image_guidance = image_guidance
         self.pix2pix = type(pipe).__name__ in PIX2PIX
+        # A transformer that was distilled takes the guidance as an input, and runs once a step.
+        self.distilled = bool(getattr(getattr(pipe, "transformer", None), "config", {}).get("guidance_embeds"))
         if self.pix2pix:
             if pipe.vae.config.latent_channels != 4:
                 raise UserError(f"--generator: {type(pipe).__name__} with latents of four channels is expected")
@@ -111,8 +113,10 @@ class Editor(Generator):
         drawn = []
         for key, text, generator in zip(self._source_keys(batch), texts, generators, strict=True):
             picture = Image.frombytes("RGB", batch.size, self.cache.get(key)[0].numpy().tobytes())
+            # Kontext would choose a size of its own, of about a megapixel.
             call = {"width": batch.size[0], "height": batch.size[1], "_auto_resize": False}
-            if "true_cfg_scale" in accepted:  # a distilled guidance scale stays the model's own
+            call["max_area"] = batch.size[0] * batch.size[1]
+            if "true_cfg_scale" in accepted and not self.distilled:
                 call |= {"true_cfg_scale": self.text_guidance, "negative_prompt": " "}
             else:
                 call["guidance_scale"] = self.text_guidance

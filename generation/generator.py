@@ -92,6 +92,11 @@ class Generator:
                 f"--generator: {type(pipe).__name__} has no strength, by which levels are drawn; expected an "
                 "image-to-image pipeline that has one"
             )
+        if self.by_latents and pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+            raise UserError(
+                f"--generator: its UNet takes {pipe.unet.config.in_channels} channels, as one for inpainting does; "
+                "expected a column mask in --hard, or a generator for image-to-image"
+            )
         if pure_noise and not self.by_latents:
             raise UserError(
                 f"--pure-noise: not possible with {type(pipe).__name__} as this generator has it; expected a Stable "
@@ -161,6 +166,10 @@ class Generator:
             )
         return drawn
 
+    def more_inputs(self, batch: Batch) -> dict:
+        """What else a call of the pipeline takes for a batch."""
+        return {}
+
     def missing_sources(self, batch: Batch) -> list[str]:
         """The sources of a batch whose images `draw` has to be given."""
         return [] if self._is_pure(batch) else [name for _, name, _ in self.cache.missing(self._source_keys(batch))]
@@ -216,7 +225,7 @@ class Generator:
                 for key in self._source_keys(batch)
             ]
             size = {"width": batch.size[0], "height": batch.size[1]}  # else some draw the model's own square
-            call |= {name: side for name, side in size.items() if name in self.accepted}
+            call |= {name: side for name, side in size.items() if name in self.accepted} | self.more_inputs(batch)
             drawn = self._run(run, prompt=texts, image=pictures, output_type="pt", **call).images
             if drawn.shape[-2:] != (batch.size[1], batch.size[0]):
                 raise UserError(

@@ -7,6 +7,23 @@ from runtime.cli import UserError
 PIX2PIX = {"StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline"}
 
 
+def copies_each_step(kind: str, text_guidance: float) -> int:
+    """On how many copies of a batch a denoising step runs the model: with guidance 2, for InstructPix2Pix 3.
+
+    Args:
+        kind: class of the pipeline where it is an editor, else empty.
+    """
+    if text_guidance <= 1:
+        return 1
+    return 3 if kind in PIX2PIX else 2
+
+
+def most_at_once(batch_size: int, kind: str, text_guidance: float) -> int:
+    """Images drawn at once, so that three copies need no more memory than --batch-size images in two copies do."""
+    copies = copies_each_step(kind, text_guidance)
+    return max(1, 2 * batch_size // copies) if copies > 2 else batch_size
+
+
 def image_guidance_by_level(kind: str, levels: list[int], scales: list[float] | None) -> dict[int, float]:
     """The image guidance of each level; empty where a generator has a strength or takes none.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from generation.guidance import most_at_once
 from generation.plan import DrawPlan
 from generation.prefetch import Prefetcher
 from generation.sizes import resize
@@ -32,9 +33,13 @@ class Job:
         folder: the shard's folder.
         prefetcher: reads the sources; it may know of some already that they cannot be read.
         scorer: an embeddings.Scorer with --score, else None.
+        retouch: changes an image at the size at which it is saved (writer.ImageWriter), or None.
     """
 
-    def __init__(self, plan: DrawPlan, folder: Path, prefetcher: Prefetcher, scorer):
+    def __init__(self, plan: DrawPlan, folder: Path, prefetcher: Prefetcher, scorer, retouch=None):
+        self.retouch = retouch
+        editor = plan.settings.get("editor", "")
+        self.most_at_once = most_at_once(plan.args.batch_size, editor, plan.args.text_guidance)
         self.args, self.plan, self.folder, self.prefetcher, self.scorer = plan.args, plan, folder, prefetcher, scorer
         self.saved = self.redraws = self.reached = 0
         self.failed: list[Unit] = []
@@ -55,7 +60,7 @@ class Job:
         self.scheduler = type(pipe.scheduler).__name__
         total = sum(self.plan.steps_of(batch.level) * len(batch.units) for batch in todo)
         began = time.monotonic()
-        with ImageWriter(self.folder) as writer, cli.progress(total, "drawing", "step") as bar:
+        with ImageWriter(self.folder, self.retouch) as writer, cli.progress(total, "drawing", "step") as bar:
             for redraw in range(1 if self.scorer else MAX_REDRAWS + 1):
                 # Draw all batches, each while the next one's sources are being read.
                 for batch, following in itertools.zip_longest(todo, todo[1:]):
@@ -86,11 +91,14 @@ class Job:
         """What draws batches: by strength, or as an editor."""
         from generation.editors import Editor
         from generation.generator import Generator
+        from generation.inpainting import Inpainter
 
         args, settings = self.args, self.plan.settings
         if settings.get("editor"):
             scales = {int(level): scale for level, scale in settings.get("image_guidance", {}).items()}
             return Editor(pipe, args.steps, args.text_guidance, scales, args.cache_mb, adapters)
+        if self.plan.masks:
+            return Inpainter(pipe, args.steps, args.text_guidance, self.plan.masks, args.cache_mb, adapters)
         return Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb, adapters)
 
     def draw_batch(self, batch: Batch, following: Batch | None, redraw: int, done: set, writer) -> None:
@@ -142,7 +150,7 @@ class Job:
         self.redraws += len(batch.units) if redraw else 0
         while batch.units:
             # Draw as many at once as fit into memory.
-            most = self.at_once.get(batch.size, self.args.batch_size)
+            most = self.at_once.get(batch.size, self.most_at_once)
             if not self.args.compile:
                 most = min(most, len(batch.units))
             some = batch._replace(units=batch.units[:most])
@@ -190,10 +198,13 @@ class Job:
             arrived()
             # Score what their files will hold.
             rows = [self.row(unit, redraw, batch.size) for unit in some.units]
-            pictures = [
-                as_saved(resize(Image.fromarray(image.numpy()), (row["width"], row["height"])), args.format)
+            sized = (
+                resize(Image.fromarray(image.numpy()), (row["width"], row["height"]))
                 for image, row in zip(pixels, rows, strict=True)
-            ]
+            )
+            if self.retouch:
+                sized = (self.retouch(image, row) for image, row in zip(sized, rows, strict=True))
+            pictures = [as_saved(image, args.format) for image in sized]
             scores = self.scorer.score(pictures, [row["label"] for row in rows], [unit.source for unit in some.units])
             # Keep the best of each.
             for index, image, fine, row, text, likeness in zip(

@@ -11,7 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from generation import worklist
-from generation.guidance import image_guidance_by_level
+from generation.guidance import copies_each_step, image_guidance_by_level, most_at_once
+from generation.masks import find_masks
 from generation.sizes import draw_size, read_sizes
 from generation.worklist import Batch, steps_at
 from generation.writer import BYTES_PER_PIXEL
@@ -71,6 +72,8 @@ def make_settings(
         "score": score,
     }
     # Add what flags of few runs determine, so that plans without them stay as they are.
+    if masks := find_masks(args.hard, hard):
+        settings["masks"] = files.digest_files([masks[source] for source in sorted(masks)])
     if args.each_prompt:
         settings |= {"each_prompt": True, "seeds": max(count_seeds(args, hard, prompts).values())}
         settings["units"] = sum(1 for _ in order_planned(args, settings, hard, prompts))
@@ -170,6 +173,7 @@ class DrawPlan:
         extra: files of further units.
 
     Attributes:
+        masks: mask files by source (generation/masks.py).
         frozen: the sources whose sizes were noted together, with their width and height; empty where no size matters.
         seeds: how many images of a level each source has.
         sizes: the sources' own width and height, where they matter.
@@ -192,6 +196,7 @@ class DrawPlan:
         extra: Iterable[Path] = (),
     ):
         self.args, self.settings, self.hard, self.prompts, self.adapters = args, settings, hard, prompts, adapters
+        self.masks = find_masks(args.hard, hard)
         self.seeds = count_seeds(args, hard, prompts)
         self.asked: dict[Unit, str] = {}
         self.extra = [self._leave_out_planned(units) for units in tables.read_extra(extra, hard)]
@@ -368,7 +373,13 @@ class DrawPlan:
             f"{shutil.disk_usage(place).free / 1e9:.4g} GB free"
         )
         if self.settings.get("image_guidance"):
-            print("  each step runs the UNet on 3 copies of a batch: it needs the memory of 3 times the --batch-size")
+            editor = self.settings["editor"]
+            copies = copies_each_step(editor, args.text_guidance)
+            at_once = most_at_once(args.batch_size, editor, args.text_guidance)
+            print(
+                f"  each step runs the UNet on {copies} copies of a batch: {copies * steps} passes of one image, and "
+                f"{at_once} images at once need the memory of {copies * at_once}"
+            )
         if args.score:
             print(
                 f"  besides: images under --threshold {args.threshold:g} are drawn up to {args.max_redraws} times again"

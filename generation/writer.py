@@ -7,6 +7,7 @@ import io
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,10 +38,8 @@ def as_saved(image: Image.Image, suffix: str) -> Image.Image:
     return Image.open(content).convert("RGB")
 
 
-def save_image(pixels: np.ndarray, path: Path, size: tuple[int, int] | None = None) -> None:
-    """Save pixels, uint8 (H, W, 3), under their final name, whole or not at all, resized to width and height `size`."""
-    image = Image.fromarray(pixels)
-    image = image if size is None else resize(image, size)
+def save_image(image: Image.Image, path: Path) -> None:
+    """Save an image under its final name, whole or not at all."""
     beside = path.with_name(f".{path.name}.tmp")
     try:
         image.save(beside, **SAVE_OPTIONS[path.suffix[1:]])
@@ -55,14 +54,18 @@ class ImageWriter:
 
     Use it as a context: on leaving, whatever was handed over is on the disk, also after an error.
 
+    Args:
+        shard: the folder to write to.
+        retouch: changes an image at the size at which it is saved, given its row; None leaves it as drawn.
+
     Attributes:
         rejected: rows of the images that were not good and were not saved.
         seen: images handed over so far and looked at.
         waited: seconds for which `put` had to wait for the disk.
     """
 
-    def __init__(self, shard: Path):
-        self.shard = shard
+    def __init__(self, shard: Path, retouch: Callable[[Image.Image, dict], Image.Image] | None = None):
+        self.shard, self.retouch = shard, retouch
         for unfinished in shard.glob(".*.tmp"):  # what a killed run was writing
             unfinished.unlink()
         self.rows = files.RowWriter(shard)
@@ -146,4 +149,5 @@ class ImageWriter:
 
     def _save(self, item: tuple[np.ndarray, dict]) -> None:
         pixels, row = item
-        save_image(pixels, self.shard / row["file_name"], (row["width"], row["height"]))
+        image = resize(Image.fromarray(pixels), (row["width"], row["height"]))
+        save_image(self.retouch(image, row) if self.retouch else image, self.shard / row["file_name"])

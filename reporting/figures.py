@@ -25,7 +25,7 @@ COLUMNS, TILE, LINE = 8, 72, 24  # of a sheet: images a row; sides of an image a
 
 def style_of(names: list[str]) -> dict[str, dict]:
     """The look of each row in all figures of a table: its colour, and a dash once the colours are used up."""
-    dashes = ("-", "--", ":")
+    dashes = ("-", "--", ":", "-.")
     return {
         name: {"color": COLOURS[k % len(COLOURS)], "linestyle": dashes[k // len(COLOURS) % len(dashes)]}
         for k, name in enumerate(names)
@@ -239,15 +239,29 @@ def _draw_panels(axes, panels: dict, styles: dict[str, dict], smoothed: int = SM
     for (label, lines), axis in zip(panels.items(), axes, strict=True):
         for name, values in lines.items():
             epochs = np.arange(1, values.shape[1] + 1)
-            means = smooth(values, smoothed)
-            axis.plot(epochs, means.mean(0), linewidth=2, label=name, **styles[name])
-            if len(means) > 1:
-                low, high = means.mean(0) - means.std(0, ddof=1), means.mean(0) + means.std(0, ddof=1)
-                axis.fill_between(epochs, low, high, color=styles[name]["color"], alpha=0.15, linewidth=0)
+            _draw_band(axis, epochs, smooth(values, smoothed), name, styles[name])
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     if len(axes):
         axes[-1].set_xlabel("epoch")
+
+
+def _draw_band(axis, places, values: np.ndarray, name: str, style: dict, **more) -> None:
+    """A line of the mean over seeds of values (S, N), and where there are several seeds a band about it."""
+    low, middle, high = bands(values)
+    axis.plot(places, middle, linewidth=2, label=name, **style, **more)
+    if len(values) > 1:
+        axis.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def bands(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over seeds (S, N) -> (N,), and one standard deviation (n - 1) below and above it: low, mean, high.
+
+    With one seed all three are its values.
+    """
+    middle = values.mean(0)
+    spread = values.std(0, ddof=1) if len(values) > 1 else np.zeros_like(middle)
+    return middle - spread, middle, middle + spread
 
 
 def smooth(values: np.ndarray, epochs: int) -> np.ndarray:
@@ -262,7 +276,8 @@ def draw_by_frequency(
     """A figure of each class by how many training images it has: classes in order of that, in up to 10 groups.
 
     Args:
-        lines: row -> figure of each class, (C,), NaN where it has none.
+        lines: row -> figure by seed and class, (S, C), NaN where a class has none; the band is one standard deviation
+            over seeds.
         counts: training images of each class, (C,).
         styles: of `style_of`.
         label: what the figure is, with its unit.
@@ -270,9 +285,9 @@ def draw_by_frequency(
     groups = [group for group in np.array_split(np.argsort(-counts, kind="stable"), 10) if len(group)]
     figure, axis = new_figure(figsize=(6, 4))
     for name, values in lines.items():
-        found = [values[group][~np.isnan(values[group])] for group in groups]
-        means = [group.mean() if len(group) else np.nan for group in found]
-        axis.plot(range(len(groups)), means, linewidth=2, marker=".", label=name, **styles[name])
+        known = [values[:, group][:, ~np.isnan(values[:, group]).any(0)] for group in groups]
+        means = [group.mean(1) if group.size else np.full(len(values), np.nan) for group in known]
+        _draw_band(axis, range(len(groups)), np.stack(means, axis=1), name, styles[name], marker=".")
     ranges = [(counts[group].max(), counts[group].min()) for group in groups]
     axis.set_xticks(range(len(groups)), [f"{most}" if most == least else f"{most}–{least}" for most, least in ranges])
     axis.tick_params(axis="x", labelsize=8)

@@ -9,7 +9,7 @@ const CELL = 80, LINE = 96, HEAD = 24;
 let threshold = data.threshold;
 let blocks = [], tops = [0];
 
-const kept = (i) => images.text[i] !== null && images.text[i] >= threshold;
+const kept = (i) => !images.lost[i] && (threshold === null || images.text[i] >= threshold);
 const label = (i) => sources[images.source[i]].label;
 
 // Where an image stands in its source's strip; place 0 is the source itself.
@@ -45,10 +45,9 @@ function matches(i, want) {
   return { kept: now, out: !now, "now-in": now && moved, "now-out": !now && moved }[want.state];
 }
 
-// The reason at the chosen threshold; an image without a score keeps its own.
+// The reason at the chosen threshold; an image that is lost at any threshold keeps its own.
 function reason(i) {
-  if (images.text[i] === null) return images.reason[i] || "no score";
-  return kept(i) ? "kept" : "low text score";
+  return images.lost[i] || (kept(i) ? "kept" : "low text score");
 }
 
 function wanted() {
@@ -128,8 +127,8 @@ function drawBlock(b) {
     row.append(drawCell(block.source, null, 0, "source"));
   }
   for (const i of block.images) {
-    const score = images.text[i] === null ? "no score" : images.text[i].toFixed(3);
-    row.append(drawCell(images.source[i], i, images.place[i], `${data.columns[images.column[i]]}: ${score}`));
+    const score = images.text[i] === null ? "no score" : images.text[i].toFixed(3), column = data.columns[images.column[i]];
+    row.append(drawCell(images.source[i], i, images.place[i], threshold === null ? column : `${column}: ${score}`));
   }
   return row;
 }
@@ -156,7 +155,7 @@ function open(i) {
     class: data.classes[label(i)], [data.column_name]: data.columns[images.column[i]],
     prompt: data.prompts[images.prompt[i]], seed: images.seed[i],
     "text score": images.text[i] ?? "none", "image score": images.image[i] ?? "none",
-    here: reason(i), "scores.csv": images.kept[i] ? "kept" : images.reason[i] || "not kept",
+    here: reason(i), before: images.kept[i] ? "kept" : "not kept",
     source: sources[images.source[i]].name, file: images.file[i],
   };
   for (const [name, value] of Object.entries(facts)) list.append(element("dt", "", name), element("dd", "", value));
@@ -201,9 +200,9 @@ function count() {
 }
 
 function choose() {
-  threshold = Number($("threshold").value);
+  threshold = data.threshold === null ? null : Number($("threshold").value);
   $("shown").textContent = String(threshold);
-  $("command").textContent = `${data.command} --threshold ${threshold}`;
+  $("command").textContent = threshold === null ? data.command : `${data.command} --threshold ${threshold}`;
   count();
   const want = wanted();
   if (want.sort === "near" || want.sort === "reason" || want.state !== "all" || want.reason !== "") arrange();
@@ -223,10 +222,11 @@ function options(id, pairs) {
 }
 
 const slider = $("threshold"), scored = images.text.filter((value) => value !== null);
-const least = scored.reduce((a, b) => Math.min(a, b), threshold), most = scored.reduce((a, b) => Math.max(a, b), threshold);
-slider.min = (Math.floor(least * 1000) / 1000).toFixed(3);
-slider.max = (Math.floor(most * 1000) / 1000 + 0.001).toFixed(3);
-slider.value = threshold;
+if (threshold === null) document.body.classList.add("unscored"); // nothing to slide, and no score to sort by
+const start = threshold ?? 0;
+slider.min = (Math.floor(scored.reduce((a, b) => Math.min(a, b), start) * 1000) / 1000).toFixed(3);
+slider.max = (Math.floor(scored.reduce((a, b) => Math.max(a, b), start) * 1000) / 1000 + 0.001).toFixed(3);
+slider.value = start;
 $("about").textContent = data.about;
 $("column-name").textContent = data.column_name;
 options("class", data.labels.map((name) => [name, data.classes[name]]));

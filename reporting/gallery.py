@@ -25,7 +25,8 @@ QUALITY = 85  # of the strips' JPEG
 def write_gallery(
     rows: list[dict],
     scores: dict[str, dict],
-    threshold: float,
+    dropped: dict[str, str],
+    threshold: float | None,
     read_source: Callable[[list[str]], object],
     read_image: Callable[[str], Image.Image],
     about: str,
@@ -38,7 +39,8 @@ def write_gallery(
         rows: the images of a spectrum or a set of edits, as in metadata.jsonl; those with a `domain` stand under it,
             others under their `level`.
         scores: text_score, image_score, kept and reason by file name.
-        threshold: where the slider starts.
+        dropped: why an edit filter drops an image, whatever its score, by file name.
+        threshold: where the slider starts; None where the images have no scores, which leaves the slider out.
         read_source: sources' names -> an iterator over their RGB images.
         read_image: a row's file_name -> RGB; UserError where it cannot be read, which leaves its tile grey.
         about: a line on what the page shows.
@@ -54,7 +56,7 @@ def write_gallery(
             write_strip(real, own, read_image, out / strip_name(number))
             bar.update(1)
     path = out / "index.html"
-    files.write_text(path, fill_page(describe(by_source, scores, threshold, about, command)))
+    files.write_text(path, fill_page(describe(by_source, scores, dropped, threshold, about, command)))
     return path
 
 
@@ -88,7 +90,14 @@ def thumbnail(image: Image.Image, side: int) -> Image.Image:
     return ImageOps.pad(image, (side, side), color="grey")
 
 
-def describe(by_source: dict[str, list[dict]], scores: dict, threshold: float, about: str, command: str) -> dict:
+def describe(
+    by_source: dict[str, list[dict]],
+    scores: dict[str, dict],
+    dropped: dict[str, str],
+    threshold: float | None,
+    about: str,
+    command: str,
+) -> dict:
     """All that the page's script reads: tables of words, and for the images one list a column."""
     # Number columns, prompts and reasons.
     rows = [row for own in by_source.values() for row in own]
@@ -98,7 +107,11 @@ def describe(by_source: dict[str, list[dict]], scores: dict, threshold: float, a
     prompt_of, column_of = {p: k for k, p in enumerate(prompts)}, {c: k for k, c in enumerate(columns)}
     entries = [scores.get(row["file_name"]) or {} for row in rows]
     finite = [math.isfinite(entry.get("text_score", math.nan)) for entry in entries]
-    lost = {entry.get("reason") or "no score" for entry, known in zip(entries, finite, strict=True) if not known}
+    # Why an image is not kept at any threshold: an edit filter dropped it, or it has no score.
+    lost = [
+        dropped.get(row["file_name"], "") or ("" if known or threshold is None else entry.get("reason") or "no score")
+        for row, entry, known in zip(rows, entries, finite, strict=True)
+    ]
     # Put the words into tables, and the images into columns of numbers.
     return {
         "about": about,
@@ -109,7 +122,7 @@ def describe(by_source: dict[str, list[dict]], scores: dict, threshold: float, a
         "classes": {row["label"]: row["class_name"] for row in rows},
         "labels": sorted({row["label"] for row in rows}),
         "prompts": prompts,
-        "reasons": ["kept", "low text score", *sorted(lost)],
+        "reasons": ["kept", *(["low text score"] if threshold is not None else []), *sorted(set(lost) - {""})],
         "sources": [
             {"name": name, "label": own[0]["label"], "file": strip_name(number), "count": 1 + len(own)}
             for number, (name, own) in enumerate(by_source.items())
@@ -123,8 +136,11 @@ def describe(by_source: dict[str, list[dict]], scores: dict, threshold: float, a
             "file": [row["file_name"] for row in rows],
             "text": [entry["text_score"] if known else None for entry, known in zip(entries, finite, strict=True)],
             "image": [entry["image_score"] if known else None for entry, known in zip(entries, finite, strict=True)],
-            "kept": [bool(entry.get("kept")) for entry in entries],
-            "reason": [entry.get("reason", "") for entry in entries],
+            "kept": [
+                not why and (threshold is None or bool(entry.get("kept")))
+                for entry, why in zip(entries, lost, strict=True)
+            ],
+            "lost": lost,
         },
     }
 

@@ -56,18 +56,20 @@ def figure(path: Path, caption: str) -> str:
     return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
 
 
-def write(path: Path, title: str, introduction: str, sections: list[tuple[str, list[str]]]) -> None:
+def write(path: Path, title: str, paragraphs: list[str], sections: list[tuple[str, list[str]]]) -> None:
     """Write the page.
 
     Args:
+        paragraphs: below the title.
         sections: headings, and the HTML below each.
     """
     body = "".join(
         f"<section><h2>{escape(name)}</h2>\n" + "\n".join(parts) + "</section>\n" for name, parts in sections
     )
+    opening = "".join(f"<p>{escape(text)}</p>\n" for text in paragraphs)
     files.write_text(
         path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
-        f"<body><h1>{escape(title)}</h1>\n<p>{escape(introduction)}</p>\n{body}</body></html>\n",
+        f"<body><h1>{escape(title)}</h1>\n{opening}{body}</body></html>\n",
     )

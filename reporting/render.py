@@ -15,6 +15,7 @@ COMPARED = (
     ("few", "overall"),
     ("ood_f1", "id_f1"),
 )  # the figures that rows are compared by; the first pair there is
+SPOKEN = {"few": "few-shot accuracy", "overall": "accuracy over all classes", "ood": "accuracy out of distribution"}
 RULE = (
     "± is the standard error of the difference over seeds; 'better' and 'worse' are written only beyond two of them, "
     "which chance alone passes in about one case in eight where both have three seeds; the spread of published figures "
@@ -71,9 +72,71 @@ def gains(table: Table, row: Row) -> list[str]:
 def difference(name: str, pair: tuple[float, float | None]) -> str:
     """A figure's difference in points, with its standard error and what may be said of it."""
     value, error = pair
-    words = [FIGURE_NAMES.get(name, name), f"{value:+.1f}".replace("-", "−")]
+    words = [FIGURE_NAMES.get(name, name), _points(value)]
     words += [f"± {error:.1f}"] if error is not None else []
     return " ".join([*words, comparisons.verdict(value, error)]).strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# findings
+
+
+def findings(table: Table) -> str:
+    """What a table shows, in words: which row leads in each figure and by how much, and what the curricula add."""
+    names = next((pair for pair in COMPARED if set(pair) & set(table.figures)), ())
+    sentences = [text for name in names if name in table.figures and (text := _leader(table, name))]
+    sentences += [text for name in names[:1] if (text := _curricula(table, name))]
+    return f"{table.name}. {' '.join(sentences)}" if sentences else ""
+
+
+def _leader(table: Table, name: str) -> str:
+    """The row that is highest in a figure, how far the next is behind it, and whether that is more than noise."""
+    rows = [row for row in table.rows.values() if comparisons.results_of(row, name)]
+    if not rows:
+        return ""
+    best, *others = sorted(rows, key=lambda row: -comparisons.results_of(row, name)[0])
+    what, value = SPOKEN.get(name, FIGURE_NAMES.get(name, name)), comparisons.results_of(best, name)[0]
+    text = f"Highest in {what}: {best.name}, {value:.1f} % ({_seeds(best)})"
+    if not others:
+        return f"{text}."
+    ahead, error = comparisons.against_row(best, others[0], name)
+    text += (
+        f", {ahead:.1f}{f' ± {error:.1f}' if error is not None else ''} above {others[0].name} ({_seeds(others[0])})"
+    )
+    if error is None:
+        return f"{text}; with one seed a row it cannot be told from noise."
+    return f"{text}, {'a clear lead' if comparisons.verdict(ahead, error) else 'within the noise'}."
+
+
+def _curricula(table: Table, name: str) -> str:
+    """How many rows with a curriculum or CUDA differ clearly from the same loss without, and which gains most."""
+    gains = {}
+    for row in table.rows.values():
+        plain = comparisons.plain_row(table, row)
+        if plain is not None and (pair := comparisons.against_row(row, plain, name)):
+            gains[row.name] = pair
+    known = {row: pair for row, pair in gains.items() if pair[1] is not None}
+    if not gains:
+        return ""
+    what = f"in {SPOKEN.get(name, FIGURE_NAMES.get(name, name))} against the same loss without"
+    if not known:
+        best = max(gains, key=lambda row: gains[row][0])
+        return f"The most {what}: {best}, {_points(gains[best][0])}, of one seed."
+    verdicts = [comparisons.verdict(*pair) for pair in known.values()]
+    best = max(known, key=lambda row: known[row][0])
+    return (
+        f"Of {len(known)} rows with a curriculum or CUDA, {verdicts.count('better')} are clearly better and "
+        f"{verdicts.count('worse')} clearly worse {what}; the most: {best}, {_points(known[best][0])} ± "
+        f"{known[best][1]:.1f}."
+    )
+
+
+def _points(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def _seeds(row: Row) -> str:
+    return f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

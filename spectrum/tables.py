@@ -28,11 +28,16 @@ SCORE_COLUMNS = ["file_name", "text_score", "image_score", "kept", "reason"]
 
 @dataclass(frozen=True)
 class Hard:
-    """A hard training image: a row of hard.csv."""
+    """A hard training image: a row of hard.csv.
+
+    Attributes:
+        mask: file of what stays as it is when it is edited, from the optional column of that name; empty for none.
+    """
 
     source: str
     label: int
     class_name: str
+    mask: str = ""
 
 
 def write_hard(path: Path, rows: Iterable[dict]) -> None:
@@ -62,7 +67,7 @@ def read_hard(path: Path) -> list[Hard]:
         if row["source"] in seen:
             raise UserError(f"{path} row {number}: {row['source']} is there twice; expected each image once")
         seen.add(row["source"])
-        rows.append(Hard(row["source"], label, row["class_name"]))
+        rows.append(Hard(row["source"], label, row["class_name"], row.get("mask", "")))
     if not rows:
         raise UserError(f"{path}: no hard images; expected at least one row")
     return rows

@@ -8,13 +8,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import tiny_editors
 import torch
 from PIL import Image
 from test_prompts import DOMAINS
 
 import generate_spectrum
 import write_prompts
-from loaders.base import ASSETS
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum.domains import write_source_domains
@@ -95,48 +95,81 @@ def test_skipping_wants_each_prompt_and_the_prompts_own_table(inputs, tmp_path):
 
 @pytest.fixture(scope="module")
 def pix2pix(tmp_path_factory):
-    """The embedded generator's parts with a UNet of eight input channels, as InstructPix2Pix has it."""
-    from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
-
-    import models
-
-    torch.manual_seed(0)
-    pipe = models.load_generator(str(ASSETS / "tiny_sd"), "cpu")
-    config = dict(pipe.unet.config) | {"in_channels": 8, "block_out_channels": [16, 32], "norm_num_groups": 8}
-    editor = StableDiffusionInstructPix2PixPipeline(
-        vae=pipe.vae, text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer,
-        unet=UNet2DConditionModel.from_config(config),
-        scheduler=EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("pix2pix") / "tiny"
-    editor.save_pretrained(folder)
-    return folder
+    return tiny_editors.save_pix2pix(tmp_path_factory.mktemp("pix2pix") / "tiny")
 
 
-def test_instruct_pix2pix_gives_the_pipelines_own_images_in_any_batch(inputs, pix2pix, tmp_path):
+def three_images(size=(16, 16)):
+    """Three sources of noise, a unit of each, and an instruction for each."""
+    from spectrum.units import Unit
+
+    rng = np.random.default_rng(0)
+    images = {f"s{i}": Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)) for i in range(3)}
+    return images, [Unit(name, 50, 0) for name in images], ["on snow", "at night", "on snow"]
+
+
+@pytest.mark.parametrize("save", [tiny_editors.save_pix2pix, tiny_editors.save_pix2pix_xl], ids=["sd", "sdxl"])
+def test_instruct_pix2pix_gives_the_pipelines_own_images_in_any_batch(save, tmp_path):
     import models
     from generation.editors import Editor
     from generation.worklist import Batch
-    from spectrum.units import Unit
 
-    pipe = models.load_generator(str(pix2pix), "cpu")
-    rng = np.random.default_rng(0)
-    images = {f"s{i}": Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for i in range(3)}
-    units, texts = [Unit(name, 50, 0) for name in images], ["on snow", "at night", "on snow"]
-    editor = Editor(pipe, 4, 5.0, {50: 1.3})
-    together = editor.draw(Batch(50, (16, 16), None, units), 0, texts, images)
+    pipe = models.load_generator(str(save(tmp_path / "tiny")), "cpu")
+    assert models.editor_kind(str(tmp_path / "tiny")) == type(pipe).__name__
+    copies = []
+    pipe.unet.register_forward_pre_hook(lambda _, inputs: copies.append(inputs[0].shape[0]))
+    images, units, texts = three_images((32, 16))
+    batch, sized = Batch(50, (32, 16), None, units), {"width": 32, "height": 16} if "XL" in type(pipe).__name__ else {}
+    together = Editor(pipe, 4, 5.0, {50: 1.3}).draw(batch, 0, texts, images)
+    assert copies == [9] * 4  # three of each image
     alone = Editor(pipe, 4, 5.0, {50: 1.3})
     for unit, text, drawn in zip(units, texts, together, strict=True):
         plain = pipe(
             text, image=images[unit.source], num_inference_steps=4, guidance_scale=5.0, image_guidance_scale=1.3,
-            generator=torch.Generator().manual_seed(unit.noise_seed()), output_type="pt",
+            generator=torch.Generator().manual_seed(unit.noise_seed()), output_type="pt", **sized,
         ).images  # fmt: skip
         assert torch.allclose(drawn, plain[0], atol=2e-4)
-        one = alone.draw(Batch(50, (16, 16), None, [unit]), 0, [text], images)
+        one = alone.draw(Batch(50, (32, 16), None, [unit]), 0, [text], images)
         assert torch.allclose(drawn, one[0], atol=2e-4)
-    other = Editor(pipe, 4, 5.0, {50: 3.0}).draw(Batch(50, (16, 16), None, units), 0, texts, images)
-    assert (other - together).abs().max() > 1e-3  # the image's guidance matters
+    for text_guidance, image_guidance in ((5.0, 3.0), (9.0, 1.3)):  # both guidances matter
+        other = Editor(pipe, 4, text_guidance, {50: image_guidance}).draw(batch, 0, texts, images)
+        assert (other - together).abs().max() > 1e-3
+
+
+def test_flux_kontext_edits_one_image_a_call_at_the_size_asked_for(inputs, tmp_path, capsys):
+    import models
+    from generation.editors import Editor
+    from generation.worklist import Batch
+
+    folder = tiny_editors.save_kontext(tmp_path / "kontext")
+    pipe = models.load_generator(str(folder), "cpu")
+    assert models.editor_kind(str(folder)) == "FluxKontextPipeline"
+    assert models.latent_multiple(str(folder)) == 4  # the autoencoder halves, and latents go in patches of 2x2
+    passes = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, named: passes.append((named["hidden_states"].shape[:2], named["guidance"].item())),
+        with_kwargs=True,
+    )
+    images, units, texts = three_images((32, 16))
+    batch = Batch(50, (32, 16), None, units)
+    drawn = Editor(pipe, 2, 3.0, {}).draw(batch, 0, texts, images)
+    # Latents of 16x8 in patches of 2x2: 32 of the noise and 32 of the source; one pass a step, with the guidance in it.
+    assert passes == [((1, 64), 3.0)] * 6 and drawn.shape == (3, 3, 16, 32)
+    for unit, text, ours in zip(units, texts, drawn, strict=True):
+        plain = pipe(
+            image=images[unit.source], prompt=text, num_inference_steps=2, guidance_scale=3.0, width=32, height=16,
+            max_area=512, _auto_resize=False, generator=torch.Generator().manual_seed(unit.noise_seed()),
+            output_type="pt",
+        ).images  # fmt: skip
+        assert torch.allclose(ours, plain[0], atol=1e-5)
+    other = Editor(pipe, 2, 1.0, {}).draw(batch, 0, texts, images)
+    assert (other - drawn).abs().max() > 1e-4
+    # The whole script, from its folder.
+    arguments = ["--generator", folder, "--text-guidance", 3, "--seeds", 1]
+    assert draw(inputs, tmp_path / "out", *arguments, prompts="instructions") == 0
+    rows = spectrum_folder.read_rows(tmp_path / "out")
+    assert len(rows) == 3 and {row["start_timestep"] for row in rows} == {-1}
+    with pytest.raises(UserError, match="--levels .*FluxKontextPipeline has no strength; expected one level"):
+        draw(inputs, tmp_path / "two", *arguments, "--levels", 30, 70, prompts="instructions")
 
 
 def test_an_editor_draws_a_spectrum_of_nominal_levels(inputs, pix2pix, tmp_path, capsys):
@@ -158,7 +191,10 @@ def test_an_editor_draws_a_spectrum_of_nominal_levels(inputs, pix2pix, tmp_path,
         assert np.abs(first - second).max() <= 1  # rounding
     capsys.readouterr()
     assert draw(inputs, tmp_path / "dry", *flags, *levels, "--dry-run", prompts="instructions") == 0
-    assert "3 copies of a batch" in capsys.readouterr().out
+    # 12 images of 4 steps on 3 copies; batches of 8 in two copies have the room of 5 in three.
+    said = capsys.readouterr().out
+    assert "12 images, 2 batches, 48 denoising steps" in said
+    assert "on 3 copies of a batch: 144 passes of one image, and 5 images at once need the memory of 15" in said
 
 
 @pytest.mark.parametrize(

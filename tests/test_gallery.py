@@ -33,12 +33,12 @@ def browser():
     driver.quit()
 
 
-def write_page(tmp_path, rows, scores, threshold=0.25):
+def write_page(tmp_path, rows, scores, threshold=0.25, dropped=()):
     """A gallery of one-coloured pictures."""
     real = (Image.new("RGB", (8, 8), "blue") for _ in iter(int, 1))
     return gallery.write_gallery(
-        rows, scores, threshold, lambda names: (next(real) for _ in names), lambda _: Image.new("RGB", (8, 8), "red"),
-        "about", "python filter_clipscore.py", tmp_path,
+        rows, scores, dict(dropped), threshold, lambda names: (next(real) for _ in names),
+        lambda _: Image.new("RGB", (8, 8), "red"), "about", "python filter_clipscore.py", tmp_path,
     )  # fmt: skip
 
 
@@ -137,6 +137,34 @@ def test_edits_stand_under_their_domains(tmp_path, browser):
     assert heads == ["class", "night", "snow", "all"]
 
 
+def test_an_edit_filters_reason_holds_at_any_threshold(tmp_path, browser):
+    rows = [row("a", 0, 50, domain=name) | {"file_name": name} for name in ("night", "rain", "snow")]
+    dropped = {"night": "another class", "snow": "too easy"}
+
+    def shown():
+        tiles = "e => e.firstElementChild.classList.contains('kept') + ' ' + e.textContent"
+        return browser.execute_script(f"return [...document.querySelectorAll('[data-image]')].map({tiles})")
+
+    # Without scores there is nothing to slide: an edit is kept or has a reason.
+    browser.get(write_page(tmp_path / "a", rows, {}, None, dropped).as_uri())
+    assert text(browser, "total") == "1 of 3 kept" and table(browser)["0,1"] == "1/1"
+    assert shown() == ["false night", "true rain", "false snow"]
+    assert browser.execute_script("return getComputedStyle(document.querySelector('.wide')).display") == "none"
+    options = browser.execute_script("return [...document.querySelectorAll('#reason option')].map(e => e.textContent)")
+    assert options == ["all", "kept", "another class", "too easy"]
+    set_value(browser, "reason", "too easy")
+    assert shown() == ["false snow"]
+    set_value(browser, "reason", "")
+    set_value(browser, "sort", "reason")
+    assert shown() == ["true rain", "false night", "false snow"]
+    # With scores both decide: a high score does not bring a dropped edit back.
+    scores = {name: entry(value, value >= 0.25) for name, value in (("night", 0.9), ("rain", 0.2), ("snow", 0.9))}
+    browser.get(write_page(tmp_path / "b", rows, scores, 0.25, dropped).as_uri())
+    assert text(browser, "total") == "0 of 3 kept"
+    set_value(browser, "threshold", 0.2)
+    assert text(browser, "total") == "1 of 3 kept" and shown()[1] == "true rain: 0.200"
+
+
 @pytest.mark.slow
 def test_fifty_thousand_images_are_fluid(tmp_path, browser):
     rows = [row(f"s{s}", s // 100, 10 * k) for s in range(6250) for k in range(8)]
@@ -166,5 +194,5 @@ def test_fifty_thousand_images_are_fluid(tmp_path, browser):
 def test_a_gallery_needs_a_filtered_spectrum(tmp_path):
     with pytest.raises(UserError, match="--gallery: expected the --spectrum"):
         report.main(["--gallery", "--out", str(tmp_path)])
-    with pytest.raises(UserError, match="no scores.json; expected a filtered"):
+    with pytest.raises(UserError, match="neither scores.json nor edits.csv; expected"):
         report.main(["--gallery", "--spectrum", str(tmp_path), "--out", str(tmp_path)])

@@ -152,7 +152,7 @@ def test_batches_that_do_not_fit_into_memory_are_drawn_in_parts(few, tmp_path, m
 
 
 def test_an_error_of_the_writer_ends_the_job(few, tmp_path, monkeypatch):
-    def fail_once(pixels, path, size):
+    def fail_once(image, path):
         monkeypatch.setattr("generation.writer.save_image", save_image)
         raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates not allowed")
 

@@ -265,6 +265,7 @@ def test_the_redraw_rule_by_hand():
         read_sources=lambda batch: {},
         row=lambda unit, redraw, size: {"width": 2, "height": 2, "label": 0, "redraws": redraw},
         scorer=SimpleNamespace(score=score),
+        retouch=None,
     )
     pixels, _, _, rows = Job.draw_best(job, Batch(10, (2, 2), None, [Unit(name, 10, 0) for name in "abc"]), {})
     assert drawn == [["a", "b", "c"], ["b", "c"], ["b", "c"]]
