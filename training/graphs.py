@@ -32,9 +32,9 @@ def build_graph(trainer) -> StepGraph | None:
 class StepGraph:
     """Takes steps as `trainer.update` does: batches of --batch-size images by the graph, a last smaller one without.
 
-    The first steps are plain ones, and so is every step where the recording fails; one printed line says so. The weights
-    that come out are those of plain steps. Where the batches' tensors change in kind or shape (class weights from an
-    epoch on), a new graph is recorded.
+    The first steps are plain ones, and so is every step where the recording fails, which one printed line says. The
+    weights that come out are those of plain steps. Where the batches' tensors change in kind or shape (class weights
+    from an epoch on), a new graph is recorded.
     """
 
     def __init__(self, trainer):

@@ -1,7 +1,7 @@
 """What every trainer does: passes over images, step by step.
 
-A script names its own loss and metrics in a subclass of `Trainer`. Beside it: epochs.py (a run's epochs, checkpoints and
-results), graphs.py (a step as one CUDA graph), flags.py, pool.py (the images), log.py (TensorBoard).
+A script names its own loss and metrics in a subclass of `Trainer`. Beside it: epochs.py (a run's epochs, checkpoints
+and results), graphs.py (a step as one CUDA graph), flags.py, pool.py (the images), log.py (TensorBoard).
 
 A step never makes the host wait for the device: what a pass needs is drawn and copied before its first step, losses are
 added up on the device, and tests/test_steps.py holds it.
