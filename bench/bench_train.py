@@ -1,15 +1,15 @@
 """How fast training is, against loops as public code writes them. Both sides of a ratio run in turn, in one process.
 
-    cifar     ResNet-32 on 32x32 images in batches of 128: train_lt.py's pass over images on the device, against the loop
-              of the CIFAR code of LDAM-DRW and BagofTricks-LT as they are described: PIL transforms of torchvision in a
+    cifar     ResNet-32 on 32x32 images in batches of 128: train_lt.py's pass over images on the device, against the
+              loop of LDAM-DRW and BagofTricks-LT as their code is described: PIL transforms of torchvision in a
               DataLoader, fp32, SGD, loss and top-1 and top-5 accuracy read in each step
     v2        the same against torchvision's v2 transforms on whole uint8 tensors in a DataLoader
     plain     the same without a CUDA graph (on a GPU): what the graph is worth
     compile   the same with --compile, with a graph and without (on a GPU)
     together  several such runs at once, each in a process of its own, on one device: images a second of all
-    loader    500x375 JPEGs, decoded, cropped at random to 224 and put into batches: training/stores.py, whose batches are
-              bytes that the device flips and normalises, against torchvision's ImageFolder with its PIL transforms; the
-              same number of worker processes on each side. A second line includes that work of the device, a third jitter
+    loader    500x375 JPEGs, decoded, cropped at random to 224 and put into batches: training/stores.py, whose batches
+              are bytes that the device flips and normalises, against torchvision's ImageFolder with its PIL transforms;
+              as many worker processes on each side. A second line includes that work of the device, a third jitter
 
 On a GPU ours is bf16 in channels_last; the peers' loops are fp32, as theirs are, with TF32 convolutions.
 
