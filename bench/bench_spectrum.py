@@ -325,6 +325,11 @@ def make_inputs(folder: Path, sources: int, size: tuple[int, int]) -> tuple[list
     return names, [str(word) for word in inputs]
 
 
+def strength_of(pipe, run: int, steps: int) -> float:
+    """The strength at which a pipeline runs `run` of its steps: flow-matching ones round up, the others down."""
+    return 1.0 if run == steps else (run + (-0.5 if hasattr(pipe, "transformer") else 0.5)) / steps
+
+
 def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], steps: int, scale: float) -> tuple:
     """One call of the pipeline an image: seconds for all of them, and the images as float (3, H, W) in [0, 1]."""
     drawn = []
@@ -336,7 +341,7 @@ def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], step
         image = pipe(
             row["prompt"],
             image=image,
-            strength=min(1.0, (steps_at(unit.level, steps) + 0.5) / steps),
+            strength=strength_of(pipe, steps_at(unit.level, steps), steps),
             num_inference_steps=steps,
             guidance_scale=scale,
             generator=torch.Generator().manual_seed(unit.noise_seed()),
@@ -356,7 +361,7 @@ def batched_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], st
     drawn = pipe(
         [row["prompt"] for row in rows],
         image=images,
-        strength=min(1.0, (steps_at(units[0].level, steps) + 0.5) / steps),
+        strength=strength_of(pipe, steps_at(units[0].level, steps), steps),
         num_inference_steps=steps,
         guidance_scale=scale,
         generator=[torch.Generator().manual_seed(unit.noise_seed()) for unit in units],
