@@ -295,8 +295,11 @@ class Trainer(loop.Trainer):
         from training import evaluation
 
         val, groups = self.data.val, self.data.groups
-        found = evaluation.accuracies(self.predict(self.val, np.arange(len(val))), val.labels, groups)
+        logits = self.predict(self.val, np.arange(len(val)))
+        found = evaluation.accuracies(logits, val.labels, groups)
         figures = {name: found[name] for name in ("overall", *groups)}
+        by_domain = additions.group_figures(self.data, val, logits)
+        figures |= {name: by_domain[name] for name in ("id", "ood", "balanced", "worst_group") if name in by_domain}
         return figures | {"macro": evaluation.macro_accuracy(found["per_class"])}
 
     def finish(self, state: dict, writer) -> None:
