@@ -85,7 +85,12 @@ def make_ours(args, device: str, *flags: str):
         flags += ["--precision", "bf16", "--memory-format", "channels_last"]
     own = train_lt.build_parser().parse_args(flags)
     trainer, _ = train_lt.prepare(own, data, {}, [], [], StopSignals())
-    return lambda: trainer.train(0, np.arange(len(data.train)))
+
+    def run() -> dict:
+        return trainer.train(0, np.arange(len(data.train)))
+
+    run.trainer = trainer
+    return run
 
 
 def make_theirs(args, device: str, v2: bool):
@@ -141,9 +146,11 @@ def bench_cifar(args, device: str, v2: bool = False) -> dict:
 
 
 def bench_graph(args, device: str, *flags: str) -> dict:
-    """Ours with a CUDA graph, against ours without."""
+    """Ours with a CUDA graph, against ours without, and the loss that both come to."""
     sides = [make_ours(args, device, *flags, "--cuda-graph", kind) for kind in ("on", "off")]
-    return compare(*sides, 128 * args.steps, args.rounds)
+    found = compare(*sides, 128 * args.steps, args.rounds)
+    found |= {"graph_failed": sides[0].trainer.step_graph.failed}
+    return found | {f"loss_{name}": side()["loss"] for name, side in zip(("graph", "plain"), sides, strict=True)}
 
 
 def bench_one(args, device: str) -> dict:
