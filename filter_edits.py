@@ -14,7 +14,7 @@ Reads:  a spectrum folder, prompts.json, domains.json, the real images, runs of 
 Writes: SPECTRUM/edits.csv (file_name, domain, semantic, clip_class, predicted, confidence, threshold, kept, reason,
         dropped_by),
         edits.json (what made it), edits_kept.png (kept share by class and domain), edits_dropped.png (by reason)
-        SPECTRUM/edits/*.npz: embeddings and probabilities, kept for the next call
+        SPECTRUM/edits/*.npz: embeddings and probabilities, kept for the next call; edits/events for TensorBoard
 Training takes the images that edits.csv keeps and, where there is a scores.csv of filter_clipscore.py, it keeps too.
 
     python filter_edits.py --dataset biased_digits --rules semantic class --spectrum runs/alia/spectrum \\
@@ -236,10 +236,11 @@ def judge_confidence(args, data, rows: list[dict], judged: np.ndarray | None, no
             f"warning: the mean threshold is above {edit_rules.MEMORISED}: the base model has memorised these images, "
             "and hardly any edit will be dropped; expected --thresholds folds or val"
         )
-    predicted = edits.argmax(1)
+    predicted, of_real = edits.argmax(1), edit_rules.confidence_rule(real, data.train.labels, thresholds)
     return {
         "reasons": reasons,
-        "real": edit_rules.confidence_rule(real, data.train.labels, thresholds),
+        # Of a real image only the class can be wrong: that the model knows it says nothing against it.
+        "real": np.where(of_real == edit_rules.CORRUPTED, of_real, ""),
         "predicted": [data.class_names[label] for label in predicted],
         "confidence": [f"{value:.6f}" for value in edits.max(1)],
         "threshold": [f"{thresholds[label]:.6f}" for label in predicted],
@@ -409,8 +410,11 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{args.spectrum / 'edits.csv'}: {np.sum(final == '')} of {len(rows)} edits kept by {' and '.join(args.rules)}"
     )
+    from reporting import events  # TensorBoard takes seconds
+
     try:  # a figure that cannot be drawn costs no result
         draw(args, rows, domains, final)
+        events.log_edits(args.spectrum, domains, final, note.get("thresholds"))
     except (OSError, ValueError, RuntimeError) as error:
         print(f"{args.spectrum}: figures not drawn: {cli.first_line(error)}")
     return 0

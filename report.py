@@ -47,6 +47,8 @@ TRAINERS = ("train_lt", "train_iwildcam", "train_fewshot")  # the scripts whose 
 PANELS = {
     "val_overall": "validation accuracy, all classes (%)",
     "val_few": "validation accuracy, few-shot (%)",
+    "val_ood": "validation accuracy, OOD (%)",
+    "val_worst_group": "validation accuracy, worst group (%)",
     "val_ood_f1": "validation macro-F1, OOD (%)",
     "val_id_f1": "validation macro-F1, ID (%)",
 }

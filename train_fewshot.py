@@ -35,7 +35,7 @@ from runtime import cli, files
 from runtime.signals import StopSignals
 from spectrum.folder import read_plan
 from spectrum.kept import load_spectrum
-from training import distributed, flags, loop, optimization
+from training import distributed, epochs, flags, optimization
 from training.fewshot import Trainer
 from training.pool import build_pool, prepare_spectrum
 
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.curriculum != "none":
         levels, _ = prepare_spectrum(args)
         args.method = method_of(args)
-        loop.stage_of(args, 0, levels)
+        epochs.stage_of(args, 0, levels)
         synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data, False)
         found = [path for name in ("plan.json", "scores.csv") if (path := args.spectrum / name).is_file()]
         inputs["spectrum"] = files.digest_files(found)
@@ -208,7 +208,7 @@ def method_of(args) -> str:
 
 def train(args, data: DataSet, levels: list[int], synthetic: dict, inputs: dict) -> int:
     """One run. Returns the script's exit code."""
-    return loop.run(args, inputs, lambda signals: prepare(args, data, levels, synthetic, signals))
+    return epochs.run(args, inputs, lambda signals: prepare(args, data, levels, synthetic, signals))
 
 
 def search(args, run: Callable) -> int:
@@ -256,7 +256,7 @@ def prepare(args, data: DataSet, levels: list[int], synthetic: dict, signals: St
         model = models.build_classifier(args.model, len(data.class_names), size, args.pretrained).to(device)
     model = distributed.synchronised(model, device)
     optimizer = optimization.build_optimizer(args, model)
-    state = loop.start_or_resume(args, model, optimizer, None, device)
+    state = epochs.start_or_resume(args, model, optimizer, None, device)
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
 
     def store(sets: list[ImageSet], augment: str = ""):

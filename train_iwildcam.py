@@ -36,7 +36,7 @@ from runtime import cli, files
 from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
-from training import additions, distributed, flags, log, loop, losses, optimization
+from training import additions, distributed, epochs, flags, log, loop, losses, optimization
 from training.pool import build_pool, check_files, prepare_spectrum
 
 LOSSES = ("flyp", "ce", "lpft")
@@ -334,7 +334,7 @@ class Trainer(loop.Trainer):
             writer.add_scalar("wise_ft/id_val_f1", row["id_val_f1"], round(100 * row["alpha"]))
         metrics = {f"test/{name}": results["last"][name] for name in FIGURES}
         metrics |= {f"test_wise_ft/{name}": results["last_wise_ft"][name] for name in FIGURES}
-        loop.write_results(self, state, writer, results, metrics)
+        epochs.write_results(self, state, writer, results, metrics)
 
 
 def finished(args) -> bool:
@@ -363,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     inputs: dict = {"data": files.digest_int(*sources, files.digest_files(data.files))}
     if args.curriculum != "none":
         levels, _ = prepare_spectrum(args)
-        loop.stage_of(args, 0, levels)
+        epochs.stage_of(args, 0, levels)
         drawn = [level for level in levels if level < REAL]
         synthetic = load_spectrum(args.spectrum, drawn, data, rules=args.edit_rules)
         inputs["spectrum"] = files.digest_files(spectrum_folder.decisive_files(args.spectrum))
@@ -372,7 +372,7 @@ def main(argv: list[str] | None = None) -> int:
             args.edits = additions.check_edits(args)
         else:
             say_hard(args, len(hard), levels, synthetic)
-    return loop.run(args, inputs, lambda signals: prepare(args, data, synthetic, levels, hard, signals))
+    return epochs.run(args, inputs, lambda signals: prepare(args, data, synthetic, levels, hard, signals))
 
 
 def say_hard(args, hard: int, levels: list[int], synthetic: dict) -> None:
@@ -433,7 +433,7 @@ def prepare(
 
     # Take up the run's last checkpoint, if there is one.
     optimizer = optimization.build_optimizer(args, model)
-    state = loop.start_or_resume(args, model, optimizer, None, device)
+    state = epochs.start_or_resume(args, model, optimizer, None, device)
     pool.images.unreadable |= state.get("unreadable", {})
     state["unreadable"] = pool.images.unreadable  # the same dictionary, which grows
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)

@@ -36,7 +36,7 @@ from runtime import cli, files
 from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
-from training import additions, distributed, flags, log, loop, losses, optimization
+from training import additions, distributed, epochs, flags, log, loop, losses, optimization
 from training.pool import build_pool, check_files, prepare_spectrum, print_gaps
 
 DRAWN = ("cifar10_lt", "cifar100_lt", "cifar100_lt_20", "imagefolder")  # data sets that --imb-ratio draws a part of
@@ -92,6 +92,12 @@ def add_training_flags(group) -> None:
         help="order of a network's values in memory; convolutions are faster with channels_last",
     )
     group.add_argument(
+        "--cuda-graph",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="take a step as one CUDA graph; auto: on one GPU, without --mix",
+    )
+    group.add_argument(
         "--ema",
         type=cli.number(0, 1),
         metavar="DECAY",
@@ -113,6 +119,8 @@ def check_flags(args) -> None:
         raise cli.UserError("--class-weights inverse: expected --loss ce, without --drw and --mix")
     if args.leave_out and args.curriculum != "none":
         raise cli.UserError("--leave-out: expected --curriculum none, a base model for filter_edits.py")
+    if args.cuda_graph == "on" and args.mix != "none":
+        raise cli.UserError(f"--cuda-graph on: --mix {args.mix} draws anew in each step; expected auto or off")
     if args.ema == 1:
         raise cli.UserError("--ema 1: an average that never moves; expected less than 1, such as 0.999")
     additions.check_flags(args)
@@ -146,14 +154,13 @@ class Trainer(loop.Trainer):
         from training import augmentations
 
         args, data, rows = self.args, self.data, batch.rows
-        counts = self.class_counts(batch.of)
+        counts = batch.constants["counts"]
         weights = losses.image_weights(
-            batch.labels, batch.synthetic, self.class_weights(batch.of, counts), args.real_weight
+            batch.labels, batch.synthetic, batch.constants.get("class_weights"), args.real_weight
         )
 
         # Augment the images, and mix them with each other.
-        cropped = not data.train.in_memory
-        images = augmentations.augment(args, batch.images, batch.generator, len(batch), rows, cropped)
+        images = augmentations.augment(args, batch.images, batch.draws, rows)
         images = augmentations.normalise(images, data.mean, data.std)
         if args.memory_format == "channels_last":
             images = images.contiguous(memory_format=torch.channels_last)
@@ -171,13 +178,28 @@ class Trainer(loop.Trainer):
         whole = len(batch) if weights is None else weights.sum()
         return distributed.world() * (values * (1 if weights is None else weights[rows])).sum() / whole
 
+    def draw(self, count: int, generator) -> dict:
+        """See training.Trainer."""
+        from training import augmentations
+
+        return augmentations.draw(self.args, self.pool.images.side, count, generator, not self.data.train.in_memory)
+
+    def constants(self, this: loop.Pass) -> dict:
+        """See training.Trainer: the class counts, and the classes' weights where they have any."""
+        counts = self.class_counts(this)
+        weights = self.class_weights(this, counts)
+        return {"counts": counts} | ({} if weights is None else {"class_weights": weights})
+
     def class_counts(self, this: loop.Pass):
         """The class counts that the losses take, (C,), on the device: of the real training set or of the pass."""
         import torch
 
-        if self.args.prior == "stage":
-            return torch.bincount(this.labels, minlength=len(self.data.class_names))
-        return torch.from_numpy(self.data.counts).to(self.device)
+        counts = self.counts_of(this) if self.args.prior == "stage" else self.data.counts
+        return torch.from_numpy(counts).to(self.device)
+
+    def counts_of(self, this: loop.Pass) -> np.ndarray:
+        """The images of each class in a pass, int (C,)."""
+        return np.bincount(self.pool.labels[this.places], minlength=len(self.data.class_names))
 
     def class_weights(self, this: loop.Pass, counts):
         """The weights of the classes, float (C,): of deferred re-weighting from its epoch on, or --class-weights."""
@@ -185,7 +207,7 @@ class Trainer(loop.Trainer):
 
         args, epoch = self.args, this.epoch
         if args.class_weights == "inverse":
-            return losses.inverse_weights(torch.bincount(this.labels, minlength=len(self.data.class_names)))
+            return losses.inverse_weights(torch.from_numpy(self.counts_of(this)).to(self.device))
         start = args.epochs * 4 // 5 if args.drw_epoch is None else args.drw_epoch
         return losses.class_balanced_weights(counts).float() if args.drw and epoch >= start else None
 
@@ -273,8 +295,11 @@ class Trainer(loop.Trainer):
         from training import evaluation
 
         val, groups = self.data.val, self.data.groups
-        found = evaluation.accuracies(self.predict(self.val, np.arange(len(val))), val.labels, groups)
+        logits = self.predict(self.val, np.arange(len(val)))
+        found = evaluation.accuracies(logits, val.labels, groups)
         figures = {name: found[name] for name in ("overall", *groups)}
+        by_domain = additions.group_figures(self.data, val, logits)
+        figures |= {name: by_domain[name] for name in ("id", "ood", "balanced", "worst_group") if name in by_domain}
         return figures | {"macro": evaluation.macro_accuracy(found["per_class"])}
 
     def finish(self, state: dict, writer) -> None:
@@ -302,7 +327,7 @@ class Trainer(loop.Trainer):
                 self.show_confusion(logits, writer)
         named = ("overall", *data.groups, "macro_f1", "id", "ood", "balanced", "worst_group")
         metrics = {f"test/{name}": last[name] for name in named if last.get(name) is not None}
-        loop.write_results(self, state, writer, results, metrics)
+        epochs.write_results(self, state, writer, results, metrics)
         shown = ", ".join(f"{name.removeprefix('test/')} {value:.1f}" for name, value in metrics.items())
         print(f"{args.out}: test accuracy % after the last epoch: {shown}")
 
@@ -363,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
                 "expected --add, a spectrum of some classes (find_hard.py --rule few), or train_iwildcam.py, which "
                 "replaces hard images"
             )
-        loop.stage_of(args, 0, levels)
+        epochs.stage_of(args, 0, levels)
         drawn = [level for level in levels if level < REAL]
         synthetic = load_spectrum(args.spectrum, drawn, data, rules=args.edit_rules)
         if args.add:
@@ -381,7 +406,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer.wanted = wanted
         return trainer, state
 
-    return loop.run(args, inputs, begin)
+    return epochs.run(args, inputs, begin)
 
 
 def prepare(
@@ -392,6 +417,7 @@ def prepare(
 
     import models
     from runtime.device import check_bfloat16, pick_device
+    from training.graphs import build_graph
 
     device = pick_device(args.device)
     check_bfloat16(args.precision, device)
@@ -407,7 +433,7 @@ def prepare(
     optimizer = optimization.build_optimizer(args, model)
     average = optimization.moving_average(model, args.ema) if args.ema is not None else None
 
-    state = loop.start_or_resume(args, model, optimizer, average, device)
+    state = epochs.start_or_resume(args, model, optimizer, average, device)
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
     # Build the pool of real and synthetic images.
     pool = build_pool(args, data, synthetic, levels, lambda sets: build_store(args, sets, device, args.randaugment))
@@ -417,6 +443,7 @@ def prepare(
         build_store(args, [data.val], device),
         np.array(state.setdefault("learned", [0] * len(data.class_names))) if args.augment == "cuda" else None,
     )  # fmt: skip
+    trainer.step_graph = build_graph(trainer)
     return trainer, state
 
 

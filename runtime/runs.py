@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parents[1]  # the project's own folder
 COMMIT = "commit.txt"  # in a snapshot of the code, the commit that it was taken of
 RESUMABLE = 75  # exit code of a script that a signal stopped ("try again" in sysexits.h): the same command resumes
 # Arguments that may differ when a run is taken up again: they change where and how fast it runs, not its result.
-FREE = ("out", "overwrite", "device", "workers", "data_root", "checkpoint_every")
+FREE = ("out", "overwrite", "device", "workers", "data_root", "checkpoint_every", "cuda_graph")
 
 
 def commit() -> str:

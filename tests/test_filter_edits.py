@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import datasets
 import filter_edits
@@ -97,6 +98,15 @@ def test_clip_drops_edits_of_another_class_and_keeps_the_rest(made, capsys):
     # What is kept is trained on, without a scores.csv and beside one.
     names = {row["file_name"] for row in found if row["kept"] == "1"}
     assert {row["file_name"] for row in spectrum_folder.kept_rows(root / "spectrum", [10])} == names
+    # TensorBoard has the shares and the sheets.
+    shown = EventAccumulator(str(root / "spectrum/edits/events")).Reload()
+    scalars = {tag: shown.Scalars(tag)[-1].value for tag in shown.Tags()["scalars"]}
+    assert scalars["kept/all"] == pytest.approx(100 * kept.mean())
+    on_pink = [row["kept"] == "1" for row in found if row["domain"] == "on pink paper"]
+    assert scalars["kept/on pink paper"] == pytest.approx(100 * np.mean(on_pink))
+    dropped = sum(value for tag, value in scalars.items() if tag.startswith("dropped/"))
+    assert dropped == pytest.approx(100 - scalars["kept/all"])
+    assert shown.Tags()["images"] == ["edits/kept", "edits/dropped"]
     # Nothing is embedded a second time, by whichever rule.
     run(root, "--rules", "semantic", "--clip", CLIP, "--domains", root / "domains.json")
     assert "embedding" not in capsys.readouterr().err
@@ -226,6 +236,8 @@ def test_training_adds_edits_to_all_real_images(made, tmp_path):
     # All real images stay, and each source's edit is added once.
     results, history = figures("all", *edits, "--add", "all", "--class-weights", "inverse")
     assert [record["images"] for record in history] == [300 + len(kept)] * 2
+    assert all(record[f"val_{name}"] is not None for record in history for name in ("id", "worst_group"))
+    assert history[0]["val_ood"] is None  # every image of val is on its class's own paper
     assert history[0]["synthetic_share"] == pytest.approx(len(kept) / (300 + len(kept)))
     last = results["last"]
     assert last["id"] > 0 and {"ood", "balanced", "worst_group", "per_group", "macro_f1"} <= last.keys()

@@ -321,7 +321,8 @@ def test_unreadable_images_count_against_the_pass_that_they_are_in(small, tmp_pa
     def step(places, numbers):
         labels = torch.from_numpy(trainer.pool.labels[places])
         whole = loop.Pass(0, "epoch", places, labels, labels < 0)
-        trainer.batch_loss(loop.Batch(whole, numbers, slice(None), torch.zeros(len(numbers), 3, 16, 16), rng))
+        images = torch.zeros(len(numbers), 3, 16, 16)
+        trainer.batch_loss(loop.Batch(whole, numbers, slice(None), images, labels, labels < 0, rng))
 
     step(np.arange(50), torch.arange(50))  # one of 50: the first is always let pass
     with pytest.raises(UserError, match="3 training images cannot be read: .* of the 46 .*; the first: image 50"):

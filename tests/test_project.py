@@ -126,7 +126,9 @@ def test_every_flag_read_is_declared_and_every_flag_declared_is_read(name):
     parser = importlib.import_module(name).build_parser()
     declared = {action.dest for action in parser._actions} - {"help"}
     own = reads(TREES[name])
-    helpers = set().union(*(reads(TREES[helper]) for helper in imported(TREES[name]) & set(HELPERS)))
+    direct = imported(TREES[name]) & set(HELPERS)
+    further = set().union(*(imported(TREES[helper]) for helper in direct)) & set(HELPERS)
+    helpers = set().union(*(reads(TREES[helper]) for helper in direct | further))
     assert own - declared == set(), "read, but not declared"
     assert declared - own - helpers == set(), "declared, but never read"
 

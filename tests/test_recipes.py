@@ -12,6 +12,7 @@ import signal
 
 import numpy as np
 import pytest
+import tiny_editors
 import torch
 from conftest import ROOT
 from PIL import Image
@@ -24,6 +25,7 @@ import train_lt
 from reporting import names, recipes, tables
 from runtime import checkpoints, cli, runs
 from runtime.cli import UserError
+from spectrum import edit_rules
 from training import loop
 
 ALL = sorted((ROOT / "recipes").rglob("*.args"))
@@ -34,7 +36,9 @@ CHEAP = {
     "write_prompts": "--count 2",
     "generate_spectrum": f"--generator {ROOT}/assets/tiny_sd --steps 10 --seeds 1 --size 16x16 --dtype float32",
     "filter_clipscore": f"--clip {ROOT}/assets/tiny_clip --threshold -1",
-    "train_lt": "--model resnet8 --batch-size 4 --image-size 32 --workers 0 --real-pass-images 8 --progress-images 2",
+    "filter_edits": f"--clip {ROOT}/assets/tiny_clip --workers 0",
+    "train_lt": "--model resnet8 --no-pretrained --batch-size 4 --image-size 32 --workers 0 "
+    "--real-pass-images 8 --progress-images 2",
     "train_iwildcam": f"--clip {ROOT}/assets/toycam_clip --batch-size 4 --workers 0 --precision fp32 --device cpu "
     "--real-pass-images 8 --progress-images 2",
 }
@@ -312,11 +316,57 @@ def write_iwildcam(root):
     (root / "metadata.csv").write_text("\n".join(["split,y,filename,location_remapped", *rows]) + "\n")
 
 
+def write_cub(root):
+    """CUB's four files with two birds: 16 training images each, of which 5 are held back, and two test images."""
+    names = [f"{k + 1:03d}.Bird_{k}/{i}.jpg" for k in range(2) for i in range(18)]
+    write_large(root / "images", names)
+    lines = {
+        "classes": [f"{k + 1} {k + 1:03d}.Bird_{k}" for k in range(2)],
+        "images": [f"{i + 1} {name}" for i, name in enumerate(names)],
+        "image_class_labels": [f"{i + 1} {i // 18 + 1}" for i in range(36)],
+        "train_test_split": [f"{i + 1} {int(i % 18 < 16)}" for i in range(36)],
+    }
+    for name, some in lines.items():
+        (root / f"{name}.txt").write_text("\n".join(some))
+
+
+def write_waterbirds(root):
+    """Waterbirds' metadata.csv with 40 training images whose place is the class's, and two of each group elsewhere."""
+    rows = [(k % 2, 0, k % 2) for k in range(40)]
+    rows += [(label, split, place) for label in (0, 1) for split in (0, 1, 2) for place in (0, 1) for _ in range(2)]
+    write_large(root, [f"birds/{i}.jpg" for i in range(len(rows))])
+    lines = [f"birds/{i}.jpg,{label},{split},{place}" for i, (label, split, place) in enumerate(rows)]
+    (root / "metadata.csv").write_text("\n".join(["img_filename,y,split,place", *lines]) + "\n")
+
+
+def write_planes(root):
+    """ALIA's planes_ext.csv with 12 training images and four of val and test."""
+    splits = ["train"] * 12 + ["val"] * 4 + ["test"] * 4
+    write_large(root / "images", [f"{i}.jpg" for i in range(20)])
+    lines = [
+        f"{split},{('Airbus', 'Boeing')[i % 2]},{('air', 'grass')[i % 2]},x/{i}.jpg" for i, split in enumerate(splits)
+    ]
+    (root / "planes_ext.csv").write_text("\n".join(["Split,Plane,Ground,Filename", *lines]) + "\n")
+
+
+def write_iwildcam7(root):
+    """ALIA's four lists with two classes."""
+    for part, count in (("train", 12), ("train_extra", 4), ("val", 4), ("test", 4)):
+        names = [f"{part}{i}.jpg" for i in range(count)]
+        write_large(root / "train", names)
+        rows = [f"{24 * (i % 2)},{name},{i % 3}" for i, name in enumerate(names)]
+        (root / f"{part}_subset.csv").write_text("\n".join(["y,filename,location_remapped", *rows]) + "\n")
+
+
 STAND_INS = {
     "cifar100_lt": write_cifar100,
     "imagenet_lt": write_imagenet_lt,
     "inat2018": write_inat2018,
     "iwildcam": write_iwildcam,
+    "cub": write_cub,
+    "waterbirds": write_waterbirds,
+    "planes": write_planes,
+    "iwildcam7": write_iwildcam7,
 }
 
 
@@ -338,8 +388,10 @@ def stop_in_the_second_step(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("dataset", STAND_INS)
 def test_every_recipe_starts(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # whose domains.json is named from the root
     monkeypatch.setenv("DISCL_DATA", str(tmp_path / "data"))
-    STAND_INS[dataset](tmp_path / "data" / dataset)
+    STAND_INS[dataset](tmp_path / "data" / {"waterbirds": "waterbirds_biased"}.get(dataset, dataset))
+    monkeypatch.setattr(edit_rules, "best_text", lambda similarities: np.zeros(len(similarities), int))
     monkeypatch.setattr(datasets, "load", functools.cache(datasets.load))
     steps = stop_in_the_second_step(monkeypatch)
     paths = [path for path in WITH_COMMAND if path.parent.name == dataset]
@@ -347,10 +399,22 @@ def test_every_recipe_starts(dataset, tmp_path, monkeypatch, capsys):
     for path in sorted(paths, key=lambda path: order.index(command_of(path)[0])):
         script, words = command_of(path)
         module, extra = importlib.import_module(script), shlex.split(CHEAP[script])
-        if script == "find_hard" and parse(path).clip:
-            extra += ["--clip", f"{ROOT}/assets/toycam_clip", "--fraction", "0.5"]  # the tuned one is not there
         with cli.paths_unchecked(True):
             args = module.build_parser().parse_args(words)
+        if script == "generate_spectrum" and args.image_guidance:
+            extra[1] = str(tiny_editors.save_pix2pix(tmp_path / "editor"))
+        if script == "filter_edits" and args.checkpoint and not args.checkpoint[0].exists():
+            base = next(
+                ROOT / name
+                for name in re.findall(r"recipes/\S+\.args", path.read_text())
+                if "train_lt" in (ROOT / name).read_text()
+            )
+            short = "--epochs 1 --epoch-images 4 --curriculum-epochs 1".split()
+            train = [f"@{base}", *shlex.split(CHEAP["train_lt"]), *short, "--out", str(args.checkpoint[0])]
+            steps.clear()
+            assert train_lt.main(train) == 0
+        if script == "find_hard" and parse(path).clip:
+            extra += ["--clip", f"{ROOT}/assets/toycam_clip", "--fraction", "0.5"]  # the tuned one is not there
         steps.clear()
         if script.startswith("train_"):
             if (

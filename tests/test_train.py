@@ -101,7 +101,8 @@ def test_augmentation_shifts_each_image_by_at_most_an_eighth(kind):
     images = torch.full((64, 3, 16, 16), 9, dtype=torch.uint8)
     images[:, :, 8, 7] = 255
     args = SimpleNamespace(augment=kind, color_jitter=0)
-    shifted = augmentations.augment(args, images, torch.Generator().manual_seed(0), 64)
+    draws = augmentations.draw(args, 16, 64, torch.Generator().manual_seed(0))
+    shifted = augmentations.augment(args, images, draws)
     assert shifted.shape == images.shape and shifted.dtype == torch.uint8 and shifted.max() == 255
     places = [(image[0] == 255).nonzero()[0].tolist() for image in shifted]
     assert {y for y, _ in places} == {6, 7, 8, 9, 10}
@@ -116,7 +117,8 @@ def test_shifted_pixels_are_those_of_padding_and_cropping():
     images = torch.randint(1, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     top, left = torch.randint(5, (2, 5), generator=torch.Generator().manual_seed(0))
     for edge, mode in ((True, "replicate"), (False, "constant")):
-        shifted = augmentations.shift(images, torch.Generator().manual_seed(0), 5, slice(None), False, edge)
+        shifts = augmentations.draw_shifts(16, 5, torch.Generator().manual_seed(0))
+        shifted = augmentations.shift(images, shifts, None, edge)
         padded = F.pad(images.float(), (2, 2, 2, 2), mode=mode)
         for i in range(5):
             assert torch.equal(shifted[i].float(), padded[i, :, top[i] : top[i] + 16, left[i] : left[i] + 16])
@@ -126,11 +128,11 @@ def test_shifted_pixels_are_those_of_padding_and_cropping():
 def test_a_process_augments_its_share_as_one_process_would(kind):
     images = torch.randint(256, (7, 3, 16, 16), dtype=torch.uint8)
     args = SimpleNamespace(augment=kind, color_jitter=0.4)
-    whole = augmentations.augment(args, images, torch.Generator().manual_seed(3), 7)
+    draws = augmentations.draw(args, 16, 7, torch.Generator().manual_seed(3))
+    whole = augmentations.augment(args, images, draws)
     for rank in range(2):
         rows = slice(rank, None, 2)
-        own = augmentations.augment(args, images[rows], torch.Generator().manual_seed(3), 7, rows)
-        assert torch.equal(own, whole[rows])
+        assert torch.equal(augmentations.augment(args, images[rows], draws, rows), whole[rows])
 
 
 def test_color_jitter_agrees_with_torchvision():
@@ -138,7 +140,9 @@ def test_color_jitter_agrees_with_torchvision():
 
     images = torch.randint(256, (4, 3, 8, 8)).float()
     factors = 1 + 0.4 * (2 * torch.rand(3, 4, generator=torch.Generator().manual_seed(5)) - 1)
-    found = augmentations.color_jitter(images, 0.4, torch.Generator().manual_seed(5), 4, slice(None))
+    args = SimpleNamespace(augment="none", color_jitter=0.4)
+    draws = augmentations.draw(args, 8, 4, torch.Generator().manual_seed(5))
+    found = augmentations.augment(args, images, draws)
     for i in range(4):
         expected = V.adjust_brightness(images[i] / 255, factors[0, i].item())
         expected = V.adjust_contrast(expected, factors[1, i].item())

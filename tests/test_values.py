@@ -43,11 +43,10 @@ def test_images_are_reduced_with_antialiasing(tmp_path):
 
 def test_colour_jitter_is_part_of_the_augmentation():
     images = torch.full((32, 3, 8, 8), 100, dtype=torch.uint8)
+    both = [SimpleNamespace(augment="none", color_jitter=strength) for strength in (0, 0.4)]
     plain, jittered = (
-        augmentations.augment(
-            SimpleNamespace(augment="none", color_jitter=strength), images, torch.Generator().manual_seed(0), 32
-        )
-        for strength in (0, 0.4)
+        augmentations.augment(args, images, augmentations.draw(args, 8, 32, torch.Generator().manual_seed(0)))
+        for args in both
     )
     assert torch.equal(plain, images)
     values = jittered.float().mean((1, 2, 3))
@@ -79,13 +78,17 @@ def test_a_step_is_the_clipped_gradient_times_the_rate():
     for clip, expected in ((5.0, [-0.3, -0.4]), (None, [-3.0, -4.0])):
         trainer.args = SimpleNamespace(clip_grad=clip)
         torch.nn.init.zeros_(model.weight)
-        loop.Trainer.step(trainer, None, 0.1)
+        optimization.set_rate(trainer.optimizer, 0.1)
+        loop.Trainer.update(trainer, None)
         assert model.weight[0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_prior_and_the_time_of_re_weighting():
     data = SimpleNamespace(counts=np.array([8, 2]), class_names=["a", "b"])
-    trainer = SimpleNamespace(data=data, device="cpu", args=SimpleNamespace(prior="real"))
+    trainer = SimpleNamespace(
+        data=data, device="cpu", args=SimpleNamespace(prior="real"), pool=SimpleNamespace(labels=np.array([0, 1, 1, 1]))
+    )
+    trainer.counts_of = lambda this: train_lt.Trainer.counts_of(trainer, this)
     this = loop.Pass(0, "epoch", np.arange(4), torch.tensor([0, 1, 1, 1]), torch.tensor([False] * 4))
     assert train_lt.Trainer.class_counts(trainer, this).tolist() == [8, 2]
     trainer.args.prior = "stage"
@@ -117,7 +120,7 @@ def test_flyp_draws_each_of_the_captions():
     )  # fmt: skip
     labels = torch.tensor([1] * 32)
     this = loop.Pass(0, "epoch", np.arange(32), labels, labels < 0)
-    batch = loop.Batch(this, torch.arange(32), slice(None), None, torch.Generator().manual_seed(0))
+    batch = loop.Batch(this, torch.arange(32), slice(None), None, labels, labels < 0, torch.Generator().manual_seed(0))
     train_iwildcam.Trainer.contrastive_loss(trainer, batch, torch.zeros(32, 1), slice(None))
     assert sorted(asked) == [2, 3]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import curricula
 from curricula import REAL
-from loaders.base import DataSet, fold_of, join_sets
+from loaders.base import DataSet, ImageSet, fold_of, join_sets
 from runtime import cli
 from spectrum import edit_rules
 from spectrum import folder as spectrum_folder
@@ -161,19 +161,26 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
 
 def test_figures(data: DataSet, logits) -> dict:
     """Accuracies in percent; where images have domains also by group, in and out of distribution, and macro-F1."""
-    from training import domain_groups, evaluation
+    from training import evaluation
 
     found = evaluation.accuracies(logits, data.test.labels, data.groups)
-    if data.domain_names and data.test.domains is not None:
-        predicted, count = logits.argmax(1).numpy(), len(data.domain_names)
-        train = data.train
-        seen = domain_groups.seen_groups(train.labels, train.domains, len(data.class_names), count)
-        groups = domain_groups.group_accuracies(predicted, data.test.labels, data.test.domains, seen)
-        label, domain = groups.pop("worst_group_name")
-        groups["worst_group_name"] = f"{data.class_names[label]}, {data.domain_names[domain]}"
-        groups["seen_groups"] = seen.tolist()
-        found |= groups | {"macro_f1": evaluation.macro_f1(predicted, data.test.labels)}
+    if groups := group_figures(data, data.test, logits):
+        found |= groups | {"macro_f1": evaluation.macro_f1(logits.argmax(1).numpy(), data.test.labels)}
     return found
+
+
+def group_figures(data: DataSet, images: ImageSet, logits) -> dict:
+    """Figures by group of some images of a data set, in percent; empty where they have no domains."""
+    from training import domain_groups
+
+    if not data.domain_names or images.domains is None:
+        return {}
+    train = data.train
+    seen = domain_groups.seen_groups(train.labels, train.domains, len(data.class_names), len(data.domain_names))
+    groups = domain_groups.group_accuracies(logits.argmax(1).numpy(), images.labels, images.domains, seen)
+    label, domain = groups["worst_group_name"]
+    groups["worst_group_name"] = f"{data.class_names[label]}, {data.domain_names[domain]}"
+    return groups | {"seen_groups": seen.tolist()}
 
 
 def say_untested_groups(data: DataSet, figures: dict) -> None:

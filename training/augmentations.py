@@ -1,10 +1,12 @@
 """What is done to training images, in batches on the device: shifts, flips, colour jitter, normalisation.
 
-The draws come from a CPU generator, for the whole batch, of which a process may hold a share: so the same images are
-made whatever the device and however many processes there are.
+All draws of a pass come from a CPU generator, batch by batch, and go to the device at once: so the same images are made
+whatever the device and however many processes there are, and no step waits for a copy.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 
@@ -12,25 +14,70 @@ AUGMENTATIONS = ("none", "shift", "crop_flip", "resized_crop", "cuda", "resize")
 ALL = slice(None)
 
 
-def shift(
-    images: torch.Tensor, generator: torch.Generator, count: int, rows: slice, flip: bool, edge: bool
-) -> torch.Tensor:
-    """Images shifted by up to 1/8 of their side, each by its own draw, and with `flip` mirrored in half of the cases.
+def draw(args, side: int, count: int, generator: torch.Generator, cropped: bool = False) -> dict[str, torch.Tensor]:
+    """What is drawn for a batch of `count` images, by name; the images are the last dimension of each.
+
+    The crop of `resized_crop` is made where the image is decoded (training/stores.py); its flip is made here. So are
+    the operations of `cuda`, beside which an image is flipped and, if it was not `cropped` there, shifted as by
+    crop_flip.
 
     Args:
-        images: uint8 (n, 3, H, W), rows `rows` of a batch of `count`.
+        side: the shorter side of the images.
+
+    Returns:
+        Those of `shifts` int64 (2, n), `mirrored` bool (n,) and `jitter` float (3, n) that `augment` needs.
+    """
+    draws = {}
+    shifted = args.augment in ("shift", "crop_flip") or (args.augment == "cuda" and not cropped)
+    if shifted:
+        draws["shifts"] = draw_shifts(side, count, generator)
+    if args.augment in ("crop_flip", "resized_crop", "cuda"):
+        draws["mirrored"] = draw_mirrored(count, generator)
+    if args.color_jitter:
+        draws["jitter"] = 1 + args.color_jitter * (2 * torch.rand(3, count, generator=generator) - 1)
+    return draws
+
+
+def draw_shifts(side: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """How far down and to the right each image is moved, int64 (2, n): up to 1/8 of the side either way."""
+    pad = max(1, side // 8)
+    return torch.randint(2 * pad + 1, (2, count), generator=generator) - pad
+
+
+def draw_mirrored(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Whether each image is mirrored, bool (n,), with even odds."""
+    return torch.rand(count, generator=generator) < 0.5
+
+
+def augment(args, images: torch.Tensor, draws: dict[str, torch.Tensor], rows: slice = ALL) -> torch.Tensor:
+    """Training images uint8 (n, 3, H, W) augmented: values 0 to 255.
+
+    Args:
+        draws: of the whole batch (`draw`), on the device.
+        rows: which images of the batch these are.
+    """
+    own = {name: values[..., rows] for name, values in draws.items()}
+    if "shifts" in own:
+        images = shift(images, own["shifts"], own.get("mirrored"), args.augment == "shift")
+    elif "mirrored" in own:
+        images = flip(images, own["mirrored"])
+    return color_jitter(images, own["jitter"]) if "jitter" in own else images
+
+
+def shift(images: torch.Tensor, shifts: torch.Tensor, mirrored: torch.Tensor | None, edge: bool) -> torch.Tensor:
+    """Images shifted each by its own draw, and then mirrored where `mirrored` says so.
+
+    Args:
+        images: uint8 (n, 3, H, W).
         edge: what lies outside the image repeats its edge; otherwise it is black.
 
     Returns:
         uint8 (n, 3, H, W).
     """
     height, width = images.shape[2:]
-    pad = max(1, min(height, width) // 8)
-    top, left = torch.randint(2 * pad + 1, (2, count), generator=generator)[:, rows].to(images.device)
-    y = top[:, None] - pad + torch.arange(height, device=images.device)
-    x = left[:, None] - pad + torch.arange(width, device=images.device)
-    if flip:
-        mirrored = torch.rand(count, generator=generator)[rows].to(images.device) < 0.5
+    y = shifts[0, :, None] + torch.arange(height, device=images.device)
+    x = shifts[1, :, None] + torch.arange(width, device=images.device)
+    if mirrored is not None:
         x = torch.where(mirrored[:, None], x.flip(1), x)
     at = torch.arange(len(images), device=images.device)[:, None, None]
     inside_y, inside_x = y.clamp(0, height - 1), x.clamp(0, width - 1)
@@ -42,26 +89,23 @@ def shift(
     return shifted * inside
 
 
-def flip(images: torch.Tensor, generator: torch.Generator, count: int, rows: slice) -> torch.Tensor:
-    """Images (n, 3, H, W), each mirrored in half of the cases."""
-    mirrored = torch.rand(count, generator=generator)[rows].to(images.device) < 0.5
+def flip(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    """Images (n, 3, H, W), mirrored where `mirrored`, bool (n,), says so."""
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
-def color_jitter(
-    images: torch.Tensor, strength: float, generator: torch.Generator, count: int, rows: slice
-) -> torch.Tensor:
-    """Brightness, contrast and saturation, each by a factor drawn from [1 - strength, 1 + strength], in this order.
+def color_jitter(images: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast and saturation of images, each multiplied by its factor, in this order.
 
     Args:
-        images: (n, 3, H, W), values 0 to 255, rows `rows` of a batch of `count`.
+        images: (n, 3, H, W), values 0 to 255.
+        factors: float (3, n).
 
     Returns:
         float (n, 3, H, W), values 0 to 255.
     """
-    factors = 1 + strength * (2 * torch.rand(3, count, generator=generator)[:, rows] - 1)
-    brightness, contrast, saturation = factors.to(images.device)[:, :, None, None, None]
-    grey = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
+    brightness, contrast, saturation = factors[:, :, None, None, None]
+    grey = on_device((0.299, 0.587, 0.114), images.device)
     images = images.to(torch.float32, copy=True).mul_(brightness).clamp_(0, 255)
     mean = (images.mean((2, 3), keepdim=True) * grey).sum(1, keepdim=True)
     images.sub_(mean).mul_(contrast).add_(mean).clamp_(0, 255)
@@ -69,28 +113,25 @@ def color_jitter(
     return images.sub_(own).mul_(saturation).add_(own).clamp_(0, 255)
 
 
-def augment(
-    args, images: torch.Tensor, generator: torch.Generator, count: int, rows: slice = ALL, cropped: bool = False
-) -> torch.Tensor:
-    """Training images uint8 (n, 3, H, W), rows `rows` of a batch of `count`, augmented: values 0 to 255.
+@lru_cache(maxsize=64)
+def on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """A constant of each channel, float (C, 1, 1), copied to the device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)[:, None, None]
 
-    The crop of `resized_crop` is made where the image is decoded (training/stores.py); its flip is made here. So are
-    the operations of `cuda`, beside which an image is flipped and, if it was not `cropped` there, shifted as by
-    crop_flip.
-    """
-    if args.augment in ("shift", "crop_flip") or (args.augment == "cuda" and not cropped):
-        images = shift(images, generator, count, rows, args.augment != "shift", args.augment == "shift")
-    elif args.augment in ("resized_crop", "cuda"):
-        images = flip(images, generator, count, rows)
-    if args.color_jitter:
-        images = color_jitter(images, args.color_jitter, generator, count, rows)
-    return images
+
+@lru_cache(maxsize=64)
+def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple:
+    """What images of values 0 to 255 are divided by, and what is then subtracted, float (C, 1, 1) each."""
+    with torch.inference_mode(False):
+        mean, std = on_device(mean, device), on_device(std, device)
+        return 255 * std, mean / std
 
 
 def normalise(images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
     """Images (N, 3, H, W) of values 0 to 255, as float with the channels' mean and standard deviation taken out."""
-    mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
-    return images.to(torch.float32, copy=True).div_(255 * std).sub_(mean / std)
+    scale, offset = statistics(tuple(mean), tuple(std), images.device)
+    return images.to(torch.float32, copy=True).div_(scale).sub_(offset)
 
 
 def mixer(name: str, num_classes: int):

@@ -13,7 +13,7 @@ from curricula import REAL
 from loaders import fewshot
 from loaders.base import DataSet
 from runtime import files
-from training import distributed, loop, losses
+from training import distributed, epochs, loop, losses
 
 ALPHAS = [i / 10 for i in range(11)]  # of WiSE-FT
 
@@ -77,13 +77,15 @@ class Trainer(loop.Trainer):
 
         from training import augmentations
 
-        args, data, count, rows = self.args, self.data, len(batch), batch.rows
+        args, data, rows = self.args, self.data, batch.rows
         weights = losses.image_weights(batch.labels, batch.synthetic, None, args.real_weight)
         images = batch.images
         if args.augment == "shift" or (args.augment != "none" and data.train.in_memory):
-            images = augmentations.shift(images, batch.generator, count, rows, False, True)
+            shifts = augmentations.draw_shifts(self.pool.images.side, len(batch), batch.generator)
+            images = augmentations.shift(images, shifts[:, rows].to(self.device), None, edge=True)
         elif args.augment != "none":
-            images = augmentations.flip(images, batch.generator, count, rows)
+            mirrored = augmentations.draw_mirrored(len(batch), batch.generator)
+            images = augmentations.flip(images, mirrored[rows].to(self.device))
         images = augmentations.normalise(images, data.mean, data.std)
         targets, classes = batch.labels[rows], len(data.class_names)
         if args.mix != "none" and torch.rand((), generator=batch.generator) < args.mix_share:
@@ -195,7 +197,7 @@ class Trainer(loop.Trainer):
         metrics = {"test/overall": last["overall"]}
         if ensembles:
             metrics["test_wise_ft/overall"] = ensembles["last_wise_ft"]["overall"]
-        loop.write_results(self, state, writer, results, metrics)
+        epochs.write_results(self, state, writer, results, metrics)
         shown = f"; zero-shot {ensembles['zero_shot']['overall']:.1f}" if ensembles else ""
         print(f"{args.out}: test accuracy % after the last epoch: {last['overall']:.1f}{shown}")
 

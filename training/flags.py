@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,7 +184,12 @@ def add_model_flags(group) -> None:
         help="classifier: resnet8, 14, 20, 32, 44, 56, 110 for small images, resnet10, 18, 34, 50, 101, 152 for large; "
         "timm:NAME",
     )
-    group.add_argument("--pretrained", action="store_true", help="start from timm's weights of a timm: model")
+    group.add_argument(
+        "--pretrained",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="start from timm's weights of a timm: model",
+    )
     group.add_argument(
         "--init-checkpoint", type=cli.existing_file, metavar="FILE", help="start from these weights of the same model"
     )

@@ -1,27 +1,31 @@
-"""What every trainer does: passes over images, the epochs around them, checkpoints and results.
+"""What every trainer does: passes over images, step by step.
 
-A script names its own loss and metrics in a subclass of `Trainer`; the loop over steps, the curriculum, the signals and
-the checkpoints are here. Beside it: flags.py, pool.py (the images), log.py (TensorBoard).
+A script names its own loss and metrics in a subclass of `Trainer`. Beside it: epochs.py (a run's epochs, checkpoints
+and results), graphs.py (a step as one CUDA graph), flags.py, pool.py (the images), log.py (TensorBoard).
+
+A step never makes the host wait for the device: what a pass needs is drawn and copied before its first step, losses are
+added up on the device, and tests/test_steps.py holds it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
 
-import curricula
 from curricula import REAL
 from loaders.base import DataSet
-from runtime import checkpoints, cli, files, runs
+from runtime import cli, files
+from runtime.device import read_later
 from runtime.signals import StopSignals
 from training import distributed, log, optimization
 from training.pool import Pool
+
+LOOK_EVERY = 50  # steps after which the sum of the losses is looked at
 
 
 class Stopped(Exception):
@@ -43,8 +47,8 @@ class Pass:
         epoch: from 0.
         purpose: `epoch` or `real pass`.
         places: of the images in the pool, before shuffling, int (N,).
-        labels: int64 (N,), on the device.
-        synthetic: bool (N,), on the device.
+        labels: in the order in which the pass takes the images, int64 (N,), on the device.
+        synthetic: in that order too, bool (N,), on the device.
         unreadable: places of this process's images that could not be read so far.
     """
 
@@ -62,31 +66,29 @@ class Batch:
 
     Attributes:
         of: the pass.
-        numbers: of the whole batch's images in the pass, int64 (n,).
+        numbers: of the whole batch's images in the pass, int64 (n,), on the CPU.
         rows: which of them are this process's.
         images: of those rows, uint8 (m, 3, H, W), on the device.
-        generator: of augmentation, for draws for the whole batch.
+        labels: of the whole batch, int64 (n,), on the device.
+        synthetic: of the whole batch, bool (n,), on the device.
+        generator: on the CPU, for what a trainer draws for the whole batch within its step.
+        draws: what was drawn for the whole batch before the pass (`Trainer.draw`), (..., n) each, on the device.
+        constants: of the pass (`Trainer.constants`), on the device.
     """
 
     of: Pass
     numbers: object
     rows: slice
     images: object
+    labels: object
+    synthetic: object
     generator: object
+    draws: dict[str, object] = field(default_factory=dict)
+    constants: dict[str, object] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Images of the whole batch."""
         return len(self.numbers)
-
-    @property
-    def labels(self):
-        """Of the whole batch, int64 (n,), on the device."""
-        return self.of.labels[self.numbers.to(self.of.labels.device)]
-
-    @property
-    def synthetic(self):
-        """Of the whole batch, bool (n,), on the device."""
-        return self.of.synthetic[self.numbers.to(self.of.labels.device)]
 
     @property
     def own_places(self) -> np.ndarray:
@@ -120,6 +122,7 @@ class Trainer:
 
     chosen_by = "macro"  # the figure of `validate` that the best epoch is chosen by
     softmax_scale = 1.0  # what logits are multiplied by to give probabilities
+    step_graph = None  # takes a step as `update` does (graphs.StepGraph), where a script wants one
 
     @property
     def evaluated(self):
@@ -159,6 +162,14 @@ class Trainer:
     def begin_epoch(self, epoch: int, state: dict) -> None:
         """What is done before an epoch; what it changes is kept in `state`, for a run that resumes within the epoch."""
 
+    def draw(self, count: int, generator) -> dict:
+        """What is drawn on the CPU for a batch of `count` images, by name, (..., count) each; `Batch.draws` has it."""
+        return {}
+
+    def constants(self, this: Pass) -> dict:
+        """What all batches of a pass share, by name, tensors on the device; `Batch.constants` has them."""
+        return {}
+
     def strengths(self, epoch: int, places: np.ndarray, purpose: str) -> np.ndarray | None:
         """At which strength each image of a pass is augmented (class_augmentation.py), int (N,); None: not at all."""
         return None
@@ -186,11 +197,12 @@ class Trainer:
         """
         import torch
 
-        # Draw the order, or take up that of the pass that was stopped.
+        # Draw the order and what its batches need, or take up those of the pass that was stopped.
         torch.manual_seed(files.digest_int(purpose, self.args.seed, epoch))
         name = "augment" if purpose == "epoch" else f"augment {purpose}"
         generator = torch.Generator().manual_seed(files.digest_int(name, self.args.seed, epoch))
         parts = split_batches(self.order(places, generator), self.args.batch_size)
+        draws = [self.draw(len(part), generator) for part in parts]
         done, total = 0, torch.zeros((), dtype=torch.float64, device=self.device)
         if start:
             done, total = start["batches"], start["total"].to(self.device)
@@ -199,23 +211,24 @@ class Trainer:
         # Take a step for each batch.
         self.step_model.train()
         rate = self.rate(epoch, purpose, done, len(parts))
+        looked = None
         began = time.monotonic()
-        with closing(self.batches(epoch, places, purpose, parts, done, generator)) as batches:
+        with closing(self.batches(epoch, places, purpose, parts, draws, done, generator)) as batches:
             for number, batch in enumerate(batches, done):
                 rate = self.rate(epoch, purpose, number, len(parts))
                 total += self.step(batch, rate) * len(batch)
-                if number % 50 == 0:
-                    self.stop_on_bad_loss(total, epoch)
+                if number % LOOK_EVERY == 0:
+                    looked = self.look_at_loss(looked, total, epoch)
                 if number + 1 < len(parts) and (distributed.world() == 1 or number % 10 == 0) and self.signalled():
                     total = distributed.total(total, self.device) / distributed.world()
                     raise Stopped({"batches": number + 1, "total": total} | current_draws(generator, self.device))
 
         # What the pass came to.
+        total = (distributed.total(total, self.device) / distributed.world()).item()
         seconds = time.monotonic() - began
-        total = distributed.total(total, self.device) / distributed.world()
-        self.stop_on_bad_loss(total, epoch)
+        stop_on_bad_loss(total, epoch)
         return {
-            "loss": total.item() / len(places),
+            "loss": total / len(places),
             "lr": rate,
             "images": len(places),
             "synthetic_share": float((self.pool.levels[places] < REAL).mean()),
@@ -223,19 +236,25 @@ class Trainer:
         }
 
     def batches(
-        self, epoch: int, places: np.ndarray, purpose: str, parts: list, done: int, generator
+        self, epoch: int, places: np.ndarray, purpose: str, parts: list, draws: list[dict], done: int, generator
     ) -> Iterator[Batch]:
-        """The batches of a pass from number `done` on, with their images; `parts` has each one's numbers."""
+        """The batches of a pass from number `done` on, with their images.
+
+        Args:
+            parts: each batch's images by their numbers in the pass, int64 (n,).
+            draws: each batch's draws.
+        """
         import torch
 
-        this = Pass(
-            epoch,
-            purpose,
-            places,
-            torch.from_numpy(self.pool.labels[places]).to(self.device),
-            torch.from_numpy(self.pool.levels[places] < REAL).to(self.device),
-        )
-        starts = np.cumsum([0, *map(len, parts)])[done:]
+        # What the whole pass needs goes to the device at once.
+        order, sizes = torch.cat(parts), [len(part) for part in parts]
+        labels = torch.from_numpy(self.pool.labels[places])[order].to(self.device)
+        synthetic = torch.from_numpy(self.pool.levels[places] < REAL)[order].to(self.device)
+        whole = {name: torch.cat([one[name] for one in draws], -1).to(self.device) for name in draws[0]}
+        this = Pass(epoch, purpose, places, labels, synthetic)
+        constants = self.constants(this)
+        stops = np.cumsum(sizes).tolist()
+        spans = [slice(stop - size, stop) for stop, size in zip(stops, sizes, strict=True)][done:]
         rest = [(part, distributed.share(len(part))) for part in parts[done:]]
         strengths = self.strengths(epoch, places, purpose)
 
@@ -245,13 +264,14 @@ class Trainer:
 
         images = self.pool.images.training(
             own(places),
-            [torch.arange(at, at + len(part))[rows] for at, (part, rows) in zip(starts, rest, strict=False)],
+            [torch.arange(span.start, span.stop)[rows] for span, (_, rows) in zip(spans, rest, strict=True)],
             files.digest_int("crop", purpose, self.args.seed, epoch),
             None if strengths is None else own(strengths),
         )
         with closing(images):
-            for (part, rows), some in zip(rest, images, strict=True):
-                yield Batch(this, part, rows, some, generator)
+            for span, (part, rows), some in zip(spans, rest, images, strict=True):
+                drawn = {name: values[..., span] for name, values in whole.items()}
+                yield Batch(this, part, rows, some, labels[span], synthetic[span], generator, drawn, constants)
 
     def rate(self, epoch: int, purpose: str, number: int, batches: int) -> float:
         """The learning rate of a pass's batch; a real pass holds that of the middle of its epoch."""
@@ -260,11 +280,17 @@ class Trainer:
         return optimization.learning_rate(self.args, epoch + number / batches, 1 / batches)
 
     def step(self, batch: Batch, rate: float):
-        """Move the weights by one batch. Returns its loss, float64, detached."""
+        """Move the weights by one batch at a learning rate. Returns its loss, float64, detached."""
+        optimization.set_rate(self.optimizer, rate)
+        loss = self.step_graph(batch) if self.step_graph else self.update(batch)
+        if self.average:
+            self.average.n_averaged += 1
+        return loss
+
+    def update(self, batch: Batch):
+        """The part of a step that is the device's: forward, loss, backward, optimiser. Returns as `step` does."""
         import torch
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         loss = self.batch_loss(batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -272,16 +298,20 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip_grad)
         self.optimizer.step()
         if self.average:
-            self.average.update_parameters(self.model)
+            optimization.update_average(self.average, self.model)
         return loss.detach().double()
 
-    def stop_on_bad_loss(self, total, epoch: int) -> None:
-        """Raise UserError where the sum of an epoch's losses is not finite."""
-        if not math.isfinite(total.item()):
-            raise cli.UserError(
-                f"epoch {epoch}: the loss is not finite; the checkpoint of the epoch before is kept. "
-                "Expected a lower --lr"
-            )
+    def look_at_loss(self, before, total, epoch: int):
+        """Raise UserError where the sum of the losses, or what it was at the last look, is not finite.
+
+        A sum on a GPU is still on its way there: it is read at the next look, which is given it as `before`.
+        """
+        now = read_later(total)
+        if before:
+            stop_on_bad_loss(before(), epoch)
+        if not total.is_cuda:
+            stop_on_bad_loss(now(), epoch)
+        return now
 
     def signalled(self) -> bool:
         """Whether a signal came to any of the processes. All must ask together."""
@@ -311,6 +341,14 @@ class Trainer:
         return np.random.default_rng([self.args.seed, epoch, 1]).permutation(real)[: self.args.real_pass_images]
 
 
+def stop_on_bad_loss(total: float, epoch: int) -> None:
+    """Raise UserError where the sum of an epoch's losses is not finite."""
+    if not math.isfinite(total):
+        raise cli.UserError(
+            f"epoch {epoch}: the loss is not finite; the checkpoint of the epoch before is kept. Expected a lower --lr"
+        )
+
+
 def split_batches(order, batch_size: int) -> list:
     """An order, int64 (N,), in batches; a last batch of one image joins the one before: BatchNorm needs two."""
     import torch
@@ -337,212 +375,3 @@ def restore_draws(state: dict, generator, device: str) -> None:
     torch.set_rng_state(state["rng"].cpu())
     if device != "cpu" and "device_rng" in state:
         torch.cuda.set_rng_state(state["device_rng"].cpu(), device)
-
-
-def stage_of(args, epoch: int, levels: list[int], progress: dict[int, float] | None = None) -> list[int]:
-    """The levels of an epoch."""
-    return curricula.epoch_levels(
-        args.curriculum,
-        epoch,
-        args.curriculum_epochs,
-        levels,
-        args.fixed_level,
-        args.seed,
-        args.level_shares,
-        progress if progress is not None else dict.fromkeys(levels, 0.0),
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# a run: its folder, its epochs, its results
-
-
-def run(args, inputs: dict, begin: Callable[[StopSignals], tuple[Trainer, dict]]) -> int:
-    """Train in the run folder `args.out`, or say that it is complete. Returns the script's exit code.
-
-    Args:
-        inputs: digests of what is trained on.
-        begin: gives the trainer, and the run's state (`start_or_resume`).
-    """
-    main_process = distributed.rank() == 0
-    with ExitStack() as stack, StopSignals() as signals, distributed.plain_errors():
-        with distributed.first_process_first(args.device):
-            if main_process:
-                stack.enter_context(runs.claim(args.out))
-                complete = runs.open_run(args.out, args, inputs, args.overwrite)
-            else:
-                complete = (args.out / "results.json").exists()
-        if complete and main_process:
-            print(f"{args.out}: already complete")
-        code = 0
-        if not complete:
-            try:
-                fit(*begin(signals))
-            except Stopped as stop:
-                code = runs.RESUMABLE
-                if main_process:
-                    name = signals.received or "a signal"
-                    print(f"{args.out}: {name} came{stop.saved}; run the same command again to resume", flush=True)
-        distributed.stop()
-    return code
-
-
-def start_or_resume(args, model, optimizer, average, device: str) -> dict:
-    """The run's state: new, or its last checkpoint's, whose weights the model, its optimiser and its average take."""
-    state = {
-        "epoch": 0,
-        "history": [],
-        "seconds": 0.0,
-        "best": {"epoch": -1, "figure": -1.0, "model": {}},
-        "partial": None,
-    }
-    saved = checkpoints.load_latest_checkpoint(args.out / "checkpoint.pt", device)
-    if saved:
-        state = saved
-        model.load_state_dict(state["model"])
-        if "optimizer" in state:  # a run that has only its tests to do is saved without
-            optimizer.load_state_dict(state["optimizer"])
-        if average:
-            average.load_state_dict(state["average"])
-        if distributed.rank() == 0:
-            print(f"{args.out}: resuming after epoch {state['epoch']} of {args.epochs}", flush=True)
-    return state
-
-
-def fit(trainer: Trainer, state: dict) -> None:
-    """Train to the end, with checkpoints between epochs, and write the results.
-
-    Raises:
-        Stopped: a signal came; the checkpoint is written.
-    """
-    args = trainer.args
-    main_process = distributed.rank() == 0
-    with ExitStack() as stack, cli.progress(args.epochs, args.out.name, "epoch") as bar:
-        writer = log.open_writer(args.out, state["epoch"]) if main_process else None
-        if writer:
-            stack.callback(writer.close)
-        bar.update(state["epoch"])
-        for epoch in range(state["epoch"], args.epochs):
-            began = time.monotonic()
-            try:
-                entry = run_epoch(trainer, state, epoch, writer)
-            except Stopped as stop:
-                state["seconds"] += time.monotonic() - began
-                save(trainer, state)
-                after = f", after batch {stop.state['batches']}" if stop.state else ""
-                stop.saved = f"; checkpoint written in epoch {epoch}{after}"
-                raise
-            state["history"].append(entry)
-            state["seconds"] += time.monotonic() - began
-            state["epoch"] = epoch + 1
-            if writer:
-                log.log_epoch(writer, epoch, entry)
-            bar.update()
-            due = epoch + 1 == args.epochs or (epoch + 1) % args.checkpoint_every == 0
-            if due:
-                save(trainer, state)
-            if epoch + 1 < args.epochs and trainer.signalled():
-                if not due:
-                    save(trainer, state)
-                raise Stopped(saved=f"; checkpoint written after epoch {epoch}")
-        trainer.finish(state, writer)
-
-
-def run_epoch(trainer: Trainer, state: dict, epoch: int, writer) -> dict:
-    """One epoch: its level, its pass and its validation. Returns its entry of the history.
-
-    What is done of it is noted as it goes, and kept in state["partial"] where a signal stops it, so that nothing is
-    done twice.
-    """
-    args = trainer.args
-    done = state["partial"] or {}
-    state["partial"] = None
-    start = done.pop("pass", None)  # where a pass was stopped
-    try:
-        if "begun" not in done:
-            trainer.begin_epoch(epoch, state)
-            done["begun"] = True
-
-        # Which levels, and which images.
-        if args.curriculum == "adaptive" and epoch < args.curriculum_epochs and "progress" not in done:
-            measure_progress(trainer, epoch, done, start)
-            start = None
-        stage = stage_of(args, epoch, trainer.levels, done.get("progress"))
-        places = trainer.epoch_places(epoch, stage)
-        if writer and (not state["history"] or state["history"][-1]["levels"] != (stage or [REAL])):
-            with log.decoration("TensorBoard's pictures"):
-                for tag, picture in trainer.pictures(epoch, places).items():
-                    writer.add_image(tag, picture, epoch, dataformats="HWC")
-
-        # Train and validate.
-        if "record" not in done:
-            done["record"] = trainer.train(epoch, places, start=start)
-        found = trainer.validate()
-    except Stopped as stop:
-        state["partial"] = done | ({"pass": stop.state} if stop.state else {})
-        raise
-    if found[trainer.chosen_by] > state["best"]["figure"]:
-        state["best"] = {
-            "epoch": epoch,
-            "figure": found[trainer.chosen_by],
-            "model": {name: value.clone() for name, value in trainer.evaluated.state_dict().items()},
-        }
-    entry = {"epoch": epoch, "levels": stage or [REAL], **done["record"], **trainer.epoch_figures()}
-    entry |= {f"val_{name}": value for name, value in found.items()}
-    if "progress" in done:
-        entry["progress"] = {str(level): value for level, value in done["progress"].items()}
-        entry["real_pass_images"] = done["passed"]
-    return entry
-
-
-def measure_progress(trainer: Trainer, epoch: int, done: dict, start: dict | None) -> None:
-    """Note in `done` the progress of each level by a short pass over uniform real images (DisCL, Algorithm 2).
-
-    Lines 2 to 6: evaluate the held-out images, train on the real ones, evaluate again.
-
-    Args:
-        done: what is done of the epoch.
-        start: where the pass was stopped, or None.
-    """
-    if "before" not in done:
-        done["before"] = trainer.look()
-    if "passed" not in done:
-        places = trainer.real_pass_places(epoch)
-        if len(places):
-            trainer.train(epoch, places, "real pass", start)
-        done["passed"] = len(places)
-    after = trainer.look()
-    done["progress"] = {level: curricula.progress_of(done["before"][level], after[level]) for level in after}
-
-
-def save(trainer: Trainer, state: dict) -> None:
-    """Write the checkpoint, in the first process; after the last epoch without the optimiser, twice a model's size."""
-    if distributed.rank() > 0:
-        return
-    state.update(model=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict())
-    if state["epoch"] == trainer.args.epochs:
-        del state["optimizer"]
-    if trainer.average:
-        state["average"] = trainer.average.state_dict()
-    checkpoints.save_checkpoint(trainer.args.out / "checkpoint.pt", state)
-
-
-def write_results(trainer: Trainer, state: dict, writer, results: dict, metrics: dict[str, float]) -> None:
-    """results.json, history.jsonl, and the end of the TensorBoard log; results.json last: with it a run is complete.
-
-    Args:
-        results: what the script itself found, to which the run's length and speed are added.
-        metrics: the last epoch's test figures, by TensorBoard tag.
-    """
-    args = trainer.args
-    passed = sum(record.get("real_pass_images", 0) for record in state["history"])
-    images = passed + sum(record["images"] for record in state["history"])
-    results |= {"images": images, "seconds": state["seconds"], "images_per_second": images / state["seconds"]}
-    if passed:
-        results["real_pass_images"] = passed  # of `images`: adaptive's passes to measure progress
-    lines = "".join(json.dumps(record) + "\n" for record in state["history"])
-    files.write_text(args.out / "history.jsonl", lines)
-    checkpoints.remove_previous(args.out / "checkpoint.pt")
-    with log.decoration("the last figures in TensorBoard"):
-        log.log_end(writer, args, metrics)
-    files.write_json(args.out / "results.json", results)

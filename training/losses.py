@@ -58,12 +58,13 @@ def ldam(
         counts: training images of each class, (C,); a class's margin is proportional to count^(-1/4).
         max_margin: margin of the smallest class.
     """
+    import torch
     from torch.nn import functional as F
 
     margins = counts.clamp(min=1).to(logits.dtype) ** -0.25
     margins = margins * (max_margin / margins.max())
-    shifted = logits - F.one_hot(labels, logits.shape[1]) * margins[labels, None]
-    return F.cross_entropy(scale * shifted, labels, reduction="none")
+    own = torch.zeros_like(logits).scatter(1, labels[:, None], margins[labels, None])
+    return F.cross_entropy(scale * (logits - own), labels, reduction="none")
 
 
 def class_balanced_weights(counts: torch.Tensor, beta: float = 0.9999) -> torch.Tensor:
@@ -152,9 +153,11 @@ def image_weights(
     weights = torch.ones(len(labels), device=labels.device)
     if class_weights is not None:
         weights = class_weights.to(weights.dtype)[labels]
-    if real_weight is not None and bool(synthetic.any()) and not bool(synthetic.all()):
-        of_real, of_synthetic = weights[~synthetic].sum(), weights[synthetic].sum()
-        weights = weights * torch.where(synthetic, (1 - real_weight) / of_synthetic, real_weight / of_real)
+    if real_weight is not None:
+        of_real, of_synthetic = (weights * ~synthetic).sum(), (weights * synthetic).sum()
+        shared = weights * torch.where(synthetic, (1 - real_weight) / of_synthetic, real_weight / of_real)
+        # Chosen on the device: to ask which kinds a batch has would make the host wait for it.
+        weights = torch.where(synthetic.any() & ~synthetic.all(), shared, weights)
     return weights
 
 

@@ -22,8 +22,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(shortcut, (0, 0, 0, 0, 0, self.extra)))
+        shortcut = x[:, :, :: self.stride, :: self.stride] if self.stride > 1 else x
+        return F.relu(y + (F.pad(shortcut, (0, 0, 0, 0, 0, self.extra)) if self.extra else shortcut))
 
 
 class CifarResNet(nn.Module):

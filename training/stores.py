@@ -72,7 +72,7 @@ class InMemory:
     def __init__(self, images: np.ndarray, device: str, memory_format: str, randaugment: bool = False):
         images = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
         self.images = images if memory_format == "channels_last" else images.contiguous()
-        self.randaugment = randaugment
+        self.randaugment, self.side = randaugment, min(images.shape[2:])
 
     def training(
         self,
@@ -87,8 +87,9 @@ class InMemory:
             keys: number the images of an epoch.
             strengths: at which each is augmented (training/class_augmentation.py); None: not at all.
         """
-        for at, (places, numbers) in enumerate(zip(batches, keys, strict=True)):
-            images = self.images[places.to(self.images.device)]
+        everything = torch.cat(batches).to(self.images.device)  # one copy for the pass
+        for at, (places, numbers) in enumerate(zip(everything.split([*map(len, batches)]), keys, strict=True)):
+            images = self.images[places]
             if self.randaugment:
                 pairs = zip(images, numbers.tolist(), strict=True)
                 images = torch.stack([randaugmented(image, seed, number, self.randaugment) for image, number in pairs])
@@ -99,8 +100,8 @@ class InMemory:
 
     def evaluation(self, places: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
         """Batches of the images at `places`, int (n,), in that order."""
-        for part in torch.from_numpy(places).split(batch_size):
-            yield self.images[part.to(self.images.device)]
+        for part in torch.from_numpy(places).to(self.images.device).split(batch_size):
+            yield self.images[part]
 
 
 class Decoded:
@@ -125,6 +126,7 @@ class Decoded:
     ):
         self.paths, self.device, self.image_size, self.workers = paths, device, image_size, workers
         self.randaugment, self.crop, self.skip_unreadable = randaugment, crop, skip_unreadable
+        self.side = image_size
         self.unreadable: dict[int, str] = {}
 
     def training(

@@ -1,0 +1,31 @@
+"""Benches run to their end, and note what they measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = {
+    "bench_train": "--parts cifar v2 one --steps 2 --rounds 1 --workers 0 --device cpu",
+    "bench_flyp": "--batch-size 8 --steps 2 --rounds 1 --workers 0 --device cpu",
+    "bench_spectrum": "--sources 2 --steps 5 --levels 0 60 --plain-batch 2 --device cpu",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_bench_notes_what_it_measured(name, tmp_path):
+    out = tmp_path / "found.json"
+    command = [sys.executable, ROOT / f"bench/{name}.py", *COMMANDS[name].split(), "--out", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = out.read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines()] if name != "bench_spectrum" else [json.loads(text)]
+    rates = [row.get("images_per_second", row.get("ours")) for row in found]
+    assert len(found) == (3 if name == "bench_train" else 1) and all(rate > 0 for rate in rates)
+    assert not [key for row in found for key in row if "error" in key]
