@@ -384,6 +384,20 @@ def summarise(args, data, rows: dict[str, dict]) -> None:
         print(f"{args.out}: figures not drawn: {cli.first_line(error)}")
 
 
+def most_shards(args) -> int:
+    """How many shards have something to caption: one for each batch."""
+    data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
+    return -(-len(data.train) // args.batch_size)
+
+
+def finished(args) -> bool:
+    """Whether every training image was captioned, by whichever shard, and the captions summed up."""
+    if not (args.out / "domains.json").is_file():
+        return False
+    data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
+    return not set(data.train.sources) - read_all(args.out).keys()
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_flags(args)

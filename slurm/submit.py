@@ -10,6 +10,8 @@ Writes: FOLDER/submission.json, FOLDER/code-DATE (the snapshot), FOLDER/logs (su
     python slurm/submit.py --dry-run --cluster local train_lt.py --loss bs
     python slurm/submit.py --shards 64 --max-parallel 16 --partition gpu --gpus-per-node 1 --time 240 \\
         generate_spectrum.py --out runs/spectrum --then filter_clipscore.py --spectrum runs/spectrum
+    python slurm/submit.py --shards 8 --partition gpu --gpus-per-node 1 describe_domains.py --out runs/domains \\
+        --then describe_domains.py --out runs/domains
     python slurm/submit.py --sweep seed=0,1,2 --sweep loss=ce,bs --partition gpu train_lt.py --curriculum d2s
     python slurm/submit.py --status runs/jobs/train_lt
 """
@@ -32,10 +34,10 @@ from runtime import cli, files, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
-    "find_hard", "write_prompts", "tune_generator", "generate_spectrum", "filter_clipscore", "train_lt",
-    "train_iwildcam", "train_fewshot",
+    "find_hard", "describe_domains", "write_prompts", "tune_generator", "generate_spectrum", "filter_clipscore",
+    "filter_edits", "train_lt", "train_iwildcam", "train_fewshot",
 )  # fmt: skip
-SHARDED = ("tune_generator.py", "generate_spectrum.py")
+SHARDED = ("describe_domains.py", "tune_generator.py", "generate_spectrum.py")
 FOLDERS = ("loaders", "spectrum", "generation", "training", "reporting", "runtime")
 SNAPSHOT = ("*.py", *(f"{name}/*.py" for name in FOLDERS), "reporting/gallery.*", "assets/*", "slurm/*")
 MAX_TIMEOUTS = 100  # a job that only ran out of time is requeued this often
@@ -355,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     if not scripts:
         raise cli.UserError("no script: expected one of " + ", ".join(f"{name}.py" for name in SCRIPTS))
     if args.shards and scripts[0][0] not in SHARDED:
-        raise cli.UserError(f"--shards: only {' and '.join(SHARDED)} have shards, {scripts[0][0]} does not")
+        raise cli.UserError(f"--shards: only {', '.join(SHARDED)} have shards, {scripts[0][0]} does not")
     if args.shards and args.sweep:
         raise cli.UserError("--shards and --sweep: expected one of them")
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL
 
+import describe_domains
 import train_lt
 from runtime import cli, runs
 from runtime.cli import UserError
@@ -105,7 +106,10 @@ def test_documented_launcher_commands_parse(command):
         (["train_lt.py", "--no-such-flag"], "--no-such-flag"),
         (["--sweep", "loss=ce,mse", "train_lt.py"], "--loss"),
         (["--sweep", "loss", "train_lt.py"], "--sweep loss: expected FLAG=A,B"),
-        (["--shards", "2", "train_lt.py"], "only tune_generator.py and generate_spectrum.py have shards"),
+        (
+            ["--shards", "2", "train_lt.py"],
+            "only describe_domains.py, tune_generator.py, generate_spectrum.py have shards",
+        ),
         (["/elsewhere/evil.py"], "unknown script"),
         ([], "no script"),
     ],
@@ -244,6 +248,30 @@ def test_more_shards_than_work_is_an_error(road, tmp_path):
 
 
 @needs_slurm
+def test_captions_are_sent_as_shards_and_the_filter_after_the_edits(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--dataset", "biased_digits"]
+    captions = ["describe_domains.py", *data, "--out", "domains", "--batch-size", "100"]
+    assert submit.main(["--dry-run", "--cluster", "local", "--shards", "3", *captions, "--then", *captions]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("--batch-size 100")[1] for line in lines[1:]] == [f" --shard {i}/3" for i in range(3)] + [""]
+    with pytest.raises(UserError, match="--shards 4: more than there is work for; expected at most 3"):
+        submit.main(["--dry-run", "--shards", "4", *captions])  # 300 images, 100 at once
+    # All captions there: only the summary is missing; with it nothing is.
+    assert describe_domains.main([*captions[1:], "--shard", "0/1"]) == 0
+    assert submit.main(["--dry-run", "--cluster", "local", *captions]) == 0
+    assert "nothing to submit" in capsys.readouterr().out
+    (tmp_path / "domains/domains.json").unlink()
+    assert submit.main(["--dry-run", "--cluster", "local", *captions]) == 0
+    assert "1 tasks" in capsys.readouterr().out
+    edits = ["generate_spectrum.py", *data, "--hard", "hard.csv", "--prompts", "prompts.json", "--out", "edits"]
+    rules = ["filter_edits.py", *data, "--rules", "class", "--spectrum", "edits", "--prompts", "prompts.json"]
+    for name in ("hard.csv", "prompts.json"):
+        (tmp_path / name).touch()
+    assert submit.main(["--dry-run", "--cluster", "local", *edits, "--then", *rules]) == 0
+    assert "filter_edits.py --dataset biased_digits --rules class" in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_slurms_own_message_is_shown_for_an_unknown_partition(tmp_path):
     done = launch(tmp_path, "--partition", "nowhere", *TRAIN)
     assert done.returncode == 2 and "invalid partition" in done.stderr.lower(), done.stderr
