@@ -183,6 +183,12 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
                     f"--checkpoint {run}: was trained with --{name.replace('_', '-')} {trained.get(name)}; expected "
                     f"{getattr(args, name)}, whose classes are judged"
                 )
+        classes = files.read_json(run / "results.json")["class_names"] if (run / "results.json").is_file() else None
+        if classes not in (None, data.class_names):
+            raise cli.UserError(
+                f"--checkpoint {run}: was trained on {len(classes)} classes, {', '.join(classes[:3])} ...; expected "
+                f"the {len(data.class_names)} of {args.dataset}, {', '.join(data.class_names[:3])} ..."
+            )
         if trained.get("curriculum", "none") != "none":
             raise cli.UserError(f"--checkpoint {run}: was trained on synthetic images too; expected --curriculum none")
         left = trained.get("leave_out")

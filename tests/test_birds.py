@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 
 import numpy as np
 import pytest
+import torch
 
 import datasets
 from loaders import base, biased_digits
 from runtime.cli import UserError
+from training import additions
 
 
 def touch(root, names) -> None:
@@ -180,6 +183,75 @@ def test_iwildcam7_from_metadata_and_from_the_authors_lists(tmp_path):
     data = datasets.load("iwildcam7", None, tmp_path)
     assert [len(part) for part in (data.train, data.extra, data.val, data.test)] == [2, 1, 1, 1]
     assert data.class_names[data.train.labels[0]] == "zebras"
+
+
+PLANES = {  # split -> (plane, ground) -> images; of val and test only the sums are published
+    "train": {("Airbus", "air"): 98, ("Airbus", "road"): 70, ("Boeing", "air"): 129, ("Boeing", "grass"): 112},
+    "val": {("Airbus", "grass"): 358, ("Boeing", "road"): 357},
+    "test": {("Airbus", "grass"): 353, ("Boeing", "road"): 354},
+}
+
+
+def test_planes_of_the_published_size_give_the_published_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "missing_files", lambda root, names: [])
+    rows = [
+        [split, plane, ground, f"data/{split}/{plane}/{ground}/{i}.jpg"]
+        for split, groups in PLANES.items()
+        for (plane, ground), count in groups.items()
+        for i in range(count)
+    ]
+    write_csv(tmp_path / "planes_ext.csv", ["Split", "Plane", "Ground", "Filename"], rows)
+    data = datasets.load("planes", None, tmp_path)
+    assert [len(part) for part in (data.train, data.test)] == [409, 707]
+    assert {len(data.val), len(data.extra)} == {357, 358} and data.counts.tolist() == [168, 241]
+    pairs = zip(data.train.labels.tolist(), data.train.domains.tolist(), strict=True)
+    groups = collections.Counter((data.class_names[label], data.domain_names[domain]) for label, domain in pairs)
+    assert groups == PLANES["train"]
+
+
+IWILDCAM7 = {  # images of each class, as published: background, cattle, elephants, impalas, zebras, giraffes, dik-diks
+    "train": (2210, 801, 366, 981, 720, 460, 514),
+    "train_extra": (402, 506, 91, 625, 85, 47, 468),
+    "val": (2826, 0, 0, 0, 0, 0, 0),  # of which only the sum is
+    "test": (127, 1416, 2003, 4533, 144, 47, 213),
+}
+
+
+def test_iwildcam7_of_the_published_size_gives_the_published_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "missing_files", lambda root, names: [])
+    for part, counts in IWILDCAM7.items():
+        labels = [y for y, count in zip((0, 24, 32, 36, 48, 49, 52), counts, strict=True) for _ in range(count)]
+        cameras = [287] * 492 + [288] * 7991 if part == "test" else [3] * len(labels)
+        rows = [(y, f"{part}{i}.jpg", camera) for i, (y, camera) in enumerate(zip(labels, cameras, strict=True))]
+        write_csv(tmp_path / f"{part}_subset.csv", ["y", "filename", "location_remapped"], rows)
+    data = datasets.load("iwildcam7", None, tmp_path)
+    for part, counts in (("train", "train"), ("extra", "train_extra"), ("test", "test")):
+        assert np.bincount(getattr(data, part).labels, minlength=7).tolist() == list(IWILDCAM7[counts])
+    assert [len(part) for part in (data.train, data.extra, data.val, data.test)] == [6052, 2224, 2826, 8483]
+    assert np.bincount(data.test.domains).tolist() == [0, 492, 7991]
+    assert data.domain_names == ["camera 3", "camera 287", "camera 288"]
+
+
+def test_groups_without_a_test_image_are_named_and_do_not_count(tmp_path, capsys):
+    """Training shows Airbus in the air and Boeing on grass; the test set has Boeing in the air and on roads alone."""
+    groups = [("train", "Airbus", "air", 4), ("train", "Boeing", "grass", 4), ("val", "Airbus", "air", 2),
+              ("test", "Boeing", "air", 4), ("test", "Boeing", "road", 2)]  # fmt: skip
+    rows = [[*group[:3], f"{'_'.join(group[:3])}{i}.jpg"] for group in groups for i in range(group[3])]
+    write_csv(tmp_path / "planes_ext.csv", ["Split", "Plane", "Ground", "Filename"], rows)
+    touch(tmp_path, [f"images/{row[3]}" for row in rows])
+    data = datasets.load("planes", None, tmp_path)
+    # Three of the four in the air and none of the two on roads are taken for Boeing.
+    logits = torch.tensor([[0.0, 1.0]] * 3 + [[1.0, 0.0]] * 3)
+    found = additions.test_figures(data, logits)
+    assert found["id"] is None and found["ood"] == 50.0 and found["balanced"] == 37.5
+    assert (found["worst_group"], found["worst_group_name"]) == (0.0, "Boeing, road")
+    assert found["per_group"] == [[None, None, None], [75.0, None, 0.0]]
+    additions.say_untested_groups(data, found)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "4 of 6 groups have no test image and do not count, the first: Airbus, air",
+        "no test image is of a group in the training distribution: ID is not measured",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

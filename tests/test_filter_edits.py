@@ -211,6 +211,14 @@ def test_what_cannot_be_judged_is_named(made, base, tmp_path):
         "--checkpoint",
         other,
     )
+    args["args"]["dataset"] = "biased_digits"
+    files.write_json(other / "args.json", args)
+    results = files.read_json(other / "results.json")
+    files.write_json(other / "results.json", results | {"class_names": ["cat", "dog", "cow", "pig"]})
+    refused(
+        "was trained on 4 classes, cat, dog, cow ...; expected the 10 of biased_digits, zero",
+        *("--rules", "confidence", "--checkpoint", other),
+    )
     empty = tmp_path / "domains.json"
     files.write_json(empty, DOMAINS | {"negatives": []})
     refused("--rules semantic needs a text positive", "--rules", "semantic", "--clip", CLIP, "--domains", empty)
