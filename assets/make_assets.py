@@ -144,13 +144,15 @@ def train_vae(work: Work):
         sample_size=web.size,
     ).to(work.device)
 
-    def loss_of(_: int) -> torch.Tensor:
-        images = web.pictures(sizes.vae_batch).to(work.device)
+    def draw(_: int) -> tuple[torch.Tensor]:
+        return (web.pictures(sizes.vae_batch).to(work.device),)
+
+    def loss_of(images: torch.Tensor) -> torch.Tensor:
         posterior = vae.encode(images).latent_dist
         restored = vae.decode(posterior.sample()).sample
         return F.mse_loss(restored.float(), images) + 1e-5 * posterior.kl().mean()
 
-    fit(work, "VAE", vae, loss_of, sizes.vae_steps, 2e-3, 0)
+    fit(work, "VAE", vae, draw, loss_of, sizes.vae_steps, 2e-3, 0)
     with torch.no_grad():
         latents = vae.encode(web.batch(512)[0].to(work.device)).latent_dist.sample()
     vae.register_to_config(scaling_factor=float(1 / latents.std()))
@@ -208,20 +210,24 @@ def train_unet(work: Work, vae, tokenizer):
     # Prepare the texts' tokens and the moving average.
     noise_scheduler = training_noise(scheduler)
     captions = ["", *web.captions()]
-    tokens = dict(zip(captions, tokenize(tokenizer, captions), strict=True))
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    tokens = tokenize(tokenizer, captions).to(device)
     both = nn.ModuleList([unet, text_encoder]).to(device)
     average = copy.deepcopy(both).requires_grad_(False)
     batch = sizes.unet_batch
 
-    def loss_of(_: int) -> torch.Tensor:
+    def draw(_: int) -> tuple[torch.Tensor, torch.Tensor]:
         images, captions, _ = web.batch(batch)
         dropped = web.rng.random(batch) < 0.1
-        captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        rows = [0 if drop else row_of[caption] for caption, drop in zip(captions, dropped, strict=True)]
+        return images.to(device), tokens[torch.tensor(rows, device=device)]
+
+    def loss_of(images: torch.Tensor, text_tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            latents = vae.encode(images.to(device)).latent_dist.sample() * vae.config.scaling_factor
+            latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,)).to(device)
-        text = text_encoder(torch.stack([tokens[caption] for caption in captions]).to(device))[0]
+        timesteps = torch.randint(scheduler.config.num_train_timesteps, (batch,), device=device)
+        text = text_encoder(text_tokens)[0]
         predicted = unet(noise_scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
         return F.mse_loss(predicted.float(), noise.float())
 
@@ -230,7 +236,7 @@ def train_unet(work: Work, vae, tokenizer):
         decay = min(0.999, (done + 1) / (done + 10))
         torch._foreach_lerp_(list(average.parameters()), list(both.parameters()), 1 - decay)
 
-    fit(work, "UNet", both, loss_of, sizes.unet_steps, sizes.unet_rate, 1e-4, 0.05, follow, average)
+    fit(work, "UNet", both, draw, loss_of, sizes.unet_steps, sizes.unet_rate, 1e-4, 0.05, follow, average)
     return average[0].eval(), average[1].eval(), scheduler
 
 
@@ -267,12 +273,15 @@ def train_clip(work: Work, tokenizer, out: Path) -> None:
     # Train it.
     model = open_clip.CLIP(**copy.deepcopy(config)).to(work.device)
 
-    def loss_of(done: int) -> torch.Tensor:
+    def draw(done: int) -> tuple[torch.Tensor, ...]:
         images, captions, _ = web.batch(sizes.clip_batch, web.forms[done % len(web.forms)])
-        image, text, scale = model(images.to(work.device), tokenize(tokenizer, captions).to(work.device))
-        logits = scale * image @ text.T
         number = {caption: i for i, caption in enumerate(captions)}
-        kind = torch.tensor([number[caption] for caption in captions], device=work.device)
+        kind = torch.tensor([number[caption] for caption in captions])
+        return images.to(work.device), tokenize(tokenizer, captions).to(work.device), kind.to(work.device)
+
+    def loss_of(images: torch.Tensor, tokens: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+        image, text, scale = model(images, tokens)
+        logits = scale * image @ text.T
         same = (kind[:, None] == kind).float()
         same = same / same.sum(1, keepdim=True)
         return (F.cross_entropy(logits, same) + F.cross_entropy(logits.T, same)) / 2
@@ -281,7 +290,7 @@ def train_clip(work: Work, tokenizer, out: Path) -> None:
     def limit(_: int) -> None:
         model.logit_scale.clamp_(max=math.log(20))
 
-    fit(work, "CLIP", model, loss_of, sizes.clip_steps, 1e-3, 0.05, 0.1, limit)
+    fit(work, "CLIP", model, draw, loss_of, sizes.clip_steps, 1e-3, 0.05, 0.1, limit)
 
     # Save it as open_clip does.
     out.mkdir(parents=True, exist_ok=True)
@@ -299,11 +308,14 @@ def train_judge(work: Work) -> nn.Module:
     """A classifier of the web, which tells whether a generated image is of the class that was asked for."""
     judge = models.build_classifier(work.sizes.judge, len(work.web.class_names)).to(work.device)
 
-    def loss_of(_: int) -> torch.Tensor:
+    def draw(_: int) -> tuple[torch.Tensor, torch.Tensor]:
         images, _, labels = work.web.batch(128)
-        return F.cross_entropy(judge(images.to(work.device)), labels.to(work.device))
+        return images.to(work.device), labels.to(work.device)
 
-    fit(work, "judge", judge, loss_of, work.sizes.judge_steps, 3e-3, 0.05)
+    def loss_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(judge(images), labels)
+
+    fit(work, "judge", judge, draw, loss_of, work.sizes.judge_steps, 3e-3, 0.05)
     return judge.eval()
 
 

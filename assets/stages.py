@@ -33,7 +33,7 @@ class Work:
         self.web, self.sizes, self.signals = web, sizes, signals
         self.device = pick_device(args.device)
         bf16 = args.precision == "bf16" or (args.precision == "auto" and self.device.startswith("cuda"))
-        self.autocast = torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
+        self.bf16 = bf16
         self.path = args.out / "checkpoint.pt"
         self.deadline = time.monotonic() + 60 * args.minutes if args.minutes else math.inf
         settings = {
@@ -52,6 +52,10 @@ class Work:
         self.seconds_before, self.began = self.state["seconds"], time.monotonic()
         self.start = args.start
         torch.manual_seed(0)
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision where --precision asks for it; nothing is cached, for a graph could not replay the casts."""
+        return torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     @property
     def device_name(self) -> str:
@@ -101,11 +105,60 @@ class Work:
         checkpoints.remove_previous(self.path)
 
 
+class Step:
+    """One optimiser step; on a GPU, after some plain ones, it is one CUDA graph: launching kernels took most of it.
+
+    Args:
+        loss_of: the loss of a batch. It must not look at values on the host, and shapes must not change.
+    """
+
+    PLAIN = 3  # steps before the graph is recorded: libraries choose their algorithms and allocate in them
+
+    def __init__(self, work: Work, model: nn.Module, optimizer, loss_of: Callable[..., torch.Tensor]):
+        self.work, self.model, self.optimizer, self.loss_of = work, model, optimizer, loss_of
+        self.graph, self.batch, self.loss, self.taken = None, (), None, 0
+        self.wanted = work.device.startswith("cuda")
+
+    def compute(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        with self.work.autocast():
+            loss = self.loss_of(*batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return loss
+
+    def __call__(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Train on a batch; its loss."""
+        self.taken += 1
+        if not self.wanted:
+            return self.compute(batch)
+        if self.taken <= self.PLAIN:  # on the stream of a graph, as recording asks for
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                loss = self.compute(batch).detach()
+            torch.cuda.current_stream().wait_stream(stream)
+            return loss
+        if self.graph is None:
+            self.batch = tuple(part.clone() for part in batch)
+            self.optimizer.zero_grad(set_to_none=True)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.loss = self.compute(self.batch)
+            self.graph = graph
+        for place, part in zip(self.batch, batch, strict=True):
+            place.copy_(part)
+        self.graph.replay()
+        return self.loss
+
+
 def fit(
     work: Work,
     stage: str,
     model: nn.Module,
-    loss_of: Callable[[int], torch.Tensor],
+    draw: Callable[[int], tuple[torch.Tensor, ...]],
+    loss_of: Callable[..., torch.Tensor],
     steps: int,
     rate: float,
     weight_decay: float,
@@ -116,7 +169,8 @@ def fit(
     """Train `model` (or take its finished weights), with checkpoints on the way.
 
     Args:
-        loss_of: the loss of step N, which draws its own batch.
+        draw: the batch of step N, tensors on the device.
+        loss_of: the loss of such a batch (`Step`).
         after: called after each step.
         average: a moving average of the model that `after` keeps, saved with it.
 
@@ -130,11 +184,23 @@ def fit(
         work.restore(work.state["finished"][stage]["draws"])
         return
     # Take up the last checkpoint, where it is of this stage.
-    fused = work.device.startswith("cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay, fused=fused)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=pct_start)
+    cuda = work.device.startswith("cuda")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), torch.tensor(rate, device=work.device) if cuda else rate, weight_decay=weight_decay,
+        fused=cuda, capturable=cuda,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        rate,
+        total_steps=steps,
+        pct_start=pct_start,
+        cycle_momentum=not cuda,  # a graph keeps its betas
+    )
     parts = {"weights": held, "optimizer": optimizer, "schedule": schedule}
     done = work.resume(parts)
+    for group in optimizer.param_groups if cuda else []:  # a checkpoint's are on the CPU
+        group["lr"] = torch.as_tensor(group["lr"], device=work.device)
+    step = Step(work, model, optimizer, loss_of)
     # Train step by step.
     saved = time.monotonic()
     with cli.progress(steps, stage, "step") as bar:
@@ -146,12 +212,7 @@ def fit(
                 saved = time.monotonic()
             if stop:
                 raise Stopped(f"{stop} came; checkpoint written before step {number} of {steps} of the {stage}")
-            with work.autocast:
-                loss = loss_of(number)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            loss = step(draw(number))
             schedule.step()
             if after:
                 after(number)

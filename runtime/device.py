@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
+from typing import TYPE_CHECKING
 
 from runtime.cli import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
 
 
 def pick_device(name: str) -> str:
@@ -15,6 +17,8 @@ def pick_device(name: str) -> str:
     Raises:
         UserError: no such device here.
     """
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -26,12 +30,16 @@ def pick_device(name: str) -> str:
 
 def check_bfloat16(precision: str, device: str) -> None:
     """Raise UserError where `precision` is bf16 and the card has no bfloat16 (compute capability below 8)."""
+    import torch
+
     if precision == "bf16" and device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] < 8:
         raise UserError(f"--precision bf16: {torch.cuda.get_device_name(device)} has no bfloat16; expected fp32")
 
 
 def read_later(value: torch.Tensor) -> Callable[[], float]:
     """A number on the device, to be read by a later call: the copy is asked for now, and the device goes on working."""
+    import torch
+
     copy = value.detach().to("cpu", non_blocking=True)
     copied = torch.cuda.Event() if value.is_cuda else None
     if copied:
