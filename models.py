@@ -222,6 +222,7 @@ def load_generator(
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # else it warns of long prompts, which generation/texts.py counts
     transformers.utils.logging.disable_progress_bar()
     check_generator(name_or_path)
     refuse_backwards(Path(name_or_path))

@@ -186,10 +186,12 @@ def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
     rows = spectrum_folder.read_made(folder)  # as filter_clipscore.py counts: also those whose image is gone
     about, command = f"{folder}: {len(rows):,} images of {plan['dataset']}.", ""
     scores, dropped, threshold = {}, {}, None
-    if len(plan["levels"]) == 1:  # edits stand under their domains
+    # Sort edits by their domains.
+    if len(plan["levels"]) == 1:
         named = spectrum_folder.read_rows(folder)
         domains = {row["file_name"]: row["domain"] for row in named if row.get("domain")}
         rows = [row | {"domain": domains.get(row["file_name"], "none")} for row in rows] if domains else rows
+    # Gather what each filter keeps.
     if (folder / edits.EDITS).is_file():
         found = edits.read_edits(folder / edits.EDITS)
         dropped = {name: entry["reason"] for name, entry in found.items() if entry["kept"] == "0"}
@@ -202,6 +204,7 @@ def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
             threshold = min((entry["text_score"] for entry in scores.values() if entry["kept"]), default=0.0)
         about += f" scores.csv keeps {kept:,} ({rule}), scored by the CLIP {note['clip']}."
         command = filter_command(folder, data_root, plan, note)
+    # Load the sources, and write the page.
     root = data_root or datasets.default_data_root(plan["dataset"])
     train = datasets.load(plan["dataset"], plan["imb_ratio"], root, plan["data_seed"]).train
     return gallery.write_gallery(

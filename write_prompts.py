@@ -232,6 +232,7 @@ def write(args, labels: list[int], names: dict[int, str]) -> Iterator[tuple[int,
     Raises:
         UserError: a class without a prompt in --file.
     """
+    # One branch for each value of --from.
     spoken = {label: spoken_name(names[label]) for label in labels}
     if args.source == "template":
         for label in labels:

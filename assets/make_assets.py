@@ -165,6 +165,7 @@ def build_denoiser(work: Work, tokenizer) -> tuple[nn.Module, nn.Module]:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     web, sizes = work.web, work.sizes
+    # Build the text encoder, and the UNet whose inner blocks attend to it.
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -46,9 +46,9 @@ FAULTS = [
           "return self.average.module if self.average else self.model", "return self.model",
           f"{VALUES} -k averaged"),
     Fault("the best epoch is chosen on the test set", "train_lt.py",
-          "found = evaluation.accuracies(self.predict(self.val, np.arange(len(val))), val.labels, groups)",
-          "val = self.data.test; test = build_store(self.args, [val], self.device); found = evaluation.accuracies("
-          "self.predict(test, np.arange(len(val))), val.labels, groups)",
+          "        logits = self.predict(self.val, np.arange(len(val)))\n        found",
+          "        val = self.data.test\n        test = build_store(self.args, [val], self.device)\n"
+          "        logits = self.predict(test, np.arange(len(val)))\n        found",
           f"{VALUES} -k averaged"),
     Fault("CIFAR-100 is normalised with CIFAR-10's statistics", "loaders/cifar.py",
           '"cifar100_lt": ((0.5071, 0.4865, 0.4409)', '"cifar100_lt": ((0.4914, 0.4822, 0.4465)',
@@ -59,7 +59,7 @@ FAULTS = [
           "data = dataclasses.replace(data, mean=mean, std=std)", "data = dataclasses.replace(data)",
           "tests/test_iwildcam_runs.py -k statistics"),
     Fault("--prior real and stage are swapped", "train_lt.py",
-          'if self.args.prior == "stage":', 'if self.args.prior == "real":', f"{VALUES} -k prior"),
+          'if self.args.prior == "stage" else', 'if self.args.prior == "real" else', f"{VALUES} -k prior"),
     Fault("weight decay 0", "training/optimization.py",
           "return kind(trained, args.lr, weight_decay=args.weight_decay, fused=True)",
           "return kind(trained, args.lr, weight_decay=0.0, fused=True)", f"{VALUES} -k optimiser"),
