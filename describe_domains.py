@@ -92,7 +92,7 @@ def build_parser() -> cli.Parser:
         default="count",
         help="count: phrases that cover the captions; llm: a language model, in two turns; file: your own --domains",
     )
-    group.add_argument("--most", type=cli.whole(1), default=9, metavar="N", help="domains at most")
+    group.add_argument("--most", type=cli.whole(1), default=9, metavar="N", help="number of domains, at most")
     group.add_argument(
         "--least-share",
         type=cli.number(0, 1),
@@ -108,10 +108,8 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--superclass", default="", metavar="WORD", help="a word for all classes, such as bird")
     group.add_argument("--llm", metavar="NAME", help="for llm: text-generation model: hub name or local folder")
-    group.add_argument(
-        "--sample", type=cli.whole(1), default=200, metavar="N", help="for llm: captions that it is shown"
-    )
-    group.add_argument("--tries", type=cli.whole(1), default=3, metavar="N", help="for llm: conversations at most")
+    group.add_argument("--sample", type=cli.whole(1), default=200, metavar="N", help="for llm: captions in a question")
+    group.add_argument("--tries", type=cli.whole(1), default=3, metavar="N", help="for llm: attempts at a conversation")
     group.add_argument("--llm-tokens", type=cli.whole(1), default=512, metavar="N", help="for llm: longest answer")
     group.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="for llm: seed of sample and answers")
     group.add_argument("--domains", type=cli.existing_file, metavar="FILE", help="for file: your domains.json")

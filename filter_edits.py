@@ -70,7 +70,7 @@ def build_parser() -> cli.Parser:
         "--thresholds",
         choices=["auto", "folds", "val", "train"],
         default="auto",
-        help="images that thresholds are taken from; auto: folds where every --checkpoint left a fold out, else val",
+        help="images that thresholds are computed on; auto: folds where every --checkpoint left a fold out, else val",
     )
     group.add_argument(
         "--judge-class",
@@ -79,7 +79,11 @@ def build_parser() -> cli.Parser:
         help="for confidence: who decides that a class is corrupted; clip where the base model is biased",
     )
     group.add_argument(
-        "--keep-dropped", type=cli.number(0, 1), default=0.0, metavar="SHARE", help="share of the dropped that is kept"
+        "--keep-dropped",
+        type=cli.number(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="share of dropped edits to keep all the same",
     )
     group = parser.add_argument_group("how")
     add_clip_flag(group)

@@ -27,7 +27,7 @@ import shlex
 import shutil
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +36,14 @@ import datasets
 from loaders.pictures import read_image
 from loaders.sources import read_sources
 from reporting import figures, gallery, names, page, recipes, render, tables
+from reporting.curves import comparative_figures
 from runtime import cli, files, runs
 from spectrum import edits
 from spectrum import folder as spectrum_folder
 from spectrum.edits import EDITS, read_edits
 from spectrum.tables import read_scores
 
-GROUPS = ("many", "medium", "few")
 TRAINERS = ("train_lt", "train_iwildcam", "train_fewshot")  # the scripts whose runs make tables
-PANELS = {
-    "val_overall": "validation accuracy, all classes (%)",
-    "val_few": "validation accuracy, few-shot (%)",
-    "val_ood": "validation accuracy, OOD (%)",
-    "val_worst_group": "validation accuracy, worst group (%)",
-    "val_ood_f1": "validation macro-F1, OOD (%)",
-    "val_id_f1": "validation macro-F1, ID (%)",
-}
 INTRODUCTION = (
     "Every number is from a run's own test figures after its last epoch: mean and, in brackets, standard deviation "
     "over seeds. Many-, medium- and few-shot are classes by their training images. Published figures are quoted "
@@ -91,157 +83,13 @@ def build_parser() -> cli.Parser:
 # figures
 
 
-def curves(row: tables.Row, name: str) -> np.ndarray | None:
-    """A figure of the history by seed and epoch, (S, E); None where it was not kept or has no class."""
-    found = [[record.get(name) for record in run["history"]] for run in row.runs]
-    if not all(found) or len({len(one) for one in found}) > 1 or any(value is None for one in found for value in one):
-        return None
-    return np.array(found, dtype=float)
-
-
-def join_equal(lines: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Lines that would cover each other as one, under all their names."""
-    joined: list[tuple[list[str], np.ndarray]] = []
-    for name, values in lines.items():
-        same = next((same_line for same_line, other in joined if np.array_equal(other, values)), None)
-        if same is None:
-            joined.append(([name], values))
-        else:
-            same.append(name)
-    return {"; ".join(same_line): values for same_line, values in joined}
-
-
-def per_class(row: tables.Row) -> np.ndarray | None:
-    """Accuracy in percent by seed and class, NaN without a test image, (S, C)."""
-    found = [run["results"]["last"].get("per_class") for run in row.runs]
-    return np.array(found, dtype=float) if all(found) else None
-
-
-def all_curves(rows: list[tables.Row], name: str) -> dict[str, np.ndarray]:
-    """`curves` of the rows that have the figure, by their names."""
-    return {row.name: line for row in rows if (line := curves(row, name)) is not None}
-
-
-def per_group(row: tables.Row) -> np.ndarray | None:
-    """Accuracy of each class in each domain in percent, mean over the seeds, NaN without a test image, (C, D)."""
-    found = [run["results"]["last"].get("per_group") for run in row.runs]
-    known = all(found) and all("domain_names" in run["results"] for run in row.runs)
-    return np.array(found, dtype=float).mean(0) if known else None
-
-
 def draw_table(table: tables.Table, out: Path, prefix: str) -> list[tuple[Path, str]]:
     """The figures that a table's runs allow: files and what they show."""
-    rows = [row for row in table.rows.values() if row.runs]
-    styles = figures.style_of([row.name for row in rows])
     drawn = []
-    found = (*by_epoch(rows, styles), *by_class(rows, styles), *by_domain(rows), *of_cuda(rows, styles))
-    for name, caption, draw, *args in found:
+    for name, caption, draw, *args in comparative_figures([row for row in table.rows.values() if row.runs]):
         path = out / f"{prefix}{name}.png"
         drawn += decorate(path.name, lambda: draw(*args, path) or [(path, caption)])  # noqa: B023  (called at once)
     return drawn
-
-
-def by_epoch(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
-    """Figures along the epochs: name, caption, function, and its arguments but the path."""
-    # Levels, and the validation figures of all classes below them.
-    points = {}
-    for row in rows:
-        history = row.runs[0]["history"]
-        found = [(record["epoch"] + 1, level) for record in history for level in record["levels"]]
-        # Rows with the same levels, as CE and BS with one curriculum, share their points.
-        if history and row.args.get("curriculum", "none") != "none" and found not in points.values():
-            points[row.name] = found
-    panels = {title: lines for name, title in PANELS.items() if (lines := all_curves(rows, name))}
-    if panels:
-        yield (
-            "curriculum",
-            "Above: the guidance level of each epoch's synthetic images; 100 is the real image. Markers are shifted "
-            "a little apart; rows with equal levels share the first one's. Below: accuracy on the validation set, mean "
-            "of five epochs; the band is one standard deviation over seeds.",
-            figures.draw_curriculum, points, panels, styles,
-        )  # fmt: skip
-
-    # Accuracy of each group that has no panel there.
-    missing = [group for group in GROUPS if PANELS.get(f"val_{group}") not in panels]
-    groups = {f"{group} (%)": lines for group in missing if (lines := all_curves(rows, f"val_{group}"))}
-    if groups:
-        yield (
-            "groups",
-            "Validation accuracy of each group of classes by epoch, mean of five epochs; the band is one standard "
-            "deviation over seeds.",
-            figures.draw_lines, groups, styles, figures.SMOOTHED,
-        )  # fmt: skip
-
-    # The share of synthetic images.
-    share = join_equal({name: 100 * line for name, line in all_curves(rows, "synthetic_share").items() if line.any()})
-    if share:
-        yield (
-            "synthetic",
-            "Share of each epoch's training images that are synthetic; rows with equal shares are one line.",
-            figures.draw_lines, {"synthetic images (%)": share},
-            {name: styles[name.split("; ")[0]] for name in share}, 1,
-        )  # fmt: skip
-
-
-def by_class(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
-    """Figures by how many training images a class has: name, caption, function, and its arguments but the path."""
-    counts = next((row.runs[0]["results"].get("train_counts") for row in rows), None)
-    known = {row.name: line for row in rows if (line := per_class(row)) is not None and counts}
-    if not known:
-        return
-    yield (
-        "frequency",
-        "Test accuracy by how many training images a class has: classes in order, in groups of equal size; the band is "
-        "one standard deviation over seeds.",
-        figures.draw_by_frequency, known, np.array(counts), styles, "test accuracy (%)",
-    )  # fmt: skip
-
-    # A curriculum's gain over the same loss without one.
-    tested = [row for row in rows if row.name in known]
-    plain = {
-        row.args.get("loss"): known[row.name]
-        for row in reversed(tested)
-        if row.args.get("curriculum", "none") == "none" and row.args.get("augment") != "cuda"
-    }
-    gain = {
-        row.name: known[row.name] - plain[row.args.get("loss")].mean(0)
-        for row in tested
-        if row.args.get("curriculum", "none") != "none" and row.args.get("loss") in plain
-    }
-    if gain:
-        yield (
-            "gain",
-            "What a curriculum adds over the mean of the same loss without one, by how many training images a class "
-            "has; the band is one standard deviation over seeds.",
-            figures.draw_by_frequency, gain, np.array(counts), styles, "gain (points)",
-        )  # fmt: skip
-
-
-def by_domain(rows: list[tables.Row]) -> Iterator[tuple]:
-    """Accuracy of each class in each domain: name, caption, function, and its arguments but the path."""
-    known = {row.name: found for row in rows if (found := per_group(row)) is not None}
-    if not known:
-        return
-    results = next(row for row in rows if row.name in known).runs[0]["results"]
-    yield (
-        "domains",
-        "Test accuracy of each group, a class in a domain: mean over the seeds. A group counts as shown in training "
-        "where its domain has a tenth of its class's images or more.",
-        figures.draw_groups, known,
-        np.array(results["last"]["seen_groups"]), results["class_names"], results["domain_names"],
-    )  # fmt: skip
-
-
-def of_cuda(rows: list[tables.Row], styles: dict) -> Iterator[tuple]:
-    """CUDA's level of learning along the epochs: name, caption, function, and its arguments but the path."""
-    learned = {
-        f"level of learning, {names.FIGURE_NAMES.get(group, group)}": lines
-        for group in ("overall", *GROUPS)
-        if (lines := all_curves(rows, f"cuda_{group}"))
-    }
-    if learned:
-        caption = "CUDA's level of learning by epoch: 0 augments nothing, 10 most."
-        yield "cuda", caption, figures.draw_lines, learned, styles, 1
 
 
 def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: int = 10) -> None:

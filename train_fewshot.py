@@ -115,9 +115,9 @@ def add_model_flags(group) -> None:
         "--template", metavar="TEXT", help="class prompt, with {} (default: the data set's tuning prompt)"
     )
     group.add_argument("--lora-rank", type=cli.whole(1), default=16, metavar="N", help="rank of the adapters")
-    group.add_argument("--lora-alpha", type=cli.number(0), default=32, metavar="A", help="they count for A / rank")
+    group.add_argument("--lora-alpha", type=cli.number(0), default=32, metavar="A", help="adapters' scale times rank")
     group.add_argument(
-        "--lora-dropout", type=cli.number(0, 0.99), default=0.1, metavar="SHARE", help="share of their inputs dropped"
+        "--lora-dropout", type=cli.number(0, 0.99), default=0.1, metavar="SHARE", help="dropout on the adapters' inputs"
     )
     group.add_argument(
         "--lora-targets",

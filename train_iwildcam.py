@@ -91,7 +91,9 @@ def build_parser() -> cli.Parser:
         help="flyp: captions of one class are targets of all its images, instead of each image's own alone",
     )
     group.add_argument(
-        "--grad-checkpointing", action="store_true", help="compute activations twice, which saves most of their memory"
+        "--grad-checkpointing",
+        action="store_true",
+        help="recompute activations to save memory",
     )
     flags.add_training_flags(parser.add_argument_group("training"))
     return parser

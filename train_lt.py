@@ -62,7 +62,7 @@ def add_curriculum_flags(group) -> None:
         "--hard-share",
         type=cli.number(0, 0.99),
         metavar="SHARE",
-        help="share of a curriculum epoch's images, real and synthetic, that are of hard classes (default: the share "
+        help="share of hard classes in a curriculum epoch's images, real and synthetic (default: the share "
         "that hard classes are of all classes)",
     )
     group.add_argument(
@@ -75,7 +75,7 @@ def add_curriculum_flags(group) -> None:
         "--keep-others",
         type=cli.number(0, 1),
         metavar="SHARE",
-        help="share of the other real images that a curriculum epoch sees, drawn anew each epoch",
+        help="share of the real images of other classes that a curriculum epoch keeps, drawn anew each epoch",
     )
     # Spellings of older versions, accepted and not shown.
     old = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}

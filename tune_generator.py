@@ -55,7 +55,7 @@ def build_parser() -> cli.Parser:
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument(
-        "--dry-run", action="store_true", help="print what there is to tune, in adapters, steps, hours and bytes"
+        "--dry-run", action="store_true", help="print how much there is to tune, in adapters, steps, hours and bytes"
     )
     group.add_argument(
         "--steps-per-second", type=cli.number(1e-6), metavar="RATE",
@@ -72,11 +72,15 @@ def add_adapter_flags(group) -> None:
         "--template", metavar="TEXT", help="the prompt, with {} for the class name (default: the data set's own)"
     )
     group.add_argument(
-        "--parts", choices=["unet", "text"], nargs="+", default=["unet", "text"], help="what has adapters"
+        "--parts",
+        choices=["unet", "text"],
+        nargs="+",
+        default=["unet", "text"],
+        help="parts with adapters",
     )
     group.add_argument("--rank", type=cli.whole(1), default=16, metavar="N", help="rank of the adapters")
     group.add_argument(
-        "--alpha", type=cli.number(0), metavar="A", help="adapters count for A / rank (default: A = rank)"
+        "--alpha", type=cli.number(0), metavar="A", help="adapters' scale times rank (default: the rank, scale 1)"
     )
     group.add_argument(
         "--resolution", type=cli.whole(8), default=512, metavar="PIXELS", help="side of the square training images"
@@ -98,26 +102,28 @@ def add_adapter_flags(group) -> None:
 def add_training_flags(group) -> None:
     group.add_argument("--batch-size", type=cli.whole(1), default=8, metavar="N", help="images of an adapter in a step")
     group.add_argument("--epochs", type=cli.whole(1), default=200, metavar="N", help="how often each image is used")
-    group.add_argument("--lr", type=cli.number(0), default=1e-4, metavar="RATE", help="learning rate at its highest")
+    group.add_argument("--lr", type=cli.number(0), default=1e-4, metavar="RATE", help="peak learning rate")
     group.add_argument(
         "--warmup-steps", type=cli.whole(0), default=100, metavar="N",
         help="steps over which the rate rises to --lr, before a cosine to 0",
     )  # fmt: skip
     group.add_argument("--weight-decay", type=cli.number(0), default=0.01, metavar="RATE", help="AdamW's weight decay")
     group.add_argument(
-        "--clip-grad", type=cli.number(0), default=1.0, metavar="NORM", help="shorten each adapter's gradient to NORM"
+        "--clip-grad", type=cli.number(0), default=1.0, metavar="NORM", help="clip each adapter's gradient to this norm"
     )
     group.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of weights, order and noise")
     group.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="of the frozen generator; adapters stay float32; auto is bfloat16 on a GPU and float32 on a CPU",
+        help="number type of the frozen generator (adapters stay float32); auto: bfloat16 on a GPU, float32 on a CPU",
     )  # fmt: skip
     group.add_argument(
         "--together", type=cli.whole(1), default=1, metavar="G",
         help="class adapters tuned side by side; halved where they do not fit into memory",
     )  # fmt: skip
     group.add_argument(
-        "--grad-checkpointing", action="store_true", help="compute activations twice, which saves most of their memory"
+        "--grad-checkpointing",
+        action="store_true",
+        help="recompute activations to save memory",
     )
     group.add_argument("--compile", action="store_true", help="compile the UNet; minutes at first, faster after that")
 

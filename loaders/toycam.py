@@ -3,7 +3,7 @@
 16x16 scenes of four animals, and of none, seen by camera traps. A trap has its own background and light, and its own
 share of each animal; the out-of-domain splits come from other traps, in snow, dark forest and red earth, more often at
 night. Four in ten images are of low quality: dark, blurred, or with the animal cut off by the frame. Which they are
-stands in metadata.csv (`quality`).
+is in metadata.csv (`quality`).
 
 The tiny generator and CLIP for it know the same animals from a *web* of clear pictures, drawn anew and in other scenes
 (assets/make_assets.py).

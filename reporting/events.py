@@ -18,7 +18,7 @@ def log_edits(folder: Path, domains: list[str], reasons: np.ndarray, thresholds:
 
     Args:
         domains: the domain of each edit, N names.
-        reasons: what is wrong with each edit, object (N,), empty where it is kept.
+        reasons: why each edit is dropped, object (N,), empty where it is kept.
         thresholds: of each class, 2.0 for one without an image; None without the confidence rule.
     """
     from torch.utils.tensorboard import SummaryWriter

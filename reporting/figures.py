@@ -193,7 +193,7 @@ def draw_curriculum(
 def draw_groups(
     rows: dict[str, np.ndarray], seen: np.ndarray, class_names: list[str], domain_names: list[str], path: Path
 ) -> None:
-    """Accuracy of each row of a table by group, a class in a domain; those that training shows are marked.
+    """Accuracy of each row of a table by group, a class in a domain; groups that training shows are marked.
 
     Args:
         rows: accuracies in percent by row, NaN without a test image, (C, D).

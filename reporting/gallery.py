@@ -50,7 +50,7 @@ def write_gallery(
     by_source: dict[str, list[dict]] = {}
     for row in rows:
         by_source.setdefault(row["source"], []).append(row)
-    # Grey stands for a picture that does not decode: its score says why.
+    # A grey square takes the place of a picture that does not decode: its score says why.
     with cli.progress(len(by_source), "thumbnails", "source") as bar:
         for number, (real, own) in enumerate(zip(read_source(list(by_source)), by_source.values(), strict=True)):
             write_strip(real, own, read_image, out / strip_name(number))
@@ -61,7 +61,7 @@ def write_gallery(
 
 
 def column_key(row: dict) -> tuple:
-    """What an image stands under: its domain or, without one, its level."""
+    """The column of an image: its domain or, without one, its level."""
     return (row["domain"],) if "domain" in row else (row["level"],)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import report
 from loaders.base import DataSet
-from reporting import comparisons, names, recipes, render, tables
+from reporting import comparisons, curves, names, recipes, render, tables
 from runtime import files
 from runtime.cli import UserError
 
@@ -461,7 +461,7 @@ def test_rows_look_alike_in_no_figure():
 
 def test_equal_lines_are_one_under_all_their_names():
     lines = {"a": np.array([[1, 2]]), "b": np.array([[1, 3]]), "c": np.array([[1, 2]]), "d": np.array([[1, 2], [1, 2]])}
-    assert {name: line.tolist() for name, line in report.join_equal(lines).items()} == {
+    assert {name: line.tolist() for name, line in curves.join_equal(lines).items()} == {
         "a; c": [[1, 2]], "b": [[1, 3]], "d": [[1, 2], [1, 2]],
     }  # fmt: skip
 

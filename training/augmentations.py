@@ -122,7 +122,7 @@ def on_device(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple:
-    """What images of values 0 to 255 are divided by, and what is then subtracted, float (C, 1, 1) each."""
+    """The divisor of images of values 0 to 255, and the offset subtracted after it, float (C, 1, 1) each."""
     with torch.inference_mode(False):
         mean, std = on_device(mean, device), on_device(std, device)
         return 255 * std, mean / std

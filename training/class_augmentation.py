@@ -75,7 +75,7 @@ def epoch_strengths(labels: np.ndarray, levels: np.ndarray, rng: np.random.Gener
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the operations: image uint8 (3, H, W), a value, and a sign for those that have two directions -> uint8 (3, H, W)
+# the operations: image uint8 (3, H, W), a value, and a sign where there are two directions -> uint8 (3, H, W)
 
 
 def filtered(image: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:

@@ -157,7 +157,7 @@ def encode_prompts(pipe, prompts: list[list[str]]) -> tuple[torch.Tensor, ...]:
 
 
 def conditions(pipe, embeddings: tuple[torch.Tensor, ...], side: int) -> dict:
-    """What a UNet is told beside the timestep: embeddings, and for SDXL the pooled ones and the images' size.
+    """The conditions of a UNet beside the timestep: embeddings, and for SDXL the pooled ones and the images' size.
 
     Sizes are those of DataDream's images: `side` x `side`, not cropped; the refiner's aesthetic score is 6.
     """

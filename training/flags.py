@@ -66,9 +66,9 @@ def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
         type=cli.number(0),
         nargs="+",
         metavar="SHARE",
-        help="time that d2s and s2d give to each level, in ascending order of the levels (default: equal shares)",
+        help="share of the epochs of d2s and s2d for each level, by ascending level (default: equal shares)",
     )
-    group.add_argument("--fixed-level", type=cli.level, default=50, metavar="PERCENT", help="the level of fixed")
+    group.add_argument("--fixed-level", type=cli.level, default=50, metavar="PERCENT", help="level of fixed")
     group.add_argument(
         "--curriculum-epochs",
         type=cli.whole(0),
@@ -80,14 +80,14 @@ def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
         type=cli.whole(1),
         default=100,
         metavar="N",
-        help="hard images that adaptive keeps out of its training, to measure progress on",
+        help="hard images that adaptive holds out of training to measure progress on",
     )
     group.add_argument(
         "--real-pass-images",
         type=cli.whole(0),
         default=5000,
         metavar="N",
-        help="real images, drawn uniformly, that adaptive trains on before each epoch, to measure progress",
+        help="real images, drawn uniformly, of the training pass by which adaptive measures progress before each epoch",
     )
 
 
@@ -95,7 +95,7 @@ def add_training_flags(group) -> None:
     group.add_argument("--epochs", type=cli.whole(1), metavar="N", default=80, help="epochs, curriculum included")
     group.add_argument("--batch-size", type=cli.whole(1), metavar="N", default=128, help="images in a step")
     group.add_argument("--optimizer", choices=optimization.OPTIMIZERS, default="adamw", help="how weights are updated")
-    group.add_argument("--lr", type=cli.number(0), metavar="RATE", default=1e-3, help="learning rate at its highest")
+    group.add_argument("--lr", type=cli.number(0), metavar="RATE", default=1e-3, help="peak learning rate")
     group.add_argument("--momentum", type=cli.number(0, 1), default=0.9, metavar="SHARE", help="momentum of sgd")
     group.add_argument("--weight-decay", type=cli.number(0), metavar="RATE", default=0.0, help="weight decay")
     group.add_argument(
@@ -110,14 +110,14 @@ def add_training_flags(group) -> None:
         nargs="+",
         default=[160, 180],
         metavar="N",
-        help="epochs from which steps lowers the rate",
+        help="epochs at which --schedule steps lowers the rate",
     )
     group.add_argument(
         "--step-factor",
         type=cli.number(0, 1),
         default=0.01,
         metavar="FACTOR",
-        help="what steps multiplies the rate by at each of --step-epochs",
+        help="factor applied to the learning rate at each of --step-epochs",
     )
     group.add_argument(
         "--warmup-epochs", type=cli.number(0), default=0, metavar="N", help="epochs over which the rate rises to --lr"
@@ -127,7 +127,10 @@ def add_training_flags(group) -> None:
     )
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     group.add_argument(
-        "--clip-grad", type=cli.number(0), metavar="NORM", help="shorten a step's gradient to NORM (default: leave it)"
+        "--clip-grad",
+        type=cli.number(0),
+        metavar="NORM",
+        help="clip the gradient to this norm (default: no clipping)",
     )
 
 
@@ -143,7 +146,7 @@ def add_loss_flags(group) -> None:
         "--prior",
         choices=["real", "stage"],
         default="real",
-        help="class counts that the losses take: of the real training set, or of the epoch's own images",
+        help="class counts that bs, la and ldam use: of the real training set, or of the epoch's images",
     )
     group.add_argument("--focal-gamma", type=cli.number(0), default=2.0, metavar="GAMMA", help="exponent of focal")
     group.add_argument(
@@ -194,7 +197,11 @@ def add_model_flags(group) -> None:
         "--init-checkpoint", type=cli.existing_file, metavar="FILE", help="start from these weights of the same model"
     )
     group.add_argument(
-        "--image-size", type=cli.whole(8), default=224, metavar="PIXELS", help="side that large images are resized to"
+        "--image-size",
+        type=cli.whole(8),
+        default=224,
+        metavar="PIXELS",
+        help="side of large images in training",
     )
     group.add_argument(
         "--augment",

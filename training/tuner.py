@@ -188,7 +188,7 @@ class Tuner:
         return diffusion.encode_images(self.pipe, pictures, names, args.resolution, crops, args.flip, args.seed)
 
     def embed(self, prompts: list[list[str]]) -> dict:
-        """What the UNet is told of each adapter's prompts, equally many; without text adapters no gradient flows."""
+        """The UNet's conditions for each adapter's prompts, equally many; without text adapters no gradient flows."""
         with nullcontext() if "text" in self.args.parts else torch.no_grad():
             embeddings = diffusion.encode_prompts(self.pipe, prompts)
         return diffusion.conditions(self.pipe, embeddings, self.args.resolution)
