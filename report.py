@@ -162,9 +162,14 @@ def draw_spectrum_figures(folder: Path, data_root: Path | None, out: Path) -> li
         ("edits_dropped.png", "Some of the edits that the rules drop, by reason."),
     ):
         if (folder / name).exists():
-            shutil.copyfile(folder / name, out / name)
-            drawn.append((out / name, caption))
+            copy = out / name
+            drawn += decorate(name, lambda copy=copy, caption=caption: copy_figure(folder, copy) or [(copy, caption)])
     return drawn
+
+
+def copy_figure(folder: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / copy.name, copy)
 
 
 def draw_acceptance(folder: Path, path: Path) -> None:
