@@ -35,7 +35,7 @@ import numpy as np
 import datasets
 from loaders.pictures import read_image
 from loaders.sources import read_sources
-from reporting import figures, gallery, names, page, recipes, render, tables
+from reporting import figures, gallery, names, overview, page, recipes, render, tables
 from reporting.curves import comparative_figures
 from runtime import cli, files, runs
 from spectrum import edits
@@ -306,6 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         ):  # fmt: skip
             files.write_text(args.out / name, content)
             written.append(name)
+    sections += [(one.name, [page.table(one.heading, one.rows)]) for one in overview.build(found)]
     # Draw the figures of each table and of the spectrum.
     for table in found:
         prefix = "" if len(found) == 1 else re.sub(r"\W+", "_", table.name).lower() + "_"
