@@ -14,7 +14,6 @@ from spectrum.tables import Hard
 from spectrum.units import short_name
 
 FILE = "pytorch_lora_weights.safetensors"
-
 RESIDENT = "resident"  # the name of the one adapter that is loaded
 DOWN = ("lora_A", "lora_down", "lora.down")  # how the formats call a layer's first matrix
 TEXT = ("text_encoder", "lora_te")  # what the keys of a text encoder's layers begin with
