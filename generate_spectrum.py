@@ -118,6 +118,14 @@ def add_generator_flags(group) -> None:
         help="draw with the adapters of this folder of tune_generator.py, whose shots.csv and prompts.json take the "
         "place of the defaults of --hard and --prompts",
     )
+    group.add_argument(
+        "--lora-mix",
+        type=int,
+        choices=[1, 2],
+        default=2,
+        help="for adapters of tune_generator.py --mode source: 1 draws with a source's own, 2 with the mean of it and "
+        "another one of its class",
+    )
 
 
 def add_level_flags(group) -> None:

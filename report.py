@@ -35,7 +35,7 @@ import numpy as np
 import datasets
 from loaders.pictures import read_image
 from loaders.sources import read_sources
-from reporting import figures, gallery, names, page, recipes, render, tables
+from reporting import figures, gallery, names, overview, page, recipes, render, tables
 from reporting.curves import comparative_figures
 from runtime import cli, files, runs
 from spectrum import edits
@@ -162,9 +162,14 @@ def draw_spectrum_figures(folder: Path, data_root: Path | None, out: Path) -> li
         ("edits_dropped.png", "Some of the edits that the rules drop, by reason."),
     ):
         if (folder / name).exists():
-            shutil.copyfile(folder / name, out / name)
-            drawn.append((out / name, caption))
+            copy = out / name
+            drawn += decorate(name, lambda copy=copy, caption=caption: copy_figure(folder, copy) or [(copy, caption)])
     return drawn
+
+
+def copy_figure(folder: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / copy.name, copy)
 
 
 def draw_acceptance(folder: Path, path: Path) -> None:
@@ -304,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         ):  # fmt: skip
             files.write_text(args.out / name, content)
             written.append(name)
+    sections += [(one.name, [page.table(one.heading, one.rows)]) for one in overview.build(found)]
     # Draw the figures of each table and of the spectrum.
     for table in found:
         prefix = "" if len(found) == 1 else re.sub(r"\W+", "_", table.name).lower() + "_"

@@ -33,11 +33,10 @@ from curricula import REAL
 from loaders.base import DataSet, ImageSet
 from runtime import cli, files
 from runtime.signals import StopSignals
-from spectrum.folder import read_plan
 from spectrum.kept import load_spectrum
 from training import distributed, epochs, flags, optimization
 from training.fewshot import Trainer
-from training.pool import build_pool, prepare_spectrum
+from training.pool import build_pool, method_of, prepare_spectrum
 
 GRID_FLAGS = ("lr", "weight_decay", "epochs", "real_weight")
 
@@ -64,15 +63,11 @@ def build_parser() -> cli.Parser:
     group = parser.add_argument_group("images")
     group.add_argument("--images", choices=["real", "synthetic", "both"], default="both", help="images to train on")
     group.add_argument(
-        "--method",
-        choices=["untuned", "cls", "dset"],
-        help="what drew the synthetic images, as tables call it (default: what the spectrum's plan says; else checked)",
-    )
-    group.add_argument(
         "--real-weight", type=cli.number(0, 1), default=0.8, metavar="LAMBDA",
         help="a batch's loss is LAMBDA * that of its real half + (1 - LAMBDA) * that of its synthetic half",
     )  # fmt: skip
     flags.add_curriculum_flags(group)
+    flags.add_method_flag(group)
     parser.set_defaults(curriculum="all")
     add_model_flags(parser.add_argument_group("model"))
     group = parser.add_argument_group("training")
@@ -191,19 +186,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.grid:
         return search(args, lambda point: train(point, data, levels, synthetic, inputs))
     return train(args, data, levels, synthetic, inputs)
-
-
-def method_of(args) -> str:
-    """What drew a spectrum: a generator that is untuned, or tuned for each class (cls) or the data set (dset).
-
-    Raises:
-        UserError: --method says otherwise.
-    """
-    loras = read_plan(args.spectrum).get("loras") or {}
-    found = "untuned" if not loras else "dset" if list(loras) == ["all"] else "cls"
-    if args.method not in (None, found):
-        raise cli.UserError(f"--method {args.method}: {args.spectrum} is {found}; expected --method {found}")
-    return found
 
 
 def train(args, data: DataSet, levels: list[int], synthetic: dict, inputs: dict) -> int:

@@ -37,7 +37,7 @@ from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
 from training import additions, distributed, epochs, flags, log, loop, losses, optimization
-from training.pool import build_pool, check_files, prepare_spectrum, print_gaps
+from training.pool import build_pool, check_files, method_of, prepare_spectrum, print_gaps
 
 DRAWN = ("cifar10_lt", "cifar100_lt", "cifar100_lt_20", "imagefolder")  # data sets that --imb-ratio draws a part of
 
@@ -58,6 +58,7 @@ def build_parser() -> cli.Parser:
 
 def add_curriculum_flags(group) -> None:
     flags.add_curriculum_flags(group)
+    flags.add_method_flag(group)
     group.add_argument(
         "--hard-share",
         type=cli.number(0, 0.99),
@@ -382,6 +383,8 @@ def main(argv: list[str] | None = None) -> int:
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
         levels, hard_classes = prepare_spectrum(args)
+        method = method_of(args)
+        args.method = None if method == "untuned" else method  # as runs and recipes without the flag have it
         if len(hard_classes) == len(data.class_names) and not args.add:
             raise cli.UserError(
                 f"{args.spectrum}: every class has hard images, so that a stage has no others to mix them with; "

@@ -1,7 +1,9 @@
 """DataDream, step 1: tune a text-to-image generator on a few real images a class, by LoRA.
 
 Adapters of rank 16 on every attention projection of UNet and text encoders learn the few images under the prompt that
-generation will use. `--mode cls` makes one adapter a class, from its own images; `--mode dset` one for all classes.
+generation will use. `--mode cls` makes one adapter a class, from its own images; `--mode dset` one for all classes;
+`--mode source` one an image, of which generation mixes two (LoFT). With --captions an image's prompt also holds its
+caption, and generation draws with those of all images at random (BOB).
 
 Reads:  the data set (--shots K a class, or the images of --hard), a generator
 Writes: OUT/plan.json, shots.csv (a hard.csv) and prompts.json, which generate_spectrum.py --tuned OUT takes,
@@ -31,8 +33,11 @@ from loaders import fewshot
 from runtime import cli, files, runs
 from runtime.signals import StopSignals
 from spectrum import tables
+from spectrum.captions import read_caption_table
+from spectrum.units import short_name
 
-HELD_OUT = {"cls": 8, "dset": 64}  # validation images that it is taken on
+HELD_OUT = {"cls": 8, "dset": 64, "source": 8}  # validation images that the held-out loss is taken on
+MOST_CAPTIONS = 64  # that generation draws a class with
 
 
 def build_parser() -> cli.Parser:
@@ -67,7 +72,17 @@ def build_parser() -> cli.Parser:
 def add_adapter_flags(group) -> None:
     group.add_argument("--generator", metavar="NAME", help="Stable Diffusion pipeline: hub name or local folder")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a generator on the hub")
-    group.add_argument("--mode", choices=["cls", "dset"], default="cls", help="one adapter a class, or one for all")
+    group.add_argument(
+        "--mode",
+        choices=["cls", "dset", "source"],
+        default="cls",
+        help="one adapter a class, one for all, or one an image",
+    )
+    group.add_argument(
+        "--captions", type=cli.existing_file, metavar="FILE",
+        help="what each training image shows beside its class: captions.jsonl of describe_domains.py, or a CSV file "
+        "with the columns source,caption",
+    )  # fmt: skip
     group.add_argument(
         "--template", metavar="TEXT", help="the prompt, with {} for the class name (default: the data set's own)"
     )
@@ -129,14 +144,14 @@ def add_training_flags(group) -> None:
 
 
 def find_units(args, data) -> list:
-    """The adapters of a run: one for each class that has training images, or one called `all`."""
+    """The adapters of a run: one for each class that has training images, for each image, or one called `all`."""
     from training.tuner import Unit
 
-    prompts = [args.template.replace("{}", name) for name in data.class_names]
+    prompts, told = class_prompts(args, data), image_prompts(args, data)
 
     def unit(name: str, places: np.ndarray, val: np.ndarray) -> Unit:
-        own, held = data.train.labels[places], data.val.labels[val]
-        return Unit(name, places, [prompts[label] for label in own], val, [prompts[label] for label in held])
+        held = data.val.labels[val]
+        return Unit(name, places, [told[place] for place in places], val, [prompts[label] for label in held])
 
     def some(val: np.ndarray) -> np.ndarray:
         ranked = sorted(val.tolist(), key=lambda place: files.digest_int("held-out", data.val.sources[place]))
@@ -145,10 +160,34 @@ def find_units(args, data) -> list:
     labels = np.unique(data.train.labels).tolist()
     if args.mode == "dset":
         return [unit("all", np.arange(len(data.train)), some(np.flatnonzero(np.isin(data.val.labels, labels))))]
-    return [
-        unit(str(label), np.flatnonzero(data.train.labels == label), some(np.flatnonzero(data.val.labels == label)))
-        for label in labels
-    ]
+    held = {label: some(np.flatnonzero(data.val.labels == label)) for label in labels}
+    if args.mode == "source":
+        return [
+            unit(short_name(source), np.array([place]), held[label])
+            for place, (source, label) in enumerate(zip(data.train.sources, data.train.labels.tolist(), strict=True))
+        ]
+    return [unit(str(label), np.flatnonzero(data.train.labels == label), held[label]) for label in labels]
+
+
+def class_prompts(args, data) -> list[str]:
+    """The prompt of each class."""
+    return [args.template.replace("{}", name) for name in data.class_names]
+
+
+def image_prompts(args, data) -> list[str]:
+    """The prompt of each training image: its class's, and its caption with --captions.
+
+    Raises:
+        UserError: an image has no caption.
+    """
+    prompts = [class_prompts(args, data)[label] for label in data.train.labels.tolist()]
+    if not args.captions:
+        return prompts
+    captions = read_caption_table(args.captions)
+    missing = next((source for source in data.train.sources if not captions.get(source)), None)
+    if missing is not None:
+        raise cli.UserError(f"--captions {args.captions}: none for {missing}; expected one for each training image")
+    return [f"{text}, {captions[source]}" for text, source in zip(prompts, data.train.sources, strict=True)]
 
 
 def make_plan(args, data, dtype: str) -> dict:
@@ -161,6 +200,8 @@ def make_plan(args, data, dtype: str) -> dict:
     plan = {name: getattr(args, name) for name in named}
     plan |= models.describe_generator(args.generator, args.revision)
     plan |= {"dtype": dtype, "parts": sorted(args.parts), "shots_digest": fewshot.shots_digest(data.train)}
+    if args.captions:
+        plan["captions"] = files.digest_files([args.captions])
     labels = np.unique(data.train.labels).tolist()
     return json.loads(json.dumps(plan | {"class_names": {label: data.class_names[label] for label in labels}}))
 
@@ -186,7 +227,7 @@ def check_flags(args, data) -> None:
 
     if "{}" not in args.template:
         raise cli.UserError(f"--template {args.template!r}: expected a text with {{}}, where the class name goes")
-    counts = data.counts[data.counts > 0].tolist() if args.mode == "cls" else [len(data.train)]
+    counts = {"cls": data.counts[data.counts > 0].tolist(), "dset": [len(data.train)], "source": [1]}[args.mode]
     fewest = min(batch_and_steps(args, count)[1] for count in counts)
     if args.warmup_steps >= fewest:
         raise cli.UserError(f"--warmup-steps {args.warmup_steps}: expected fewer than the {fewest} steps of an adapter")
@@ -197,16 +238,20 @@ def check_flags(args, data) -> None:
 
 
 def write_inputs(args, data) -> None:
-    """What generation takes: the images as a hard.csv, and the tuning prompt of each class."""
+    """What generation takes: the images as a hard.csv, and the prompts of each class."""
     rows = [
         {"source": source, "label": int(label), "class_name": data.class_names[label], "reason": "shot", "score": ""}
         for source, label in zip(data.train.sources, data.train.labels, strict=True)
     ]
     tables.write_hard(args.out / "shots.csv", rows)
-    prompts = {}
+    prompts, texts = {}, class_prompts(args, data)
+    # Captions of every class: an image's background is not to tell its class.
+    told = zip(image_prompts(args, data), data.train.labels.tolist(), strict=True) if args.captions else ()
+    captions = list(dict.fromkeys(text.removeprefix(texts[label]) for text, label in told)) or [""]
     for label in np.flatnonzero(data.counts).tolist():
-        text = args.template.replace("{}", data.class_names[label])
-        prompts[label] = {"class_name": data.class_names[label], "score_prompt": text, "prompts": [text]}
+        some = sorted(captions, key=lambda caption: files.digest_int("caption", args.seed, label, caption))
+        listed = [texts[label] + caption for caption in some[:MOST_CAPTIONS]]
+        prompts[label] = {"class_name": data.class_names[label], "score_prompt": texts[label], "prompts": listed}
     files.write_json(args.out / "prompts.json", prompts)
 
 
@@ -240,6 +285,9 @@ def load_data(args):
     if args.shots is None and args.hard is None:
         raise cli.UserError("--shots or --hard: expected one of them, the few images of each class to tune on")
     args.alpha = args.rank if args.alpha is None else args.alpha
+    args.generator = args.generator or datasets.DEFAULTS[args.dataset].get("generate_spectrum", {}).get("generator")
+    if not args.generator:
+        raise cli.UserError("--generator: expected a Stable Diffusion pipeline, by hub name or local folder")
     args.template = args.template or datasets.TEMPLATES[args.dataset][0]
     return choose_images(args, datasets.load_shots(args))
 

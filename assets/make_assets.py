@@ -241,6 +241,30 @@ def train_unet(work: Work, vae, tokenizer):
     return average[0].eval(), average[1].eval(), scheduler
 
 
+def clip_config(sizes: Sizes, side: int, words: int) -> dict:
+    """open_clip's configuration of a CLIP for images of `side` pixels and a tokenizer of `words` tokens."""
+    return {
+        "embed_dim": sizes.clip_width // 2,
+        "vision_cfg": {
+            "image_size": side,
+            "patch_size": sizes.clip_patch,
+            "width": sizes.clip_width,
+            "layers": sizes.clip_layers,
+            "head_width": 16,
+            "mlp_ratio": 2.0,
+        },
+        "text_cfg": {
+            "context_length": MAX_TOKENS,
+            "vocab_size": words,
+            "hf_tokenizer_name": "tokenizer",
+            "width": sizes.text_width,
+            "heads": 4,
+            "layers": sizes.text_layers,
+            "mlp_ratio": 2.0,
+        },
+    }
+
+
 def train_clip(work: Work, tokenizer, out: Path) -> None:
     """A small open_clip model, saved in `out` as open_clip saves its own.
 
@@ -251,26 +275,7 @@ def train_clip(work: Work, tokenizer, out: Path) -> None:
     from safetensors.torch import save_file
 
     web, sizes = work.web, work.sizes
-    config = {
-        "embed_dim": sizes.clip_width // 2,
-        "vision_cfg": {
-            "image_size": web.size,
-            "patch_size": sizes.clip_patch,
-            "width": sizes.clip_width,
-            "layers": sizes.clip_layers,
-            "head_width": 16,
-            "mlp_ratio": 2.0,
-        },
-        "text_cfg": {
-            "context_length": MAX_TOKENS,
-            "vocab_size": len(tokenizer),
-            "hf_tokenizer_name": "tokenizer",
-            "width": sizes.text_width,
-            "heads": 4,
-            "layers": sizes.text_layers,
-            "mlp_ratio": 2.0,
-        },
-    }
+    config = clip_config(sizes, web.size, len(tokenizer))
     # Train it.
     model = open_clip.CLIP(**copy.deepcopy(config)).to(work.device)
 

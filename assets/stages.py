@@ -153,6 +153,23 @@ class Step:
         return self.loss
 
 
+def build_optimizer(work: Work, model: nn.Module, steps: int, rate: float, weight_decay: float, pct_start: float):
+    """AdamW and its one-cycle schedule; on a GPU such that a graph's steps follow the schedule."""
+    cuda = work.device.startswith("cuda")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), torch.tensor(rate, device=work.device) if cuda else rate, weight_decay=weight_decay,
+        fused=cuda, capturable=cuda,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        rate,
+        total_steps=steps,
+        pct_start=pct_start,
+        cycle_momentum=not cuda,  # a graph keeps its betas
+    )
+    return optimizer, schedule
+
+
 def fit(
     work: Work,
     stage: str,
@@ -184,22 +201,12 @@ def fit(
         work.restore(work.state["finished"][stage]["draws"])
         return
     # Take up the last checkpoint, where it is of this stage.
-    cuda = work.device.startswith("cuda")
-    optimizer = torch.optim.AdamW(
-        model.parameters(), torch.tensor(rate, device=work.device) if cuda else rate, weight_decay=weight_decay,
-        fused=cuda, capturable=cuda,
-    )  # fmt: skip
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        rate,
-        total_steps=steps,
-        pct_start=pct_start,
-        cycle_momentum=not cuda,  # a graph keeps its betas
-    )
+    optimizer, schedule = build_optimizer(work, model, steps, rate, weight_decay, pct_start)
     parts = {"weights": held, "optimizer": optimizer, "schedule": schedule}
     done = work.resume(parts)
-    for group in optimizer.param_groups if cuda else []:  # a checkpoint's are on the CPU
-        group["lr"] = torch.as_tensor(group["lr"], device=work.device)
+    if work.device.startswith("cuda"):  # a checkpoint's rates are on the CPU
+        for group in optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], device=work.device)
     step = Step(work, model, optimizer, loss_of)
     # Train step by step.
     saved = time.monotonic()

@@ -5,12 +5,15 @@ torch is imported where an adapter is loaded, so that a command line is checked 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from runtime.cli import UserError, first_line
 from runtime.files import read_json
 from spectrum.tables import Hard
+from spectrum.units import short_name
 
+FILE = "pytorch_lora_weights.safetensors"
 RESIDENT = "resident"  # the name of the one adapter that is loaded
 DOWN = ("lora_A", "lora_down", "lora.down")  # how the formats call a layer's first matrix
 TEXT = ("text_encoder", "lora_te")  # what the keys of a text encoder's layers begin with
@@ -34,7 +37,7 @@ def find_asked(args, hard: dict[str, Hard], generator: dict[str, str]) -> dict[s
         return {}
     names = {row.label: row.class_name for row in hard.values()}
     if args.tuned:
-        return find_tuned(args.tuned, names, generator)[0]
+        return find_tuned(args.tuned, names, generator, list(hard))[0]
     by_class = sorted(names) if args.lora_by_class else None
     return find_loras(args.lora or args.lora_by_class, by_class, f"--{given[0].replace('_', '-')}")
 
@@ -51,7 +54,7 @@ def find_loras(path: Path, labels: list[int] | None, flag: str = "--lora") -> di
     """
 
     def find(place: Path) -> Path | None:
-        files = [place, place.with_name(f"{place.name}.safetensors"), place / "pytorch_lora_weights.safetensors"]
+        files = [place, place.with_name(f"{place.name}.safetensors"), place / FILE]
         return next((file for file in files if file.is_file() and file.suffix == ".safetensors"), None)
 
     if labels is None:
@@ -69,11 +72,16 @@ def find_loras(path: Path, labels: list[int] | None, flag: str = "--lora") -> di
     return by_class
 
 
-def find_tuned(folder: Path, class_names: dict[int, str], generator: dict[str, str]) -> tuple[dict[str, Path], dict]:
-    """The adapters of a folder of tune_generator.py, checked, by name (`class_3`, or `all`), and its plan.
+def find_tuned(
+    folder: Path, class_names: dict[int, str], generator: dict[str, str], sources: Iterable[str] = ()
+) -> tuple[dict[str, Path], dict]:
+    """The adapters of a folder of tune_generator.py, checked, and its plan.
+
+    They are called `class_3` and so on, `source_HEX` for that of one image, or `all`.
 
     Args:
         class_names: of the classes to draw, by index.
+        sources: real images to draw from.
         generator: `generator` and `revision` of the one that draws (models.describe_generator).
 
     Raises:
@@ -93,7 +101,12 @@ def find_tuned(folder: Path, class_names: dict[int, str], generator: dict[str, s
                 f"--tuned {folder}: class {label} is {tuned!r} there, {name!r} here; expected the classes that it was "
                 "tuned on"
             )
-    if plan["mode"] == "cls":
+    if plan["mode"] == "source":
+        files = {f"source_{short_name(source)}": folder / short_name(source) / FILE for source in sources}
+        missing = [source for source, path in zip(sources, files.values(), strict=True) if not path.is_file()]
+        if missing:
+            raise UserError(f"--tuned {folder}: no adapter for source {missing[0]}; expected --hard {folder}/shots.csv")
+    elif plan["mode"] == "cls":
         files = find_loras(folder, sorted(class_names), "--tuned")
     else:
         files = find_loras(folder / "all", None, "--tuned")
@@ -126,6 +139,35 @@ def check_tuned_file(path: Path, plan: dict) -> None:
             raise UserError(f"{path}: holds no layer of the {part} half; expected both that plan.json names")
 
 
+def read_adapter(path: Path) -> tuple[dict, str | None]:
+    """The weights of an adapter's file, and its settings as they stand in its metadata."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        settings = (file.metadata() or {}).get("lora_adapter_metadata")
+        return {key: file.get_tensor(key) for key in file.keys()}, settings  # noqa: SIM118  (no dictionary)
+
+
+def mix_adapters(parts: list[tuple[dict, str]]) -> dict:
+    """The mean of several adapters of tune_generator.py, as one of the sum of their ranks, which counts as it stands.
+
+    A of the mix are all A below each other, and B all B beside each other, each times its alpha / rank / number of
+    adapters.
+    """
+    import json
+
+    import torch
+
+    mixed: dict = {}
+    for weights, settings in parts:
+        notes = json.loads(settings)
+        for key, weight in weights.items():
+            component = key.partition(".")[0]
+            scale = notes[f"{component}.lora_alpha"] / notes[f"{component}.r"] / len(parts)
+            mixed.setdefault(key, []).append(weight if "lora_A" in key else weight * scale)
+    return {key: torch.cat(some, dim=0 if "lora_A" in key else 1) for key, some in mixed.items()}
+
+
 class Adapters:
     """The adapters of a pipeline; one is loaded at a time.
 
@@ -142,21 +184,21 @@ class Adapters:
         self.plain = self._look()
 
     def switch(self, name: str) -> None:
-        """Draw with the adapter called `name` from now on.
+        """Draw with the adapter called `name` from now on, or with two called `A+B`, mixed in equal parts.
 
         Raises:
             UserError: it does not fit the pipeline, or changes nothing.
         """
         import torch
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
-        path = self.files[name]
+        path, *others = (self.files[part] for part in name.split("+"))
         try:
-            with safe_open(path, "pt") as file:
-                settings = (file.metadata() or {}).get("lora_adapter_metadata")
-                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dictionary)
+            weights, settings = read_adapter(path)
+            if others:
+                weights, settings = mix_adapters([(weights, settings), *map(read_adapter, others)]), ""
             if not self._copy(weights, settings):
-                self._load(path, weights, settings)
+                self._load(None if others else path, weights, settings)
         except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as error:
             raise UserError(f"{path}: not a LoRA of this generator: {first_line(error)}") from error
         latents, embeddings = self._look()
@@ -175,7 +217,8 @@ class Adapters:
             slot.data.copy_(weights[key])
         return True
 
-    def _load(self, path: Path, weights: dict, settings: str | None) -> None:
+    def _load(self, path: Path | None, weights: dict, settings: str | None) -> None:
+        """Load a file, or weights that stand in none, as the resident adapter."""
         import transformers
 
         if self.settings is not None or self.slots:
@@ -183,7 +226,10 @@ class Adapters:
         before = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # a table of layers that are not in the file
         try:
-            self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=RESIDENT)
+            if path is None:
+                self.pipe.load_lora_weights(dict(weights), adapter_name=RESIDENT)
+            else:
+                self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=RESIDENT)
         finally:
             transformers.logging.set_verbosity(before)
         self.pipe.set_adapters([RESIDENT])

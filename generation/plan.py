@@ -19,9 +19,12 @@ from generation.writer import BYTES_PER_PIXEL
 from loaders.sources import Sources
 from runtime import files
 from runtime.cli import UserError
+from runtime.files import digest_int
 from spectrum import domains, tables
 from spectrum.folder import describe_clip, done_units, freeze_sizes, read_frozen_sizes, read_source_digests
-from spectrum.units import Unit
+from spectrum.units import Unit, short_name
+
+MIXED = 8  # seeds of a source whose adapter is mixed with one and the same other
 
 
 def make_settings(
@@ -74,6 +77,8 @@ def make_settings(
     # Add what flags of few runs determine, so that plans without them stay as they are.
     if masks := find_masks(args.hard, hard):
         settings["masks"] = files.digest_files([masks[source] for source in sorted(masks)])
+    if any(name.startswith("source_") for name in loras):
+        settings["lora_mix"] = args.lora_mix
     if args.each_prompt:
         settings |= {"each_prompt": True, "seeds": max(count_seeds(args, hard, prompts).values())}
         settings["units"] = sum(1 for _ in order_planned(args, settings, hard, prompts))
@@ -198,6 +203,9 @@ class DrawPlan:
         self.args, self.settings, self.hard, self.prompts, self.adapters = args, settings, hard, prompts, adapters
         self.masks = find_masks(args.hard, hard)
         self.seeds = count_seeds(args, hard, prompts)
+        self.by_class: dict[int, list[str]] = {}  # the adapters that the sources of a class would have
+        for source, row in hard.items():
+            self.by_class.setdefault(row.label, []).append(f"source_{short_name(source)}")
         self.asked: dict[Unit, str] = {}
         self.extra = [self._leave_out_planned(units) for units in tables.read_extra(extra, hard)]
         for units in self.extra:
@@ -252,10 +260,20 @@ class DrawPlan:
         asked = self.args.save_size
         return {None: drawn, "source": self.sizes.get(source)}.get(asked, asked)
 
-    def adapter_of(self, source: str) -> str | None:
-        """The LoRA adapter that a source is drawn with, None where all have the same."""
-        name = f"class_{self.hard[source].label}"
-        return name if name in self.adapters else None
+    def adapter_of(self, unit: Unit) -> str | None:
+        """The LoRA adapter that a unit is drawn with, None where all have the same.
+
+        Adapters of single sources are mixed, `source_A+source_B` (LoFT): the source's own with that of another one of
+        its class, the same for MIXED seeds.
+        """
+        label, own = self.hard[unit.source].label, f"source_{short_name(unit.source)}"
+        if own not in self.adapters:
+            name = f"class_{label}"
+            return name if name in self.adapters else None
+        others = [name for name in self.by_class[label] if name != own]
+        if self.settings["lora_mix"] == 1 or not others:
+            return own
+        return f"{own}+{others[digest_int('mix', unit.source, unit.seed // MIXED) % len(others)]}"
 
     def make_batches(self, units) -> list[Batch]:
         """Units in batches of one level, size and adapter."""

@@ -66,17 +66,17 @@ def make_batches(
     units: Iterable[Unit],
     size_of: Callable[[str], tuple[int, int]],
     batch_size: int,
-    adapter_of: Callable[[str], str | None] = lambda source: None,
+    adapter_of: Callable[[Unit], str | None] = lambda unit: None,
 ) -> list[Batch]:
     """Full batches in the order in which they fill up, then the batches that stay short.
 
     Args:
         size_of: width and height in pixels at which a source is drawn.
-        adapter_of: name of the adapter that a source is drawn with, or None.
+        adapter_of: name of the adapter that a unit is drawn with, or None.
     """
     batches, filling = [], {}
     for unit in units:
-        kind = (unit.level, size_of(unit.source), adapter_of(unit.source))
+        kind = (unit.level, size_of(unit.source), adapter_of(unit))
         group = filling.setdefault(kind, [])
         group.append(unit)
         if len(group) == batch_size:

@@ -156,8 +156,10 @@ def draw_set(look: Callable, indices: np.ndarray) -> ImageSet:
     return ImageSet(np.stack(images), labels[indices], [f"index:{index}" for index in indices])
 
 
+TUNING = {"resolution": 16, "crops": 1, "batch_size": 40, "lr": 2e-3, "warmup_steps": 12, "sample_steps": 10}
 DEFAULTS = {
     "data": {"imb_ratio": 30.0},
+    "tune_generator": TUNING | {"generator": str(ASSETS / "tiny_sd_noisy")},
     "generate_spectrum": {
         # 60 % of the captions that it learnt from were wrong, as the web's often are: at level 0 and this text guidance
         # 74 % of its images show the digit of their prompt (assets/tiny_sd_noisy/agreement.json).
@@ -183,15 +185,7 @@ DEFAULTS = {
 }
 # The few-shot pool, as DataDream takes it.
 POOL_DEFAULTS = {
-    "tune_generator": {
-        "generator": str(ASSETS / "tiny_sd"),
-        "resolution": 16,
-        "crops": 1,
-        "batch_size": 40,
-        "lr": 2e-3,
-        "warmup_steps": 12,
-        "sample_steps": 10,
-    },
+    "tune_generator": TUNING | {"generator": str(ASSETS / "tiny_sd")},
     "generate_spectrum": {
         "generator": str(ASSETS / "tiny_sd"),
         "levels": [0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ WIDE_FONTS = (
 )  # fmt: skip
 MARKERS = ("x", "s", "o", "+", "^", "v", "d")
 MOST_GROUPS = 60  # columns of draw_groups
+WIDTH, LEGEND = 5, 60  # of a figure of curves, in inches; of its legend, in letters: a telephone shows both legibly
 SMOOTHED = 5  # epochs that a bold line is the mean of
 COLUMNS, TILE, LINE = 8, 72, 24  # of a sheet: images a row; sides of an image and its text in pixels
 
@@ -33,13 +35,16 @@ def style_of(names: list[str]) -> dict[str, dict]:
 
 
 def add_legend(figure, axes) -> None:
-    """One legend for all of a figure's axes, below them, where a narrow screen shows it too."""
+    """One legend for all of a figure's axes, below them and no wider, so that a narrow screen shows it too."""
     found = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)
     if found:
-        figure.legend(found.values(), found, fontsize=9, loc="upper left", bbox_to_anchor=(0.08, 0), ncols=3)
+        names = [textwrap.fill(name, LEGEND) for name in found]
+        columns = max(1, min(3, LEGEND // (max(map(len, names)) + 6)))
+        below = figure.subplotpars.bottom - 0.55 / figure.get_figheight()  # room for the axis label, in inches
+        figure.legend(found.values(), names, fontsize=9, loc="upper left", bbox_to_anchor=(0, below), ncols=columns)
 
 
 def new_figure(*args, **kwargs):
@@ -174,7 +179,7 @@ def draw_curriculum(
         styles: of `style_of`.
     """
     figure, (top, *others) = new_figure(
-        1 + len(panels), 1, figsize=(6, 3 + 3 * len(panels)), sharex=True, height_ratios=(2, *[3] * len(panels))
+        1 + len(panels), 1, figsize=(WIDTH, 3 + 2.5 * len(panels)), sharex=True, height_ratios=(2, *[3] * len(panels))
     )
     for number, (name, points) in enumerate(levels.items()):
         # Rows at one level would hide each other: each has its own small shift and an open marker.
@@ -228,7 +233,7 @@ def draw_lines(panels: dict[str, dict[str, np.ndarray]], styles: dict[str, dict]
         styles: of `style_of`.
         smoothed: epochs that a line is the mean of.
     """
-    figure, axes = new_figure(len(panels), 1, figsize=(6, 3 * len(panels)), sharex=True, squeeze=False)
+    figure, axes = new_figure(len(panels), 1, figsize=(WIDTH, 2.5 * len(panels)), sharex=True, squeeze=False)
     _draw_panels(axes[:, 0], panels, styles, smoothed)
     add_legend(figure, axes[:, 0])
     save_figure(figure, path)
@@ -237,10 +242,12 @@ def draw_lines(panels: dict[str, dict[str, np.ndarray]], styles: dict[str, dict]
 def _draw_panels(axes, panels: dict, styles: dict[str, dict], smoothed: int = SMOOTHED) -> None:
     """A line for the mean over seeds, and a band of one standard deviation to either side."""
     for (label, lines), axis in zip(panels.items(), axes, strict=True):
-        for name, values in lines.items():
+        smoothed_lines = {name: smooth(values, smoothed) for name, values in lines.items()}
+        widths = nested_widths(smoothed_lines)
+        for name, values in smoothed_lines.items():
             epochs = np.arange(1, values.shape[1] + 1)
-            _draw_band(axis, epochs, smooth(values, smoothed), name, styles[name])
-        axis.set_ylabel(label)
+            _draw_band(axis, epochs, values, name, styles[name], linewidth=widths[name])
+        axis.set_ylabel(textwrap.fill(label, 28))
         axis.grid(alpha=0.3)
     if len(axes):
         axes[-1].set_xlabel("epoch")
@@ -249,9 +256,19 @@ def _draw_panels(axes, panels: dict, styles: dict[str, dict], smoothed: int = SM
 def _draw_band(axis, places, values: np.ndarray, name: str, style: dict, **more) -> None:
     """A line of the mean over seeds of values (S, N), and where there are several seeds a band about it."""
     low, middle, high = bands(values)
-    axis.plot(places, middle, linewidth=2, label=name, **style, **more)
+    axis.plot(places, middle, label=name, **style, **more)
     if len(values) > 1:
-        axis.fill_between(places, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axis.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
+
+
+def nested_widths(lines: dict[str, np.ndarray]) -> dict[str, float]:
+    """Line widths by row: a line that a later one covers is wider by 2 for each such line, and shows on both sides."""
+    means = {name: values.mean(0) for name, values in lines.items()}
+    names = list(means)
+    return {
+        name: 2.0 + 2 * sum(np.array_equal(means[name], means[other], equal_nan=True) for other in names[k + 1 :])
+        for k, name in enumerate(names)
+    }
 
 
 def bands(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -283,11 +300,15 @@ def draw_by_frequency(
         label: what the figure is, with its unit.
     """
     groups = [group for group in np.array_split(np.argsort(-counts, kind="stable"), 10) if len(group)]
-    figure, axis = new_figure(figsize=(6, 4))
+    figure, axis = new_figure(figsize=(WIDTH, 3.5))
+    by_group = {}
     for name, values in lines.items():
         known = [values[:, group][:, ~np.isnan(values[:, group]).any(0)] for group in groups]
         means = [group.mean(1) if group.size else np.full(len(values), np.nan) for group in known]
-        _draw_band(axis, range(len(groups)), np.stack(means, axis=1), name, styles[name], marker=".")
+        by_group[name] = np.stack(means, axis=1)
+    widths = nested_widths(by_group)
+    for name, values in by_group.items():
+        _draw_band(axis, range(len(groups)), values, name, styles[name], linewidth=widths[name], marker=".")
     ranges = [(counts[group].max(), counts[group].min()) for group in groups]
     axis.set_xticks(range(len(groups)), [f"{most}" if most == least else f"{most}–{least}" for most, least in ranges])
     axis.tick_params(axis="x", labelsize=8)

@@ -137,6 +137,7 @@ function drawCell(source, i, place, text) {
   const cell = element("button", "cell"), tile = element("i", i === null ? "tile" : tileClass(i));
   paint(tile, source, place);
   cell.append(tile, text);
+  cell.title = text; // long names of domains are cut
   if (i !== null) {
     cell.dataset.image = i;
     cell.onclick = () => open(i);
@@ -155,7 +156,7 @@ function open(i) {
     class: data.classes[label(i)], [data.column_name]: data.columns[images.column[i]],
     prompt: data.prompts[images.prompt[i]], seed: images.seed[i],
     "text score": images.text[i] ?? "none", "image score": images.image[i] ?? "none",
-    here: reason(i), before: images.kept[i] ? "kept" : "not kept",
+    now: reason(i), "on the disk": images.kept[i] ? "kept" : "rejected",
     source: sources[images.source[i]].name, file: images.file[i],
   };
   for (const [name, value] of Object.entries(facts)) list.append(element("dt", "", name), element("dd", "", value));

@@ -74,6 +74,8 @@ def row_name(args: dict) -> str:
         name += " (stage prior)"
     if args.get("augment") == "cuda":
         name += " + CUDA"
+    if args.get("method") not in (None, "untuned"):
+        name += f" + {args['method']} tuning"
     if args.get("merge_same_class"):
         name += " (classes merged)"
     name += "".join(f" + {word}" for word in added_names(args))
@@ -154,6 +156,7 @@ def folder_name(args: dict, shipped: dict[str, dict], script: str) -> str:
     words.append(f"fixed{args['fixed_level']}" if args["curriculum"] == "fixed" else args["curriculum"])
     if is_balanced(args):
         words.append("balanced")
+    words += [f"{args['method']}-tuned"] if args.get("method") not in (None, "untuned") else []
     words += [str(args[name]) for name in ("mix",) if args.get(name) in MIX_NAMES]
     words += [name.replace("_", "-") for name in ("randaugment", "extra_real") if args.get(name)]
     if args.get("add"):

@@ -16,7 +16,8 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top:
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
-tbody th { font-weight: normal; } td.long { white-space: normal; min-width: 11rem; }
+tbody th { font-weight: normal; white-space: normal; min-width: 8rem; max-width: 22rem; overflow-wrap: anywhere; }
+td.long { white-space: normal; min-width: 11rem; }
 figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
 figcaption, .note { color: #444; font-size: .9rem; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: #f4f4f4; padding: .5rem; font-size: .85rem; }

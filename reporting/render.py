@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from reporting import comparisons, tables
+from reporting import comparisons, overview, tables
 from reporting.names import FIGURE_NAMES, ZERO_SHOT
 from reporting.tables import Row, Table
 
@@ -233,16 +233,19 @@ def code_notes(table: Table) -> list[str]:
 
 
 def markdown(found: list[Table]) -> str:
-    """The tables as Markdown; each has a heading where there are several."""
-    parts = []
-    for table in found:
-        words = heading(table)
-        lines = [f"### {table.name}", ""] if len(found) > 1 else []
+    """The tables as Markdown, an overview of several data sets first; each has a heading where there are several."""
+
+    def part(name: str, words: list[str], rows: list[list[str]], remarks: list[str]) -> str:
+        lines = [f"### {name}", ""] if len(found) > 1 else []
         lines += ["| " + " | ".join(words) + " |", "|---" * len(words) + "|"]
-        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in cells(table, row)) + " |"
-                  for row in table.rows.values()]  # fmt: skip
-        lines += [text for note in notes(table) for text in ("", note)]
-        parts.append("\n".join(lines) + "\n")
+        lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+        lines += [text for remark in remarks for text in ("", remark)]
+        return "\n".join(lines) + "\n"
+
+    parts = [part(*one, []) for one in overview.build(found)]
+    for table in found:
+        rows = [cells(table, row) for row in table.rows.values()]
+        parts.append(part(table.name, heading(table), rows, notes(table)))
     return "\n".join(parts)
 
 
@@ -251,20 +254,19 @@ LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textascii
 
 
 def latex(found: list[Table]) -> str:
-    """The tables as LaTeX (booktabs)."""
+    """The tables as LaTeX (booktabs), an overview of several data sets first."""
 
     def line(words: list[str]) -> str:
         escaped = ["".join(LATEX.get(letter, letter) for letter in word) for word in words]
         return " & ".join(escaped) + r" \\"
 
     parts = []
-    for table in found:
-        words = heading(table)
-        body = [line(cells(table, row)) for row in table.rows.values()]
+    grids = [(table.name, heading(table), [cells(table, row) for row in table.rows.values()]) for table in found]
+    for name, words, rows in [*overview.build(found), *grids]:
         parts.append(
             "\n".join(
-                [f"% {table.name}; needs \\usepackage{{booktabs}}", rf"\begin{{tabular}}{{l{'r' * (len(words) - 1)}}}",
-                 r"\toprule", line(words), r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+                [f"% {name}; needs \\usepackage{{booktabs}}", rf"\begin{{tabular}}{{l{'r' * (len(words) - 1)}}}",
+                 r"\toprule", line(words), r"\midrule", *map(line, rows), r"\bottomrule", r"\end{tabular}"]
             )
             + "\n"
         )  # fmt: skip

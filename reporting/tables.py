@@ -214,7 +214,7 @@ def read(
         table.recipes = [recipe for recipe in wanted if table_name(recipe.args) == title]
         rows = group_runs(some, table.recipes, effective)
         if common := name_rows(rows):
-            table.remarks.append(f"All rows without a recipe were run with {', '.join(common)}")
+            table.remarks.append(f"Rows without a recipe were run with {', '.join(common)}")
         table.rows = {row.name: row for row in rows}
         add_zero_shot(table)
         for entry in published:
@@ -334,13 +334,12 @@ def name_rows(rows: list[Row]) -> list[str]:
         What all rows without a recipe have in common against the data set's defaults, as it would be typed.
     """
     own = [row for row in rows if row.like is None]
-    common: set[str] = set()
-    if len(own) > 1:  # what all rows without a recipe share is the table's remark, not each row's name
-        common = {
-            flag
-            for flag, (value, _) in own[0].differences.items()
-            if all(flag in row.differences and same(row.differences[flag][0], value) for row in own)
-        }
+    # What all rows without a recipe that read a flag share is the table's remark, not each row's name.
+    common: dict[str, str] = {}
+    for flag, value in {flag: pair[0] for row in own for flag, pair in row.differences.items()}.items():
+        reading = [row for row in own if flag in row.settings]
+        if len(reading) > 1 and all(same(row.differences.get(flag, ((),))[0], value) for row in reading):
+            common[flag] = "" if names_say(flag, reading[0].args) else typed(flag, value)
     for row in rows:
         special = [flag for flag in row.differences if not names_say(flag, row.args)]
         if row.like is None:
@@ -359,7 +358,7 @@ def name_rows(rows: list[Row]) -> list[str]:
     for name in dict.fromkeys(row.name for row in rows):
         for number, row in enumerate([row for row in rows if row.name == name][1:], 2):
             row.name += f", {number}"
-    return [typed(flag, own[0].differences[flag][0]) for flag in sorted(common) if not names_say(flag, own[0].args)]
+    return [words for _, words in sorted(common.items()) if words]
 
 
 def names_say(flag: str, args: dict) -> bool:

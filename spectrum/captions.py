@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from runtime.cli import UserError, first_line
+from runtime.text import read_csv
 
 QUESTION = (
     "Describe the scene of this photo in one short sentence: the place, the light, the weather, the camera's view. "
@@ -94,6 +95,20 @@ class Captioner:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
+
+
+def read_caption_table(path: Path) -> dict[str, str]:
+    """The caption of each source: captions.jsonl of describe_domains.py, or a CSV file with columns source, caption.
+
+    Raises:
+        UserError: a column is missing, or a file of another form.
+    """
+    if path.suffix == ".csv":
+        return {row["source"]: row["caption"].strip() for _, row in read_csv(path, ["source", "caption"])}
+    rows = read_captions([path])
+    if not rows:
+        raise UserError(f"{path}: no captions; expected a .csv with columns source,caption or captions.jsonl")
+    return {source: (row["caption"] or "").strip() for source, row in rows.items()}
 
 
 def read_captions(paths: list[Path]) -> dict[str, dict]:

@@ -29,6 +29,11 @@ ROW_FIELDS = {
 SCORED_FIELDS = {"text_score": float, "image_score": float}  # what a spectrum drawn with --score has besides
 
 
+def short_name(source: str) -> str:
+    """Twelve hexadecimal digits in place of a source's name, which may be no safe file name."""
+    return hashlib.blake2b(source.encode(), digest_size=6).hexdigest()
+
+
 class Unit(NamedTuple):
     """A work unit: one image to draw. Its noise depends on these three and on nothing else."""
 
@@ -43,5 +48,4 @@ class Unit(NamedTuple):
     @property
     def file_name(self) -> str:
         """A name that holds no part of the source's, which may be no safe file name."""
-        source = hashlib.blake2b(self.source.encode(), digest_size=6).hexdigest()
-        return f"{source}_level{self.level:03d}_seed{self.seed:02d}.png"
+        return f"{short_name(self.source)}_level{self.level:03d}_seed{self.seed:02d}.png"

@@ -23,7 +23,7 @@ from loaders.base import ASSETS
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum import tables
-from spectrum.units import Unit
+from spectrum.units import Unit, short_name
 from training import lora
 
 LABELS = (2, 3, 4)
@@ -31,7 +31,7 @@ TINY = str(ASSETS / "tiny_sd")
 FILE = "pytorch_lora_weights.safetensors"
 
 
-def tune(out: Path, mode: str) -> Path:
+def tune(out: Path, mode: str, *more) -> Path:
     train = datasets.load("fewshot_digits", None).train
     places = [int(place) for label in LABELS for place in np.flatnonzero(train.labels == label)[:2]]
     rows = [
@@ -47,7 +47,7 @@ def tune(out: Path, mode: str) -> Path:
     tables.write_hard(out / "few.csv", rows)
     flags = ["--dataset", "fewshot_digits", "--hard", str(out / "few.csv"), "--mode", mode, "--epochs", "8"]
     flags += ["--warmup-steps", "1", "--samples", "0", "--rank", "2", "--lr", "0.02", "--together", "3"]
-    assert tune_generator.main([*flags, "--out", str(out)]) == 0
+    assert tune_generator.main([*flags, "--out", str(out), *map(str, more)]) == 0
     return out
 
 
@@ -187,3 +187,81 @@ def test_an_adapter_whose_text_half_does_nothing_is_refused(cls, tmp_path):
     adapters = loras.Adapters(models.load_generator(TINY, "cpu"), loras.find_loras(tmp_path, [4]))
     with pytest.raises(UserError, match="changes nothing that the generator draws"):
         adapters.switch("class_4")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# an adapter an image, and captions in the prompts
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """An adapter for each of six images."""
+    return tune(tmp_path_factory.mktemp("source"), "source")
+
+
+def test_an_image_is_drawn_with_the_mean_of_two_adapters_as_diffusers_mixes_them(source, tmp_path):
+    """Its source's own and that of the class's other image (LoFT)."""
+    from diffusers import AutoPipelineForText2Image
+
+    assert generate(tmp_path, source, "--per-class", 2) == 0
+    row = next(row for row in rows_of(tmp_path) if row["label"] == 3)
+    names = [short_name(one.source) for one in tables.read_hard(source / "shots.csv") if one.label == 3]
+    assert len(names) == 2 and spectrum_folder.read_plan(tmp_path)["lora_mix"] == 2
+    pipe = AutoPipelineForText2Image.from_pipe(models.load_generator(TINY, "cpu"))
+    for name in names:
+        pipe.load_lora_weights(source / name, adapter_name=name)
+
+    def distance(shares: list[float]) -> float:
+        pipe.set_adapters(names, shares)
+        generator = torch.Generator().manual_seed(Unit(row["source"], row["level"], row["seed"]).noise_seed())
+        first, added = (torch.randn(1, 4, 8, 8, generator=generator) for _ in range(2))
+        pipe.scheduler.set_timesteps(3)
+        noisy = pipe.scheduler.add_noise(first, added, pipe.scheduler.timesteps[:1])
+        image = pipe(row["prompt"], num_inference_steps=3, guidance_scale=2.0, height=16, width=16, latents=noisy,
+                     output_type="np").images[0]  # fmt: skip
+        return np.abs(image * 255 - np.asarray(Image.open(tmp_path / row["file_name"]))).max()
+
+    assert distance([0.5, 0.5]) <= 1 and distance([1.0, 0.0]) > 1
+    with pytest.raises(UserError, match="lora_mix is 2 there, 1 here"):
+        generate(tmp_path, source, "--per-class", 2, "--lora-mix", 1)
+
+
+def test_a_source_without_an_adapter_is_one_line(source, tmp_path):
+    rows = [{"source": "index:1", "label": 2, "class_name": "two", "reason": "", "score": ""}]
+    tables.write_hard(tmp_path / "hard.csv", rows)
+    with pytest.raises(UserError, match="no adapter for source index:1; expected --hard .*/shots.csv"):
+        generate(tmp_path / "s", source, "--per-class", 1, "--hard", tmp_path / "hard.csv")
+
+
+def test_mixed_adapters_count_for_alpha_over_rank_each():
+    """Ranks 1 and 2, alphas 2 and 1: the mean of 2 * b a and 0.5 * b a, by hand."""
+    a, b = [torch.tensor([[1.0, 2.0]]), torch.eye(2)], [torch.tensor([[3.0], [4.0]]), 2 * torch.eye(2)]
+    parts = [
+        (
+            {"unet.x.lora_A.weight": one, "unet.x.lora_B.weight": two},
+            json.dumps({"unet.r": r, "unet.lora_alpha": alpha}),
+        )
+        for one, two, r, alpha in zip(a, b, (1, 2), (2, 1), strict=True)
+    ]
+    mixed = loras.mix_adapters(parts)
+    total = mixed["unet.x.lora_B.weight"] @ mixed["unet.x.lora_A.weight"]
+    torch.testing.assert_close(total, torch.tensor([[3.5, 6.0], [4.0, 8.5]]))
+
+
+def test_captions_stand_in_the_prompts_of_tuning_and_are_drawn_at_random_in_generation(tmp_path):
+    train = datasets.load("fewshot_digits", None).train
+    (tmp_path / "captions.csv").write_text(
+        "source,caption\n" + "".join(f"{source},on paper {i % 2}\n" for i, source in enumerate(train.sources))
+    )
+    tuned = tune(tmp_path / "tuned", "cls", "--captions", tmp_path / "captions.csv")
+    with safe_open(tuned / "3" / FILE, "pt") as file:
+        prompts = file.metadata()["prompt"].split(" | ")
+    texts = {f"a photo of a three, on paper {i}" for i in (0, 1)}
+    assert set(prompts) <= texts and prompts
+    listed = tables.read_prompts(tuned / "prompts.json", [3])[3]
+    assert set(listed["prompts"]) == texts and listed["score_prompt"] == "a photo of a three"
+    assert generate(tmp_path / "s", tuned, "--per-class", 8) == 0
+    assert {row["prompt"] for row in rows_of(tmp_path / "s") if row["label"] == 3} == texts
+    (tmp_path / "captions.csv").write_text(f"source,caption\n{train.sources[0]},on paper\n")
+    with pytest.raises(UserError, match=r"--captions .*: none for index:\d+; expected one for each training image"):
+        tune(tmp_path / "other", "cls", "--captions", tmp_path / "captions.csv")

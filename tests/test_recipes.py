@@ -33,6 +33,8 @@ WITH_COMMAND = [path for path in ALL if "\n# expected: " in path.read_text(encod
 # What makes a recipe cheap, appended to its command.
 CHEAP = {
     "find_hard": "",
+    "tune_generator": f"--generator {ROOT}/assets/tiny_sd --resolution 16 --crops 1 --epochs 2 --batch-size 4 --rank 2 "
+    "--warmup-steps 0 --samples 0 --dtype float32",
     "write_prompts": "--count 2",
     "generate_spectrum": f"--generator {ROOT}/assets/tiny_sd --steps 10 --seeds 1 --size 16x16 --dtype float32",
     "filter_clipscore": f"--clip {ROOT}/assets/tiny_clip --threshold -1",

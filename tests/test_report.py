@@ -211,6 +211,15 @@ def test_runs_on_other_images_make_a_table_of_their_own(tmp_path):
     assert "not comparable" in text
 
 
+def test_a_flag_that_all_rows_share_that_read_it_is_a_remark(tmp_path):
+    for number, (curriculum, more) in enumerate([("none", {}), ("d2s", {"hard_share": 0.3}), ("all", {})]):
+        flags = {"epochs": 7, "curriculum_epochs": 6, **more}
+        write_run(tmp_path / f"{number}", 0, 70, 40, curriculum, **flags)
+    [table] = tables.read(tables.run_folders([tmp_path]), [], report.effective_arguments)
+    assert list(table.rows) == ["CE", "CE + all levels", "CE + d2s (--hard-share 0.3)"]
+    assert table.remarks == ["Rows without a recipe were run with --curriculum-epochs 6, --epochs 7"]
+
+
 def test_a_row_with_many_flags_has_a_short_name_and_a_note(tmp_path):
     flags = {"epochs": 3, "lr": 0.2, "optimizer": "sgd", "ema": 0.9, "weight_decay": 0.2}
     found, text = rows_of([write_run(tmp_path / "a", 0, 70, 40, **flags)], tmp_path)
@@ -457,6 +466,13 @@ def test_rows_look_alike_in_no_figure():
     looks = report.figures.style_of([f"row {k}" for k in range(28)])
     assert len({tuple(look.values()) for look in looks.values()}) == 28
     assert looks["row 7"] == looks["row 0"] | {"linestyle": "--"}  # seven colours, then another dash
+
+
+def test_a_covered_line_is_wider_than_the_one_upon_it():
+    # a, c and d have the same mean; b lies elsewhere.
+    lines = {"a": [[1, 3], [3, 1]], "b": [[2, 3], [2, 3]], "c": [[2, 2]], "d": [[2, 2]]}
+    widths = report.figures.nested_widths({name: np.array(values, float) for name, values in lines.items()})
+    assert widths == {"a": 6, "b": 2, "c": 4, "d": 2}
 
 
 def test_equal_lines_are_one_under_all_their_names():

@@ -152,6 +152,17 @@ def test_a_stopped_run_resumes_to_the_same_weights(spectrum, tmp_path, monkeypat
     assert np.array_equal(*logits)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["clip", "resnet8"])
+def test_a_compiled_model_learns_the_same(tmp_path, model):
+    flags = ["--images", "real", "--model", model, "--lr", "0.003", "--lora-dropout", "0"]
+    logits = []
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        train(tmp_path / name, *flags, *more)
+        logits.append(np.load(tmp_path / name / "predictions.npz")["logits"])
+    assert np.abs(logits[0] - logits[1]).max() < 1e-2
+
+
 def test_the_grid_takes_the_setting_that_is_best_on_validation(tmp_path):
     found = train(tmp_path, "--images", "real", "--grid", "lr=0,0.003", "--epochs", "12")
     rows = {row["lr"]: row["val_overall"] for row in found["grid"]}

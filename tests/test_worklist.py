@@ -15,6 +15,7 @@ from generation import worklist
 from generation.plan import DrawPlan
 from generation.sizes import draw_size, round_size
 from spectrum.tables import Hard
+from spectrum.units import Unit, short_name
 
 
 def size_of(source: str) -> tuple[int, int]:
@@ -121,6 +122,23 @@ def test_the_save_size_is_the_one_asked_for(asked, saved):
 
 def test_the_lora_is_that_of_the_sources_class():
     plan = SimpleNamespace(hard={"a": Hard("a", 7, "owl")}, adapters=["class_3", "class_7"])
-    assert DrawPlan.adapter_of(plan, "a") == "class_7"
+    assert DrawPlan.adapter_of(plan, Unit("a", 0, 0)) == "class_7"
     plan.adapters = ["all"]
-    assert DrawPlan.adapter_of(plan, "a") is None
+    assert DrawPlan.adapter_of(plan, Unit("a", 0, 0)) is None
+
+
+def test_an_image_is_drawn_with_its_sources_adapter_and_another_of_its_class():
+    hard = {name: Hard(name, label, "owl") for name, label in (("a", 7), ("b", 7), ("c", 7), ("d", 8))}
+    called = {name: f"source_{short_name(name)}" for name in hard}
+    plan = SimpleNamespace(
+        hard=hard,
+        adapters=list(called.values()),
+        by_class={7: [called[name] for name in "abc"], 8: [called["d"]]},
+        settings={"lora_mix": 2},
+    )
+    mixes = [DrawPlan.adapter_of(plan, Unit("a", 0, seed)) for seed in range(160)]
+    assert set(mixes) == {f"{called['a']}+{called['b']}", f"{called['a']}+{called['c']}"}
+    assert mixes[:8] == [mixes[0]] * 8  # eight images share a mix
+    assert DrawPlan.adapter_of(plan, Unit("d", 0, 0)) == called["d"]  # the only one of its class
+    plan.settings["lora_mix"] = 1
+    assert DrawPlan.adapter_of(plan, Unit("a", 0, 9)) == called["a"]

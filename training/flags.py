@@ -91,6 +91,15 @@ def add_curriculum_flags(group, spelling: Callable[[str], str] = str) -> None:
     )
 
 
+def add_method_flag(group) -> None:
+    group.add_argument(
+        "--method",
+        choices=["untuned", "cls", "dset", "source"],
+        help="how the generator of the spectrum was tuned, as tables call it (default: what the spectrum's plan says; "
+        "else checked)",
+    )
+
+
 def add_training_flags(group) -> None:
     group.add_argument("--epochs", type=cli.whole(1), metavar="N", default=80, help="epochs, curriculum included")
     group.add_argument("--batch-size", type=cli.whole(1), metavar="N", default=128, help="images in a step")

@@ -12,6 +12,7 @@ import curricula
 from curricula import REAL
 from loaders.base import DataSet, ImageSet, stop_on_unreadable
 from runtime import steps
+from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from training import distributed
 from training.flags import DEFAULT_SPECTRUM
@@ -96,6 +97,20 @@ def prepare_spectrum(args) -> tuple[list[int], list[int]]:
         )
         print(f"schedule: {schedule}", flush=True)
     return levels, plan["hard_classes"]
+
+
+def method_of(args) -> str:
+    """How a spectrum's generator was tuned: on the data set (dset), each class (cls), each image (source); or untuned.
+
+    Raises:
+        UserError: --method says otherwise.
+    """
+    names = list(spectrum_folder.read_plan(args.spectrum).get("loras") or {})
+    kinds = {"all": "dset", "source": "source", "class": "cls"}
+    found = kinds[names[0].partition("_")[0]] if names else "untuned"
+    if args.method not in (None, found):
+        raise UserError(f"--method {args.method}: {args.spectrum} is {found}; expected --method {found}")
+    return found
 
 
 def print_gaps(hard_classes: list[int], synthetic: dict[int, ImageSet], class_names: list[str]) -> None:

@@ -80,6 +80,7 @@ class Tuner:
         self.failed: dict[str, str] = {}  # adapter -> why there is none
         self.saved = self.steps = 0  # adapters and their steps, of this process
         self.writers: dict = {}
+        self.groups = 0  # adapters that the pipeline has now
 
     def tune(self, units: list[Unit], bar) -> None:
         """Tune a group; where it does not fit into memory, its halves one after the other."""
@@ -129,13 +130,15 @@ class Tuner:
         """Adapters and their optimiser, fresh or from the checkpoint, and the group's latents. Returns its state."""
         args, count = self.args, len(units)
         # Make fresh adapters and their optimiser, and encode the images.
-        self.layers = lora.add_adapters(self.pipe, args.parts, count, args.rank, args.alpha)
+        if self.groups != count:  # else the layers of the group before serve again, and a compiled UNet stays compiled
+            self.layers = lora.add_adapters(self.pipe, args.parts, count, args.rank, args.alpha)
+            self.groups = count
+            if args.compile:
+                self.pipe.unet.compile()
         lora.start_adapters(self.layers, [files.digest_int("adapter", args.seed, unit.name) for unit in units])
         self.optimizer = torch.optim.AdamW(
             lora.parameters(self.layers), args.lr, weight_decay=args.weight_decay, fused=True
         )
-        if args.compile:
-            self.pipe.unet.compile()
         self.latents = [self.encode(self.data.train, unit.places, args.crops) for unit in units]
         held = min(len(unit.val) for unit in units)  # the parts of a batch are equal
         self.held = [self.encode(self.data.val, unit.val[:held], 1) for unit in units] if held else []
