@@ -236,7 +236,7 @@ def run_biased(args) -> int:
     edited = ("--curriculum", "all", "--add", "all", "--spectrum", drawn, "--edit-rules")
     rows = {
         "real": (), "RandAugment": ("--randaugment",), "text to image": text_only, "edits": (*edited, "none"),
-        "edits + CLIP's rules": (*edited, "class", "domain"), "edits + ALIA's rule": (*edited, "confidence"),
+        "edits + ALIA's rule": (*edited, "confidence"),
     }  # fmt: skip
     length = ("--epochs", 20, "--curriculum-epochs", 20, "--epoch-images", 600)  # every row takes as many steps
     places, commands = {}, {}

@@ -333,7 +333,7 @@ def draw(args, rows: list[dict], domains: list[str], reasons: np.ndarray) -> Non
     for kind in kinds:
         for place in np.flatnonzero(reasons == kind)[:SHEET]:
             images.append(np.asarray(read_image(args.spectrum / rows[place]["file_name"])))
-            captions.append((kind[:14], rows[place]["class_name"]))
+            captions.append((kind.removeprefix("class "), rows[place]["class_name"]))
     if images:
         Image.fromarray(figures.sheet(images, captions)).save(args.spectrum / "edits_dropped.png")
 

@@ -106,7 +106,8 @@ def draw_acceptance(
             fontsize=7,
             color="black" if value > 60 else "white",
         )
-    axis.set_xticks(range(len(levels)), levels)
+    long = any(len(str(level)) > 8 for level in levels)
+    axis.set_xticks(range(len(levels)), levels, **({"rotation": 30, "ha": "right"} if long else {}))
     axis.set_yticks(range(len(names)), names)
     axis.set_xlabel(columns)
     axis.set_title(title, fontsize=10)

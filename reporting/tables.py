@@ -366,6 +366,8 @@ def names_say(flag: str, args: dict) -> bool:
     return (
         flag
         in ("fixed_level", "merge_same_class", "balanced", "fill", "edits", "edit_rules", "randaugment", "extra_real")
+        or (flag == "add" and args.get("add") == "all")
+        or (flag == "curriculum_epochs" and args.get("add") and args[flag] == args.get("epochs"))
         or (flag == "mix" and args.get("mix") in MIX_NAMES)
         or (flag == "prior" and args.get("loss") == "bs")
         or (flag == "augment" and args.get("augment") == "cuda")

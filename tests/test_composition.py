@@ -4,6 +4,7 @@ images alone. Each road is run from its inputs to a trained model."""
 from __future__ import annotations
 
 import csv
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -76,8 +77,6 @@ def test_domain_prompts_inside_a_spectrum_are_filtered_and_trained_in_its_order(
 @pytest.mark.slow
 def test_a_long_tailed_spectrum_is_filtered_by_the_rules_of_edits(road, tmp_path):
     """DisCL's spectrum of few-shot digits: scores.csv and edits.csv both hold."""
-    import shutil
-
     spectrum = shutil.copytree(road.spectrum, tmp_path / "spectrum")
     before = {row["file_name"] for row in spectrum_folder.kept_rows(spectrum, [0, 50, 90])}
     call(filter_edits, "--dataset", "digits", "--rules", "class", "--clip", CLIP, "--prompts", road.prompts,

@@ -342,10 +342,13 @@ STAND_INS = {
     "imagenet_lt": write_imagenet_lt,
     "inat2018": write_inat2018,
     "iwildcam": write_iwildcam,
-    # CUB's recipes are iWildCam's, and Waterbirds' are Planes', but for their numbers.
     "planes": write_planes,
     "iwildcam7": write_iwildcam7,
 }
+
+
+# The rows of ALIA's tables differ in numbers alone from one data set to the next: Planes' stand for them all.
+ALSO = {"iwildcam7": ("hard", "prompts", "generate_spectrum", "filter_spectrum", "d2s")}
 
 
 def stop_in_the_second_step(monkeypatch) -> list[int]:
@@ -375,6 +378,7 @@ def test_every_recipe_starts(dataset, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "load", functools.cache(datasets.load))
     steps = stop_in_the_second_step(monkeypatch)
     paths = [path for path in WITH_COMMAND if path.parent.name == dataset]
+    paths = [path for path in paths if path.stem in ALSO.get(dataset, (path.stem,))]
     order = list(CHEAP)
     for path in sorted(paths, key=lambda path: order.index(command_of(path)[0])):
         script, words = command_of(path)

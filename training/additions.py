@@ -122,7 +122,7 @@ def choose_training_images(args, data: DataSet) -> DataSet:
         index, count = args.leave_out
         train = train.take(np.array([i for i, name in enumerate(train.sources) if fold_of(name, count) != index], int))
     data = replace(data, train=train)
-    if not data.counts.all():
+    if args.leave_out and not data.counts.all():
         name = data.class_names[int(np.argmin(data.counts))]
         raise cli.UserError(f"--leave-out {args.leave_out}: leaves class {name} no image; expected fewer parts")
     return data
