@@ -176,6 +176,7 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
     Raises:
         UserError: a run of other data, or folds that are not whole.
     """
+    # Check each run, and note the fold that it left out.
     folds = []
     for run in args.checkpoint:
         if not (run / "checkpoint.pt").is_file():
@@ -197,6 +198,7 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
             raise cli.UserError(f"--checkpoint {run}: was trained on synthetic images too; expected --curriculum none")
         left = trained.get("leave_out")
         folds.append(tuple(left) if left else None)
+    # Choose the images, by whether the folds are whole.
     source = args.thresholds
     whole = None not in folds and sorted(folds) == [(index, len(folds)) for index in range(len(folds))]
     if source == "auto":

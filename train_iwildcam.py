@@ -410,13 +410,13 @@ def prepare(
     data = dataclasses.replace(data, mean=mean, std=std)
     tokens = tokenizer(clip_tuning.captions_of(data.spoken_names, args.templates)).to(device)
 
-    # Decode the images.
+    # Build the pool of images.
     def store(sets: list[ImageSet], skip_unreadable: bool = False):
         paths = [path for one in sets for path in one.images]
         return stores.Decoded(paths, device, size, args.workers, crop=stores.CLIP_CROP, skip_unreadable=skip_unreadable)
 
     pool = build_pool(args, data, synthetic, levels, lambda sets: store(sets, True))
-    # Give it a head, fitted first for lpft.
+    # Give the CLIP a head, fitted first for lpft.
     model = clip_tuning.TunedClip(distributed.synchronised(clip, device)).to(device)
     if args.loss != "flyp":
         head = clip_tuning.zero_shot_head(model, tokens, len(data.class_names))

@@ -47,7 +47,6 @@ def make_settings(
         loras: adapter files by name.
         editor: class of the pipeline where it is an editor (models.editor_kind), else empty.
     """
-    # Write down the data, the levels and the generator.
     score = None
     if args.score:
         score = describe_clip(args.clip) | {"threshold": args.threshold, "max_redraws": args.max_redraws}
@@ -74,22 +73,29 @@ def make_settings(
         "format": args.format,
         "score": score,
     }
-    # Add what flags of few runs determine, so that plans without them stay as they are.
+    return settings | optional_settings(args, settings, hard, prompts, loras, editor)
+
+
+def optional_settings(
+    args, settings: dict, hard: dict[str, tables.Hard], prompts: dict[int, dict], loras: dict[str, Path], editor: str
+) -> dict:
+    """The entries of plan.json that only some flags or inputs add: without them a plan stays as it was."""
+    added: dict = {}
     if masks := find_masks(args.hard, hard):
-        settings["masks"] = files.digest_files([masks[source] for source in sorted(masks)])
+        added["masks"] = files.digest_files([masks[source] for source in sorted(masks)])
     if any(name.startswith("source_") for name in loras):
-        settings["lora_mix"] = args.lora_mix
+        added["lora_mix"] = args.lora_mix
     if args.each_prompt:
-        settings |= {"each_prompt": True, "seeds": max(count_seeds(args, hard, prompts).values())}
-        settings["units"] = sum(1 for _ in order_planned(args, settings, hard, prompts))
+        added |= {"each_prompt": True, "seeds": max(count_seeds(args, hard, prompts).values())}
+        added["units"] = sum(1 for _ in order_planned(args, settings, hard, prompts))
     if args.skip_own_domain:
-        settings["skip_own_domain"] = files.digest_files([args.skip_own_domain])
+        added["skip_own_domain"] = files.digest_files([args.skip_own_domain])
     if editor:
-        settings["editor"] = editor
+        added["editor"] = editor
     if args.image_guidance:
         scales = image_guidance_by_level(editor, args.levels, args.image_guidance)
-        settings["image_guidance"] = {str(level): scale for level, scale in scales.items()}
-    return settings
+        added["image_guidance"] = {str(level): scale for level, scale in scales.items()}
+    return added
 
 
 def count_seeds(args, hard: dict[str, tables.Hard], prompts: dict[int, dict]) -> dict[str, int]:
