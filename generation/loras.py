@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.cli import UserError, first_line
-from runtime.files import read_json
+from runtime.files import read_object
 from spectrum.tables import Hard
 
 RESIDENT = "resident"  # the name of the one adapter that is loaded
@@ -79,7 +79,7 @@ def find_tuned(folder: Path, class_names: dict[int, str], generator: dict[str, s
     Raises:
         UserError: tuned for another generator or other classes, an adapter missing, of another rank or without a half.
     """
-    plan = read_json(folder / "plan.json")
+    plan = read_object(folder / "plan.json", "class_names", "mode")
     for name in ("generator", "revision"):
         if plan.get(name) != generator[name]:
             raise UserError(

@@ -348,8 +348,10 @@ def listed_set(root: Path, names: list[str], labels: Iterable[int], what: Path) 
     """The images that the list `what` names, relative to `root`, as files.
 
     Raises:
-        UserError: a name that leads out of `root`, or images that are not there.
+        UserError: no name, one that leads out of `root`, or images that are not there.
     """
+    if not names:
+        raise UserError(f"{what}: lists no image of a split; expected some in each")
     outside = next((name for name in names if not is_below(name)), None)
     if outside is not None:
         raise UserError(f"{what}: {outside}: expected a path below --data-root")

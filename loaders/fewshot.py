@@ -25,7 +25,7 @@ from loaders.base import (
     listed_set,
 )
 from runtime.files import digest_int
-from runtime.text import UserError, parse_json, read_lines, read_text
+from runtime.text import MALFORMED, UserError, parse_json, read_lines, read_text
 
 
 class Split(NamedTuple):
@@ -94,7 +94,7 @@ def load_coop(name: str, root: Path) -> DataSet:
                 for part in ("train", "val", "test")}  # fmt: skip
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: not a CoOp split ({type(error).__name__}: {error})") from None
     prefix = f"{COOP[name].images}/" if COOP[name].images else ""
     class_names = names_by_label(path, [(label, text) for part in rows.values() for _, label, text in part])

@@ -114,6 +114,12 @@ def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
     }
     class_names = [folder for folder, _ in by_part["train"]]
     label_of = {same_form(folder): label for label, folder in enumerate(class_names)}
+    doubled = next((folder for label, folder in enumerate(class_names) if label_of[same_form(folder)] != label), None)
+    if doubled is not None:
+        raise UserError(
+            f"--data-root {root}: two folders of train are called {doubled}, in two spellings of one letter; expected "
+            "one folder a class"
+        )
     passed = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
     passed = f"; left out: {passed}" if passed else ""
     # Make the training set long-tailed where --imb-ratio asks for it.

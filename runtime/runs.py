@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.cli import UserError
-from runtime.files import read_json, write_json
+from runtime.files import check_object, read_object, take_lock, write_json
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "numpy", "pillow")
 HERE = Path(__file__).resolve().parents[1]  # the project's own folder
@@ -63,11 +62,9 @@ def claim(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is at work there; wait for it, or take another --out") from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"warning: {folder}: no lock ({error.strerror}); see that no other process trains there", flush=True)
         yield
 
 
@@ -91,10 +88,23 @@ def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bo
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()
     if path.exists():
-        stop_on_difference(path, {name: read_json(path).get(name) for name in wanted}, wanted, "--overwrite")
+        stop_on_difference(path, {name: read_object(path).get(name) for name in wanted}, wanted, "--overwrite")
     else:
         write_json(path, wanted | {"environment": environment()})
     return (folder / "results.json").exists()
+
+
+def read_arguments(folder: Path, *names: str) -> dict:
+    """The effective arguments of a run folder, by its args.json.
+
+    Args:
+        names: what must be among them.
+
+    Raises:
+        UserError: no run folder, or one that lacks one of `names`.
+    """
+    path = folder / "args.json"
+    return check_object(read_object(path, "args")["args"], f"{path}: args", names)
 
 
 def effective_arguments(args: Namespace) -> dict:
