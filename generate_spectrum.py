@@ -78,7 +78,9 @@ def build_parser() -> cli.Parser:
         metavar="FILE",
         help="file of write_prompts.py",
     )
-    parser.add_argument("--out", type=cli.new_folder, default=Path("runs/spectrum"), metavar="FOLDER", help="the spectrum folder")
+    parser.add_argument(
+        "--out", type=cli.new_folder, default=Path("runs/spectrum"), metavar="FOLDER", help="the spectrum folder"
+    )
     add_generator_flags(parser.add_argument_group("generator"))
     add_level_flags(parser.add_argument_group("what to draw"))
     add_prompt_flags(parser.add_argument_group("prompts"))

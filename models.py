@@ -230,8 +230,8 @@ def load_generator(
     take_one_thread_for(name_or_path)
     # Whether a pipeline knows these two depends on its class; from_pretrained warns of what it does not know, once.
     options = {"add_watermarker": False, "safety_checker": None, "requires_safety_checker": False}
+    config = pipeline_config(name_or_path, revision)
     try:
-        config = pipeline_config(name_or_path, revision)
         wanted = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInstructPix2PixPipeline"}
         names = ["safety_checker", "requires_safety_checker"] if config["_class_name"] in wanted else []
         names += ["add_watermarker"] if "StableDiffusionXL" in config["_class_name"] else []
@@ -375,7 +375,6 @@ def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
 
 def _packs_latents(name_or_path: str, revision: str | None) -> bool:
     """Whether a generator's transformer takes its latents in patches of 2x2."""
-    import diffusers
 
     kind = pipeline_config(name_or_path, revision)["_class_name"]
     return any(family in kind for family in ("Flux", "QwenImage", "StableDiffusion3"))

@@ -238,7 +238,7 @@ ROWS = [
     Row("generate_spectrum", "device that is a word", f"{DRAW} --device toaster", "--device toaster"),
     Row("generate_spectrum", "out is a file", f"{DRAW} --out a.txt", "a.txt", {"a.txt": "x"}),
     Row("generate_spectrum", "plan is torn", f"{DRAW}", "plan.json: not valid JSON", {"s2/plan.json": '{"a'}),
-    Row("generate_spectrum", "plan is a list", f"{DRAW}", "plan.json: lacks", {"s2/plan.json": "[]"}),
+    Row("generate_spectrum", "plan is a list", f"{DRAW}", "plan.json: expected an object", {"s2/plan.json": "[]"}),
     Row("generate_spectrum", "frozen sizes of 5000 digits", f"{DRAW}", "sizes-00000.csv row 2", {"s2/sizes-00000.csv": f"source,width,height\nindex:1,{HUGE},8\n"}),
     Row("generate_spectrum", "frozen sizes of nought", f"{DRAW}", "sizes-00000.csv row 2", {"s2/sizes-00000.csv": "source,width,height\nindex:1,0,8\n"}),
     Row("generate_spectrum", "guidance by an image that is not taken", f"{DRAW} --image-guidance 1", "--image-guidance"),
