@@ -365,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
     settings, rows = spectrum_folder.read_spectrum(args)
     prompts = tables.read_prompts(args.prompts, {row["label"] for row in rows})
     names = {row["label"]: row["class_name"] for row in rows}
+    files.remove_unfinished(args.spectrum, "scores.")
     made_by = spectrum_folder.describe_clip(args.clip)
     made_by["score_prompts"] = {str(label): prompts[label]["score_prompt"] for label in sorted(names)}
     note_path = args.spectrum / "scores.json"

@@ -98,6 +98,14 @@ def read_json_lines(path: Path) -> list[dict]:
     return [check_object(parse_json(line, where), where) for where, line in numbered]
 
 
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Remove what processes that were killed while they wrote left beside a file (or all files) of a folder, in which
+    no other process may be writing it.
+    """
+    for left in folder.glob(f".{name}*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

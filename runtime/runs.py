@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from runtime.cli import UserError
-from runtime.files import check_object, read_object, take_lock, write_json
+from runtime.files import check_object, read_object, remove_unfinished, take_lock, write_json
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "numpy", "pillow")
 HERE = Path(__file__).resolve().parents[1]  # the project's own folder
 COMMIT = "commit.txt"  # in a snapshot of the code, the commit that it was taken of
+CLAIM_SECONDS = 10  # the loading processes of a killed run, which hold its lock, find out within five that it is gone
 RESUMABLE = 75  # exit code of a script that a signal stopped ("try again" in sysexits.h): the same command resumes
 # Arguments that may differ when a run is taken up again: they change where and how fast it runs, not its result.
 FREE = ("out", "overwrite", "device", "workers", "data_root", "checkpoint_every", "cuda_graph")
@@ -61,10 +63,15 @@ def claim(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
-        try:
-            take_lock(file)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is at work there; wait for it, or take another --out") from None
+        for _ in range(CLAIM_SECONDS):
+            try:
+                take_lock(file)
+                break
+            except BlockingIOError:
+                time.sleep(1)
+        else:
+            raise UserError(f"{folder}: another process is at work there; wait for it, or take another --out")
+        remove_unfinished(folder)
         yield
 
 

@@ -26,7 +26,14 @@ from pathlib import Path
 
 from loaders.pictures import decodes, image_size
 from runtime.cli import UserError
-from runtime.files import add_numbered, digest_files, read_json, take_lock, without_garbage_collection
+from runtime.files import (
+    add_numbered,
+    digest_files,
+    read_json,
+    remove_unfinished,
+    take_lock,
+    without_garbage_collection,
+)
 from runtime.text import parse_whole, read_csv
 from spectrum.edits import EDITS, kept_edits
 from spectrum.tables import read_extra, read_scores
@@ -162,9 +169,11 @@ def claim(folder: Path, shard: int, shards: int, batch_size: int) -> Iterator[Pa
             raise UserError(
                 f"--shard {shard}/{shards}: another process is drawing {place}; wait for it, or take another shard"
             ) from None
+        remove_unfinished(place)
         # The first process notes how the work is shared out; the others compare.
         try:
             take_lock(common)
+            remove_unfinished(folder)
             common.truncate(0)
             common.write(f"{shards} shards and batches of {batch_size}")
             common.flush()
