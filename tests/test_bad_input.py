@@ -409,14 +409,18 @@ def write(folder: Path, content: dict) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.script}: {row.wrong}")
-def test_bad_input_is_one_line_and_exit_code_2(row, road, toycam, tmp_path, monkeypatch, capfd):
+def test_bad_input_is_one_line_and_exit_code_2(row, request, tmp_path, monkeypatch, capfd):
     global ROAD
-    ROAD = road
+    command = row.command
+    if "$ROAD" in command or "s" in row.files:
+        ROAD = request.getfixturevalue("road")
+        command = command.replace("$ROAD", str(ROAD.folder))
+    if "$TOYCAM" in command:
+        command = command.replace("$TOYCAM", str(request.getfixturevalue("toycam")))
     write(tmp_path, row.files)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [f"{row.script}.py"])
-    words = shlex.split(row.command.replace("$ROAD", str(road.folder)).replace("$TOYCAM", str(toycam)))
-    main = load_main(row.script)
+    words, main = shlex.split(command), load_main(row.script)
     with pytest.raises(SystemExit) as left:
         cli.run(lambda: main(words))
     printed = capfd.readouterr()
