@@ -58,7 +58,9 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "demo")
     choices = [*ROWS, "fewshot_digits", "biased_digits"]
     parser.add_argument("--dataset", choices=choices, default="digits", help="the benchmark")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="FOLDER", help="where everything goes")
+    parser.add_argument(
+        "--out", type=cli.new_folder, default=Path("runs/demo"), metavar="FOLDER", help="where everything goes"
+    )
     parser.add_argument(
         "--train-seeds",
         type=cli.whole(0),
@@ -271,6 +273,8 @@ def run_biased(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if len(set(args.train_seeds)) < len(args.train_seeds):
+        raise cli.UserError("--train-seeds: a seed is there twice; expected each once, as its run is the same")
     if args.dataset == "biased_digits":
         return run_biased(args)
     if args.dataset == "fewshot_digits":

@@ -62,7 +62,7 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "describe_domains")
     datasets.add_flags(parser)
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/domains"), metavar="FOLDER", help="where everything goes"
+        "--out", type=cli.new_folder, default=Path("runs/domains"), metavar="FOLDER", help="where everything goes"
     )
     group = parser.add_argument_group("captions")
     group.add_argument(
@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
     note, made_by = args.out / "captions.json", describe_captioner(args)
     made_by["sources"] = files.digest_int(*data.train.sources)
     if note.exists():
-        runs.stop_on_difference(note, files.read_json(note), made_by, "delete that folder")
+        runs.stop_on_difference(note, files.read_object(note), made_by, "delete that folder")
     else:
         files.write_json(note, made_by)
 

@@ -185,6 +185,21 @@ def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict
     }
 
 
+def read_note(path: Path) -> dict:
+    """scores.json: what made scores.csv, the groups of the classes, and the rounds of top-up; empty where none is.
+
+    Raises:
+        UserError: not as this script writes it.
+    """
+    note = files.read_object(path) if path.exists() else {}
+    for name, kind in (("score_prompts", dict), ("groups", dict), ("rounds", int)):
+        if not isinstance(note.get(name, kind()), kind):
+            raise cli.UserError(
+                f"{path}: {name} is {note[name]!r:.40}; expected it as this script writes it, or no file"
+            )
+    return note
+
+
 def same_scorer(plan: dict, made_by: dict, prompts: Path) -> bool:
     """Whether generate_spectrum.py --score used the same CLIP and texts as this command."""
     score = plan.get("score") or {}
@@ -350,10 +365,11 @@ def main(argv: list[str] | None = None) -> int:
     settings, rows = spectrum_folder.read_spectrum(args)
     prompts = tables.read_prompts(args.prompts, {row["label"] for row in rows})
     names = {row["label"]: row["class_name"] for row in rows}
+    files.remove_unfinished(args.spectrum, "scores.")
     made_by = spectrum_folder.describe_clip(args.clip)
     made_by["score_prompts"] = {str(label): prompts[label]["score_prompt"] for label in sorted(names)}
     note_path = args.spectrum / "scores.json"
-    note = files.read_json(note_path) if note_path.exists() else {}
+    note = read_note(note_path)
     scores, drawn = gather_scores(rows, settings, note, made_by, args)
     new = [row for row in rows if row["file_name"] not in scores]
 

@@ -29,7 +29,7 @@ import numpy as np
 
 import datasets
 from loaders.base import fold_of
-from runtime import cli, files
+from runtime import cli, files, runs
 from spectrum import domains as summary
 from spectrum import edit_rules
 from spectrum import edits as edits_table
@@ -145,7 +145,7 @@ def base_probabilities(args, data, run: Path, sets: dict[str, tuple[list[str], o
     from spectrum import embeddings
     from training import evaluation, stores
 
-    trained = files.read_json(run / "args.json")["args"]
+    trained = runs.read_arguments(run)
     digest = files.digest_files([run / "checkpoint.pt"])
     caches = {
         what: VectorCache(args.spectrum / "edits" / f"run_{what}_{digest}.npz", len(data.class_names)) for what in sets
@@ -181,7 +181,7 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
     for run in args.checkpoint:
         if not (run / "checkpoint.pt").is_file():
             raise cli.UserError(f"--checkpoint {run}: no checkpoint.pt there; expected a run of train_lt.py")
-        trained = files.read_json(run / "args.json")["args"]
+        trained = runs.read_arguments(run)
         for name in ("dataset", "imb_ratio", "data_seed"):
             if trained.get(name) != getattr(args, name):
                 raise cli.UserError(

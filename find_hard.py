@@ -50,7 +50,9 @@ def build_parser() -> cli.Parser:
         help="a class is few-shot with fewer training images than this, those held out for validation counted in",
     )
     parser.accept_old("--few-max", "--few-below")
-    parser.add_argument("--out", type=Path, default=Path("runs/hard.csv"), metavar="FILE", help="the table to write")
+    parser.add_argument(
+        "--out", type=cli.new_file, default=Path("runs/hard.csv"), metavar="FILE", help="the table to write"
+    )
     group = parser.add_argument_group("confidence")
     rule = group.add_mutually_exclusive_group()
     rule.add_argument(
@@ -123,11 +125,11 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     from training.augmentations import normalise
 
     # Check that the run is of this data.
-    trained = files.read_json(args.checkpoint / "args.json")["args"]
+    trained = runs.read_arguments(args.checkpoint, "dataset", "model", "loss", "image_size")
     for name in ("dataset", "imb_ratio", "data_seed"):
-        if trained[name] != getattr(args, name):
+        if trained.get(name) != getattr(args, name):
             raise cli.UserError(
-                f"--checkpoint {args.checkpoint}: was trained with --{name.replace('_', '-')} {trained[name]}; "
+                f"--checkpoint {args.checkpoint}: was trained with --{name.replace('_', '-')} {trained.get(name)}; "
                 f"expected {getattr(args, name)}"
             )
     device = pick_device(args.device)
@@ -192,7 +194,7 @@ def probabilities(args, data: DataSet) -> np.ndarray:
     }
     path, note = args.out.with_suffix(".probabilities.jsonl"), args.out.with_suffix(".probabilities.json")
     if note.exists() and path.exists():
-        runs.stop_on_difference(note, files.read_json(note), made_by, f"delete {path}")
+        runs.stop_on_difference(note, files.read_object(note), made_by, f"delete {path}")
     else:
         path.unlink(missing_ok=True)
         files.write_json(note, made_by)

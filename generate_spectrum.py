@@ -45,20 +45,24 @@ from generation.prefetch import Prefetcher
 from generation.writer import SAVE_OPTIONS
 from loaders.sources import Sources
 from runtime import cli, files, runs, signals
+from runtime.text import parse_whole
 from spectrum import folder as spectrum_folder
 from spectrum.tables import Hard, read_hard, read_prompts
 
+MOST_SIDE = 16384
 MOST_AREA = 2  # sources of more pixels than so many times a generator's native area are drawn at that area
 
 
 def size(text: str) -> str | tuple[int, int]:
     """The argparse type of a size in pixels: WIDTHxHEIGHT, source or native."""
-    width, _, height = text.partition("x")
     if text in ("source", "native"):
         return text
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT in pixels, source or native")
-    return int(width), int(height)
+    width, height = (parse_whole(side) for side in text.partition("x")[::2])
+    if not width or not height or max(width, height) > MOST_SIDE:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r}: expected WIDTHxHEIGHT in pixels, up to {MOST_SIDE} each, source or native"
+        )
+    return width, height
 
 
 def build_parser() -> cli.Parser:
@@ -74,7 +78,9 @@ def build_parser() -> cli.Parser:
         metavar="FILE",
         help="file of write_prompts.py",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/spectrum"), metavar="FOLDER", help="the spectrum folder")
+    parser.add_argument(
+        "--out", type=cli.new_folder, default=Path("runs/spectrum"), metavar="FOLDER", help="the spectrum folder"
+    )
     add_generator_flags(parser.add_argument_group("generator"))
     add_level_flags(parser.add_argument_group("what to draw"))
     add_prompt_flags(parser.add_argument_group("prompts"))
@@ -330,7 +336,7 @@ def check_generator(args):
 def keep_branch(args, settings: dict) -> None:
     """Note the branch in place of the commit where a folder was begun by a version that noted branches."""
     path = args.out / "plan.json"
-    if path.exists() and files.read_json(path).get("revision") == (args.revision or "main"):
+    if path.exists() and files.read_object(path).get("revision") == (args.revision or "main"):
         settings["revision"] = args.revision or "main"
 
 

@@ -118,7 +118,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
             raise UserError(f"--init-checkpoint {path}: not readable ({first_line(error)})") from error
     else:
         content = checkpoints.load_checkpoint(path, "cpu")
-        weights = content.get("model", content)
+        weights = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UserError(f"--init-checkpoint {path}: holds no weights; expected a run's checkpoint or a model's weights")
     wanted = model.state_dict()
     different = [name for name in sorted(weights.keys() ^ wanted.keys())]
     different += [
@@ -229,13 +231,13 @@ def load_generator(
     take_one_thread_for(name_or_path)
     # Whether a pipeline knows these two depends on its class; from_pretrained warns of what it does not know, once.
     options = {"add_watermarker": False, "safety_checker": None, "requires_safety_checker": False}
+    config = pipeline_config(name_or_path, revision)
     try:
-        config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
         wanted = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInstructPix2PixPipeline"}
-        names = ["safety_checker", "requires_safety_checker"] if config.get("_class_name") in wanted else []
-        names += ["add_watermarker"] if "StableDiffusionXL" in config.get("_class_name", "") else []
+        names = ["safety_checker", "requires_safety_checker"] if config["_class_name"] in wanted else []
+        names += ["add_watermarker"] if "StableDiffusionXL" in config["_class_name"] else []
         loader = diffusers.AutoPipelineForImage2Image
-        if "InstructPix2Pix" in config.get("_class_name", ""):  # which the automatic pipelines do not know
+        if "InstructPix2Pix" in config["_class_name"]:  # which the automatic pipelines do not know
             loader = diffusers.DiffusionPipeline
         elif masked and not editor_kind(name_or_path, revision):
             loader = diffusers.AutoPipelineForInpainting
@@ -259,6 +261,23 @@ def load_generator(
     return pipe.to(device)
 
 
+def pipeline_config(name_or_path: str, revision: str | None = None) -> dict:
+    """The configuration of a generator's pipeline, with its class as `_class_name`.
+
+    Raises:
+        UserError: nothing of that name can be loaded, or it is no pipeline's.
+    """
+    import diffusers
+
+    try:
+        config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
+        raise UserError(f"--generator {name_or_path}: model_index.json names no pipeline; expected one of diffusers")
+    return config
+
+
 def editor_kind(name_or_path: str, revision: str | None = None) -> str:
     """The class of a generator's pipeline where it takes an image and an instruction and no strength, else empty.
 
@@ -271,10 +290,7 @@ def editor_kind(name_or_path: str, revision: str | None = None) -> str:
 
     if name_or_path in GENERATORS and not GENERATORS[name_or_path].editor:
         return ""
-    try:
-        kind = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name", "")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
+    kind = pipeline_config(name_or_path, revision)["_class_name"]
     parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters if hasattr(diffusers, kind) else {}
     return kind if "image" in parameters and "strength" not in parameters else ""
 
@@ -360,12 +376,8 @@ def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
 
 def _packs_latents(name_or_path: str, revision: str | None) -> bool:
     """Whether a generator's transformer takes its latents in patches of 2x2."""
-    import diffusers
 
-    try:
-        kind = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision).get("_class_name", "")
-    except (OSError, ValueError):
-        return False  # loading it says what is wrong
+    kind = pipeline_config(name_or_path, revision)["_class_name"]
     return any(family in kind for family in ("Flux", "QwenImage", "StableDiffusion3"))
 
 

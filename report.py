@@ -75,7 +75,9 @@ def build_parser() -> cli.Parser:
         help="write OUT/gallery/index.html, on which a person looks through --spectrum and chooses the threshold; "
         "edits stand under their domains, with the reasons of filter_edits.py",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/report"), metavar="FOLDER", help="where the report goes")
+    parser.add_argument(
+        "--out", type=cli.new_folder, default=Path("runs/report"), metavar="FOLDER", help="where the report goes"
+    )
     return parser
 
 
@@ -202,7 +204,7 @@ def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
         dropped = {name: entry["reason"] for name, entry in found.items() if entry["kept"] == "0"}
         about += f" edits.csv drops {len(dropped):,} of them."
     if (folder / "scores.json").is_file():
-        note, scores = files.read_json(folder / "scores.json"), read_scores(folder / "scores.csv")
+        note, scores = files.read_object(folder / "scores.json", "clip"), read_scores(folder / "scores.csv")
         kept, threshold = sum(entry["kept"] for entry in scores.values()), note.get("threshold")
         rule = f"--threshold {threshold:g}" if threshold is not None else f"--keep-share {note['keep_share']:g}"
         if threshold is None:  # a kept share has none: begin at the lowest score that it kept

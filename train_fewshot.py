@@ -38,21 +38,19 @@ from training import distributed, epochs, flags, optimization
 from training.fewshot import Trainer
 from training.pool import build_pool, method_of, prepare_spectrum
 
-GRID_FLAGS = ("lr", "weight_decay", "epochs", "real_weight")
+GRID_FLAGS = {
+    "lr": cli.number(0), "weight_decay": cli.number(0), "epochs": cli.whole(1), "real_weight": cli.number(0, 1)
+}  # fmt: skip
 
 
 def grid(text: str) -> tuple[str, list[float]]:
     """The argparse type of FLAG=A,B,...: a flag of GRID_FLAGS and its values."""
     name, _, listed = text.partition("=")
     name = name.replace("-", "_")
-    try:
-        values = [float(value) for value in listed.split(",")]
-    except ValueError:
-        values = []
-    if name not in GRID_FLAGS or not values:
+    if name not in GRID_FLAGS or not listed:
         known = ", ".join(flag.replace("_", "-") for flag in GRID_FLAGS)
         raise argparse.ArgumentTypeError(f"{text!r}: expected FLAG=A,B,... with FLAG of {known}")
-    return name, values
+    return name, [GRID_FLAGS[name](value) for value in listed.split(",")]
 
 
 def build_parser() -> cli.Parser:
@@ -198,7 +196,6 @@ def search(args, run: Callable) -> int:
     rows = []
     for values in itertools.product(*(values for _, values in args.grid)):
         chosen = dict(zip([name for name, _ in args.grid], values, strict=True))
-        chosen = {name: int(value) if name == "epochs" else value for name, value in chosen.items()}
         name = "_".join(f"{flag}-{value:g}" for flag, value in chosen.items())
         point = argparse.Namespace(**(vars(args) | chosen | {"grid": [], "out": args.out / "grid" / name}))
         if "epochs" in chosen:

@@ -44,7 +44,9 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "tune_generator")
     datasets.add_flags(parser, "fewshot_digits")
     datasets.add_shot_flags(parser)
-    parser.add_argument("--out", type=Path, default=Path("runs/tuned"), metavar="FOLDER", help="where the adapters go")
+    parser.add_argument(
+        "--out", type=cli.new_folder, default=Path("runs/tuned"), metavar="FOLDER", help="where the adapters go"
+    )
     parser.add_argument(
         "--hard", type=cli.existing_file, metavar="FILE", help="tune on the images of this table of find_hard.py alone"
     )
@@ -333,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     plan = make_plan(args, data, models.generator_dtype(args.dtype, device))
     path = args.out / "plan.json"
     if path.exists():
-        runs.stop_on_difference(path, files.read_json(path), plan, "delete that folder")
+        runs.stop_on_difference(path, files.read_object(path), plan, "delete that folder")
     folder = args.out / f"shard-{args.shard.index:05d}"
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())

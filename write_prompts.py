@@ -62,7 +62,9 @@ def build_parser() -> cli.Parser:
         help="text that CLIPScore compares with, with {} for the class name (default: the data set's; DisCL's is "
         "'a photo of {}')",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/prompts.json"), metavar="FILE", help="the file to write")
+    parser.add_argument(
+        "--out", type=cli.new_file, default=Path("runs/prompts.json"), metavar="FILE", help="the file to write"
+    )
     group = parser.add_argument_group("scenes and llm")
     group.add_argument("--count", type=cli.whole(1), default=10, metavar="N", help="prompts of each class")
     group.add_argument(

@@ -327,7 +327,7 @@ def train_judge(work: Work) -> nn.Module:
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "make_assets")
-    parser.add_argument("--out", type=Path, required=True, help="folder for tiny_sd and tiny_clip")
+    parser.add_argument("--out", type=cli.new_folder, required=True, help="folder for tiny_sd and tiny_clip")
     parser.add_argument("--benchmark", choices=list(WEBS), default="digits", help="whose web to learn from")
     parser.add_argument(
         "--data-root", type=cli.existing_path, metavar="FOLDER", help="CIFAR-100's folder or zip; digits needs none"

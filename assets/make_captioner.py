@@ -28,7 +28,7 @@ BATCH = 64
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "make_captioner")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the captioner goes")
+    parser.add_argument("--out", type=cli.new_folder, required=True, metavar="FOLDER", help="where the captioner goes")
     parser.add_argument("--steps", type=cli.whole(1), default=1200, metavar="N", help="batches of 64 images")
     return parser
 

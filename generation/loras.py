@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from runtime.cli import UserError, first_line
-from runtime.files import read_json
+from runtime.files import read_object
 from spectrum.tables import Hard
 from spectrum.units import short_name
 
@@ -87,7 +87,7 @@ def find_tuned(
     Raises:
         UserError: tuned for another generator or other classes, an adapter missing, of another rank or without a half.
     """
-    plan = read_json(folder / "plan.json")
+    plan = read_object(folder / "plan.json", "class_names", "mode")
     for name in ("generator", "revision"):
         if plan.get(name) != generator[name]:
             raise UserError(

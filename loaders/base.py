@@ -304,6 +304,24 @@ def missing_files(root: Path, names: list[str]) -> list[str]:
     return missing
 
 
+def spelt_as_there(root: Path, names: list[str]) -> list[str]:
+    """`names`, relative to `root`, in the disk's own spelling where only the form of a letter differs (é in one or two
+    characters: a list written on one system, files copied by another).
+    """
+    missing = {name for name in missing_files(root, names) if not name.isascii()}
+    listings: dict[Path, dict[str, str]] = {}
+
+    def look_up(name: str) -> str:
+        folder = root
+        for part in Path(name).parts:
+            if folder not in listings:
+                listings[folder] = {same_form(there): there for there in os.listdir(folder)} if folder.is_dir() else {}
+            folder = folder / listings[folder].get(same_form(part), part)
+        return str(folder.relative_to(root))
+
+    return [look_up(name) if name in missing else name for name in names]
+
+
 def find_unreadable(splits: dict[str, ImageSet]) -> list[str]:
     """A line for each image file that is missing, empty, or whose header cannot be read; of all splits.
 
@@ -348,11 +366,14 @@ def listed_set(root: Path, names: list[str], labels: Iterable[int], what: Path) 
     """The images that the list `what` names, relative to `root`, as files.
 
     Raises:
-        UserError: a name that leads out of `root`, or images that are not there.
+        UserError: no name, one that leads out of `root`, or images that are not there.
     """
+    if not names:
+        raise UserError(f"{what}: lists no image of a split; expected some in each")
     outside = next((name for name in names if not is_below(name)), None)
     if outside is not None:
         raise UserError(f"{what}: {outside}: expected a path below --data-root")
+    names = spelt_as_there(root, names)
     missing = missing_files(root, names)
     if missing:
         raise UserError(

@@ -26,6 +26,7 @@ from loaders.base import (
     file_set,
     is_below,
     missing_files,
+    spelt_as_there,
 )
 from runtime.text import UserError, parse_whole, read_csv, read_text
 
@@ -130,6 +131,8 @@ def read(name: str, root: Path, classes: list[str]) -> CameraTraps:
     if empty:
         raise UserError(f"{path}: no image in split {', '.join(empty)}; expected some in each of {', '.join(SPLITS)}")
     for split, rows in found.items():
+        spelt = spelt_as_there(root, [file_name for file_name, _, _ in rows])
+        found[split] = rows = [(file_name, *row[1:]) for file_name, row in zip(spelt, rows, strict=True)]
         missing = missing_files(root, [file_name for file_name, _, _ in rows])
         if missing:
             raise UserError(

@@ -7,7 +7,7 @@ Eight of the ten have one JSON file with the split of CoOp (Zhou et al., 2022), 
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +24,9 @@ from loaders.base import (
     file_set,
     listed_set,
 )
+from loaders.folders import class_folders, passed_over
 from runtime.files import digest_int
-from runtime.text import UserError, parse_json, read_lines, read_text
+from runtime.text import MALFORMED, UserError, parse_json, read_lines, read_text
 
 
 class Split(NamedTuple):
@@ -94,7 +95,7 @@ def load_coop(name: str, root: Path) -> DataSet:
                 for part in ("train", "val", "test")}  # fmt: skip
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: not a CoOp split ({type(error).__name__}: {error})") from None
     prefix = f"{COOP[name].images}/" if COOP[name].images else ""
     class_names = names_by_label(path, [(label, text) for part in rows.values() for _, label, text in part])
@@ -160,7 +161,8 @@ def load_imagenet(name: str, root: Path) -> DataSet:
     import open_clip
 
     base = "images/" if (root / "images/train").is_dir() else ""
-    train, test = class_files(root, f"{base}train"), class_files(root, f"{base}val")
+    left_out: Counter = Counter()
+    train, test = (class_folders(root, f"{base}{part}", left_out) for part in ("train", "val"))
     if len(train) != len(open_clip.IMAGENET_CLASSNAMES) or [wnid for wnid, _ in train] != [wnid for wnid, _ in test]:
         raise UserError(
             f"--data-root {root}: {len(train)} class folders in train, {len(test)} in val; "
@@ -176,18 +178,9 @@ def load_imagenet(name: str, root: Path) -> DataSet:
             parts[part][0].extend(some)
             parts[part][1].extend([label] * len(some))
     sets = {part: file_set(root, *rows) for part, rows in parts.items()}
-    note = f"validation: {IMAGENET_VAL_PER_CLASS} images a class held out of the training set"
+    note = f"validation: {IMAGENET_VAL_PER_CLASS} images a class held out of the training set{passed_over(left_out)}"
     data = data_set(name, list(open_clip.IMAGENET_CLASSNAMES), sets, note, [])
     return dataclasses.replace(data, held_out=np.bincount(sets["val"].labels, minlength=len(train)))
-
-
-def class_files(root: Path, part: str) -> list[tuple[str, list[str]]]:
-    """The class folders of ROOT/PART by the alphabet, each with its files' paths relative to `root`."""
-    folder = root / part
-    if not folder.is_dir():
-        raise UserError(f"--data-root {root}: no folder {part}; {LAYOUTS['imagenet']}")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    return [(name, sorted(f"{part}/{name}/{file}" for file in os.listdir(folder / name))) for name in classes]
 
 
 def data_set(name: str, class_names: list[str], sets: dict[str, ImageSet], note: str, files: list[Path]) -> DataSet:

@@ -61,6 +61,11 @@ def class_folders(root: Path, part: str, left_out: Counter | None = None) -> lis
     return classes
 
 
+def passed_over(left_out: Counter) -> str:
+    """What `class_folders` left out, for a data set's note; empty where it took all."""
+    return f"; left out: {', '.join(f'{count} {kind}' for kind, count in sorted(left_out.items()))}" if left_out else ""
+
+
 def list_folder(folder: Path | str) -> list[os.DirEntry]:
     """What a folder holds, by the alphabet.
 
@@ -114,8 +119,13 @@ def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
     }
     class_names = [folder for folder, _ in by_part["train"]]
     label_of = {same_form(folder): label for label, folder in enumerate(class_names)}
-    passed = ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
-    passed = f"; left out: {passed}" if passed else ""
+    doubled = next((folder for label, folder in enumerate(class_names) if label_of[same_form(folder)] != label), None)
+    if doubled is not None:
+        raise UserError(
+            f"--data-root {root}: two folders of train are called {doubled}, in two spellings of one letter; expected "
+            "one folder a class"
+        )
+    passed = passed_over(left_out)
     # Make the training set long-tailed where --imb-ratio asks for it.
     sets = {}
     for part, classes in by_part.items():

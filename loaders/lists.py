@@ -18,7 +18,7 @@ from loaders.base import (
     missing_files,
     with_validation,
 )
-from runtime.text import UserError, parse_json, parse_whole, read_lines, read_text
+from runtime.text import MALFORMED, UserError, parse_json, parse_whole, read_lines, read_text
 
 NAMES_FILE = "categories.json"  # iNaturalist's names, which train2018.json itself holds as numbers alone
 LAYOUTS = {
@@ -128,7 +128,7 @@ def inat_names(root: Path, classes: int) -> list[str] | None:
         return [names[label] for label in range(classes)]
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise UserError(f"{path}: not iNaturalist's list of categories ({type(error).__name__}: {error})") from None
 
 
@@ -142,14 +142,14 @@ def load_inat2018(name: str, imb_ratio: float | None, root: Path, seed: int) -> 
     for part, path in paths.items():
         try:
             content = parse_json(read_text(path, LAYOUTS[name]), path)
-            files = {image["id"]: image["file_name"] for image in content["images"]}
+            files = {image["id"]: str(image["file_name"]) for image in content["images"]}
             rows = [(files[row["image_id"]], int(row["category_id"])) for row in content["annotations"]]
             class_names = class_names or [
-                row["name"] for row in sorted(content["categories"], key=lambda row: row["id"])
+                str(row["name"]) for row in sorted(content["categories"], key=lambda row: row["id"])
             ]
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise UserError(f"{path}: not an iNaturalist annotation file ({type(error).__name__}: {error})") from None
         for file_name, label in rows:
             if not 0 <= label < len(class_names):

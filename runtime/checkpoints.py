@@ -63,11 +63,14 @@ def load_checkpoint(path: Path, device: str) -> dict:
     import torch
 
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises a different class for each way in which a file is damaged
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); delete it, or pass --overwrite, to start anew"
         ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected a checkpoint, which is a dictionary")
+    return content
 
 
 def remove_previous(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shlex
 import sys
@@ -16,8 +17,9 @@ from runtime.text import UserError, parse_whole, read_lines
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first, or its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says first, of its first 300 characters, or its class where it says nothing."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:300]} ..."
 
 
 class Parser(argparse.ArgumentParser):
@@ -211,6 +213,32 @@ def existing_folder(text: str) -> Path:
     path = Path(text)
     if _paths_checked and not path.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return path
+
+
+def new_folder(text: str) -> Path:
+    """The argparse type of a folder that a script writes into, and makes where there is none."""
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: is a file; expected a folder")
+    return _writable(path)
+
+
+def new_file(text: str) -> Path:
+    """The argparse type of a file that a script writes."""
+    path = Path(text)
+    if path.is_dir() or not path.name:
+        raise argparse.ArgumentTypeError(f"{text}: is a folder; expected a file")
+    return _writable(path)
+
+
+def _writable(path: Path) -> Path:
+    """The path, if it can be written, so that nobody finds out after hours that it cannot."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir() and there != path:
+        raise argparse.ArgumentTypeError(f"{path}: {there} is a file; expected a folder")
+    if _paths_checked and not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path}: {there} cannot be written; expected another place")
     return path
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.text import parse_json, read_text
+from runtime.text import UserError, parse_json, read_text
 
 
 def digest_int(*parts: Any) -> int:
@@ -63,9 +63,47 @@ def read_json(path: Path) -> Any:
     return parse_json(read_text(path), path)
 
 
-def read_json_lines(path: Path) -> list[Any]:
-    """The content of a file with one JSON value a line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_object(path: Path, *names: str) -> dict:
+    """The content of a JSON file that is an object.
+
+    Args:
+        names: what it must hold; it may hold more.
+
+    Raises:
+        UserError: missing, not JSON, no object, or one of `names` is not in it.
+    """
+    return check_object(read_json(path), path, names)
+
+
+def check_object(content: Any, where: object, names: Iterable[str] = ()) -> dict:
+    """`content`, where it is an object with all of `names`.
+
+    Raises:
+        UserError: it is not; the message begins with `where`.
+    """
+    missing = [name for name in names if name not in content] if isinstance(content, dict) else list(names)
+    if missing or not isinstance(content, dict):
+        raise UserError(f"{where}: expected an object" + (f" with {', '.join(missing)}" if missing else ""))
+    return content
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The objects of a file with one JSON object a line; blank lines count for none.
+
+    Raises:
+        UserError: missing, or a line that is no such object (as a killed writer leaves one).
+    """
+    lines = enumerate(read_text(path).split("\n"), 1)  # not splitlines(): a text may hold other line ends
+    numbered = [(f"{path} line {number}", line) for number, line in lines if line.strip()]
+    return [check_object(parse_json(line, where), where) for where, line in numbered]
+
+
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Remove what processes that were killed while they wrote left beside a file (or all files) of a folder, in which
+    no other process may be writing it.
+    """
+    for left in folder.glob(f".{name}*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:

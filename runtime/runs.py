@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from runtime.cli import UserError
-from runtime.files import read_json, write_json
+from runtime.files import check_object, read_object, remove_unfinished, take_lock, write_json
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torch", "timm", "numpy", "pillow")
 HERE = Path(__file__).resolve().parents[1]  # the project's own folder
 COMMIT = "commit.txt"  # in a snapshot of the code, the commit that it was taken of
+CLAIM_SECONDS = 10  # the loading processes of a killed run, which hold its lock, find out within five that it is gone
 RESUMABLE = 75  # exit code of a script that a signal stopped ("try again" in sysexits.h): the same command resumes
 # Arguments that may differ when a run is taken up again: they change where and how fast it runs, not its result.
 FREE = ("out", "overwrite", "device", "workers", "data_root", "checkpoint_every", "cuda_graph")
@@ -62,12 +63,15 @@ def claim(folder: Path) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is at work there; wait for it, or take another --out") from None
-        except OSError as error:  # some network file systems have no locks
-            print(f"warning: {folder}: no lock ({error.strerror}); see that no other process trains there", flush=True)
+        for _ in range(CLAIM_SECONDS):
+            try:
+                take_lock(file)
+                break
+            except BlockingIOError:
+                time.sleep(1)
+        else:
+            raise UserError(f"{folder}: another process is at work there; wait for it, or take another --out")
+        remove_unfinished(folder)
         yield
 
 
@@ -91,10 +95,23 @@ def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bo
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()
     if path.exists():
-        stop_on_difference(path, {name: read_json(path).get(name) for name in wanted}, wanted, "--overwrite")
+        stop_on_difference(path, {name: read_object(path).get(name) for name in wanted}, wanted, "--overwrite")
     else:
         write_json(path, wanted | {"environment": environment()})
     return (folder / "results.json").exists()
+
+
+def read_arguments(folder: Path, *names: str) -> dict:
+    """The effective arguments of a run folder, by its args.json.
+
+    Args:
+        names: what must be among them.
+
+    Raises:
+        UserError: no run folder, or one that lacks one of `names`.
+    """
+    path = folder / "args.json"
+    return check_object(read_object(path, "args")["args"], f"{path}: args", names)
 
 
 def effective_arguments(args: Namespace) -> dict:

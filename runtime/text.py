@@ -15,6 +15,8 @@ class UserError(ValueError):
     """Bad input. Its message is one line that names the flag, file or row, and what was expected."""
 
 
+# What taking values out of content of another form than was expected raises.
+MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 

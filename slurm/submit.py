@@ -150,6 +150,8 @@ def split_command_line(argv: list[str]) -> tuple[list[str], list[list[str]], dic
     start = next((i for i, word in enumerate(argv) if word.endswith(".py")), len(argv))
     own, rest = argv[:start], argv[start:]
     scripts = [list(words) for is_then, words in itertools.groupby(rest, "--then".__eq__) if not is_then]
+    if rest.count("--then") != len(scripts) - 1 and rest:
+        raise cli.UserError("--then: expected between two scripts, each with its arguments")
     for words in scripts:
         if Path(words[0]).stem not in SCRIPTS or Path(words[0]).name != words[0]:
             raise cli.UserError(f"{words[0]}: unknown script; expected one of {', '.join(f'{s}.py' for s in SCRIPTS)}")
@@ -320,7 +322,7 @@ def show_status(folder: Path) -> int:
     """Print a line for each task: job, state, command, and the last line of its log (progress, or its error)."""
     import submitit
 
-    content = files.read_json(folder / "submission.json")
+    content = files.read_object(folder / "submission.json", "cluster", "tasks")
     kinds = {"slurm": submitit.SlurmJob, "local": submitit.LocalJob, "debug": submitit.LocalJob}
     counts: dict[str, int] = {}
     for task in content["tasks"]:

@@ -26,8 +26,15 @@ from pathlib import Path
 
 from loaders.pictures import decodes, image_size
 from runtime.cli import UserError
-from runtime.files import add_numbered, digest_files, read_json, take_lock, without_garbage_collection
-from runtime.text import read_csv
+from runtime.files import (
+    add_numbered,
+    digest_files,
+    read_json,
+    remove_unfinished,
+    take_lock,
+    without_garbage_collection,
+)
+from runtime.text import parse_whole, read_csv
 from spectrum.edits import EDITS, kept_edits
 from spectrum.tables import read_extra, read_scores
 from spectrum.units import ROW_FIELDS, SCORED_FIELDS, Unit
@@ -51,6 +58,9 @@ def read_plan(folder: Path) -> dict:
     missing = PLAN_KEYS - set(plan) if isinstance(plan, dict) else PLAN_KEYS
     if missing:
         raise UserError(f"{folder / 'plan.json'}: lacks {', '.join(sorted(missing))}; expected a plan of this version")
+    for name in ("hard_classes", "levels"):
+        if not isinstance(plan[name], list) or not all(type(value) is int for value in plan[name]):
+            raise UserError(f"{folder / 'plan.json'}: {name} is {plan[name]!r:.40}; expected a list of whole numbers")
     if plan.get("revision") in BACKWARDS:
         raise UserError(
             f"{folder}: drawn with the {plan['generator']} of an older version of this project, which had been trained "
@@ -159,9 +169,11 @@ def claim(folder: Path, shard: int, shards: int, batch_size: int) -> Iterator[Pa
             raise UserError(
                 f"--shard {shard}/{shards}: another process is drawing {place}; wait for it, or take another shard"
             ) from None
+        remove_unfinished(place)
         # The first process notes how the work is shared out; the others compare.
         try:
             take_lock(common)
+            remove_unfinished(folder)
             common.truncate(0)
             common.write(f"{shards} shards and batches of {batch_size}")
             common.flush()
@@ -223,9 +235,10 @@ def read_frozen_sizes(folder: Path) -> list[dict[str, tuple[int, int]]]:
     for path in sorted(folder.glob("sizes-*.csv")):
         frozen.append({})
         for number, row in read_csv(path, SIZE_COLUMNS):
-            if not (row["width"].isdecimal() and row["height"].isdecimal()):
+            width, height = parse_whole(row["width"]), parse_whole(row["height"])
+            if not width or not height:
                 raise UserError(f"{path} row {number}: expected a width and a height in pixels")
-            frozen[-1][row["source"]] = int(row["width"]), int(row["height"])
+            frozen[-1][row["source"]] = width, height
     return frozen
 
 

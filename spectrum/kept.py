@@ -41,7 +41,7 @@ def load_spectrum(
             place is None
             or data.train.labels[place] != row["label"]
             or data.class_names[row["label"]] != row.get("class_name", data.class_names[row["label"]])
-            or digests[place] != row["source_sha256"]
+            or digests[place] != row.get("source_sha256")
         ):
             raise UserError(
                 f"{folder}: made for other data: its source {row['source']} (class {row['label']}) is no "

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from runtime.cli import UserError
 from runtime.files import read_json, without_garbage_collection, write_csv
-from runtime.text import parse_whole, read_csv
+from runtime.text import MALFORMED, parse_whole, read_csv
 from spectrum.units import Unit
 
 SHORT_COLUMNS = ["label", "class_name", "level", "made", "kept", "short"]
@@ -56,7 +56,7 @@ def read_hard(path: Path) -> list[Hard]:
     for number, row in read_csv(path, HARD_COLUMNS):
         label = parse_whole(row["label"])
         if label is None:
-            raise UserError(f"{path} row {number}: label {row['label']!r}: expected a class index")
+            raise UserError(f"{path} row {number}: label {row['label'][:40]!r}: expected a class index")
         if not row["class_name"].strip():
             raise UserError(f"{path} row {number}: the class name of class {row['label']} is empty; expected a name")
         if names.setdefault(row["label"], row["class_name"]) != row["class_name"]:
@@ -88,14 +88,21 @@ def append_probabilities(path: Path, rows: Iterable[tuple[str, float | None]]) -
 
 
 def read_probabilities(path: Path) -> dict[str, float | None]:
-    """What `append_probabilities` wrote, by source; a later row replaces an earlier one, half a line is no row."""
+    """What `append_probabilities` wrote, by source; a later row replaces an earlier one, half a line is no row.
+
+    Raises:
+        UserError: a row whose probability is none.
+    """
     found = {}
-    for line in path.read_bytes().split(b"\n"):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
             row = json.loads(line.decode())
-            found[row["source"]] = row["probability"]
-        except (ValueError, TypeError, KeyError):
+            source, value = row["source"], row["probability"]
+        except MALFORMED:
             continue
+        if not isinstance(source, str) or not (value is None or (type(value) is float and 0 <= value <= 1)):
+            raise UserError(f"{path} row {number}: expected a source and a probability from 0 to 1, or null")
+        found[source] = value
     return found
 
 

@@ -19,6 +19,19 @@ from loaders.sources import read_sources
 from runtime.cli import UserError
 
 
+def test_lists_and_files_may_spell_a_letter_differently(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    folder = tmp_path / "images" / decomposed
+    folder.mkdir(parents=True)
+    for name in (f"{composed}.jpg", "plain.jpg"):
+        (folder / name).write_bytes(b"")
+    listed = [f"images/{composed}/{decomposed}.jpg", f"images/{decomposed}/plain.jpg"]
+    found = base.listed_set(tmp_path, listed, [0, 1], tmp_path / "list.txt")
+    assert found.sources == [f"images/{decomposed}/{composed}.jpg", f"images/{decomposed}/plain.jpg"]
+    with pytest.raises(UserError, match="lists 1 images of 1 that are not below"):
+        base.listed_set(tmp_path, [f"images/{composed}/t\u00e9.jpg"], [0], tmp_path / "list.txt")
+
+
 def test_splits_are_disjoint_and_balanced():
     split = digits.split_scans()
     together = np.concatenate(list(split.values()))

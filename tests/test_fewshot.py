@@ -168,7 +168,13 @@ def test_imagenet_holds_validation_images_out_and_takes_val_for_test(tmp_path, m
         for number in range(15):
             draw(tmp_path / "images/train" / wnid / f"{number}.JPEG", number)
         draw(tmp_path / "images/val" / wnid / "0.JPEG", 3)
+    # What systems leave behind is no image and no class.
+    (tmp_path / "images/train/n01/folder.JPEG").mkdir()
+    (tmp_path / "images/train/__MACOSX").mkdir()
+    for name in ("images/train/n01/._0.JPEG", "images/train/n02/Thumbs.db", "images/train/__MACOSX/._n01.JPEG"):
+        (tmp_path / name).write_bytes(b"no image")
     data = datasets.load("imagenet", None, tmp_path)
+    assert "left out: 1 folders within classes, 3 hidden files and folders" in data.note
     assert data.class_names == ["tench", "goldfish"]
     assert [len(part) for part in data.splits.values()] == [10, 20, 2]
     assert not set(data.train.sources) & set(data.val.sources)

@@ -1,86 +1,212 @@
-"""SIGKILL at random moments of tuning and of few-shot training: the same command again makes the same files.
+"""SIGKILL at moments chosen by chance, and in the moments of writing: the same command then leaves what an undisturbed
+run leaves, bit for bit on the CPU.
 
-DISCL_KILLS=20 python -m pytest tests/test_kills.py   # as many kills of each script (default 3)
+KILLS=100 in the environment kills each step so often (default: 5). Each run is a fork of this process, which has the
+libraries imported already; its loading processes are forks of it.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import random
-import subprocess
+import shutil
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
-KILLS = int(os.environ.get("DISCL_KILLS", "3"))
-TUNE = [
-    "--mode",
-    "cls",
-    "--together",
-    "5",
-    "--batch-size",
-    "2",
-    "--epochs",
-    "150",
-    "--warmup-steps",
-    "2",
-    "--rank",
-    "2",
-]
-SCRIPTS = {
-    "tune_generator": ["--shots", "2", *TUNE, "--samples", "2", "--sample-steps", "2"],
-    "train_fewshot": ["--shots", "4", "--images", "real", "--epochs", "300", "--batch-size", "8", "--mix", "both"],
-}
+import filter_clipscore
+import generate_spectrum
+import models
+import train_iwildcam
+import train_lt
+from loaders import toycam
+from runtime import checkpoints, files
+
+KILLS = int(os.environ.get("KILLS", 5))
+LIMIT = 300  # seconds, after which a run that neither ends nor dies is a fault
+WRITING = ("fsync", "replace", "link")  # of os: what every write of a result goes through
+FREE = {"seconds", "images_per_second"}
 
 
-def run_under_kills(command: list[str], kills: int, longest: float, rng: random.Random) -> int:
-    """Run a command again and again until it ends by itself: how often it was killed, at most `kills` times."""
-    for number in range(kills):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def die_while_writing(count: int, before: bool) -> None:
+    """From now on the count-th call that makes a write last kills this process, before it or after it."""
+    left = [count]
+
+    def armed(real: Callable) -> Callable:
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if not left[0] and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = real(*args, **kwargs)
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return call
+
+    for name in WRITING:
+        setattr(os, name, armed(getattr(os, name)))
+
+
+def run(main: Callable, argv: list[str], log: Path, prepare: Callable = lambda: None, kill_at: float = LIMIT) -> int:
+    """Run a script in a process group of its own and kill it after so many seconds; its exit code, or -SIGKILL."""
+    pid = os.fork()
+    if not pid:
+        os.setsid()
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        code = 99
         try:
-            assert process.wait(timeout=rng.uniform(0, longest)) == 0
-            return number
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-    return kills
+            prepare()
+            code = main(argv)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(code)
+    end = time.monotonic() + kill_at
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > end:
+            # Now and then the main process alone: its loading processes find out for themselves.
+            (os.kill if random.random() < 0.1 else os.killpg)(pid, signal.SIGKILL)
+            end = time.monotonic() + LIMIT
+        time.sleep(0.002)
+    assert kill_at < LIMIT or time.monotonic() < end, "the run did not end"
+    return os.waitstatus_to_exitcode(status)
 
 
-def what_was_made(out: Path) -> dict[str, object]:
-    """The content of the files that a result is read from."""
-    found: dict[str, object] = {
-        str(path.relative_to(out)): path.read_bytes()
-        for pattern in ("*/*.safetensors", "*/history.jsonl", "*/samples_*.png", "*.csv", "*/shots.csv", "prompts.json")
-        for path in out.glob(pattern)
-    }
-    if (out / "results.json").is_file():
-        found["results"] = json.loads((out / "results.json").read_text())
-        found["logits"] = np.load(out / "predictions.npz")["logits"].tobytes()
-        lines = (out / "history.jsonl").read_text().splitlines()
-        found["history"] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
-    return found
+# ---------------------------------------------------------------------------------------------------------------------
+# the steps: a command, and all that its folder must hold in the end
+
+
+def drawn(folder: Path) -> dict:
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("shard-*/*.png")}
+    rows = [row for path in folder.glob("shard-*/metadata.jsonl") for row in lines_of(path)]
+    return found | {"plan": (folder / "plan.json").read_bytes(), "rows": {row["file_name"]: row for row in rows}}
+
+
+def lines_of(path: Path) -> list[dict]:
+    """The rows of a file of JSON lines, without those that a kill cut short."""
+    rows = []
+    for line in path.read_text().split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def filtered(folder: Path) -> dict:
+    return {name: (folder / name).read_bytes() for name in ("scores.csv", "scores.json")}
+
+
+def trained(folder: Path) -> dict:
+    """Results, history, predictions and weights, without times."""
+    state = checkpoints.load_checkpoint(folder / "checkpoint.pt", "cpu")
+    history = [
+        {k: v for k, v in row.items() if k not in FREE} for row in files.read_json_lines(folder / "history.jsonl")
+    ]
+    results = {k: v for k, v in files.read_json(folder / "results.json").items() if k not in FREE}
+    predictions = np.load(folder / "predictions.npz")
+    arrays = {name: predictions[name].tobytes() for name in predictions.files}
+    weights = {name: value.numpy().tobytes() for name, value in state["model"].items()}
+    return {"results": results, "history": history, **arrays, **weights}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Two classes of images in files."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for part, count in (("train", 9), ("val", 2), ("test", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 90, (32, 32, 3)) + 120 * label
+                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def traps(tmp_path_factory) -> Path:
+    """A camera-trap data set of a few of toycam's images."""
+    root = tmp_path_factory.mktemp("traps") / "toycam"
+    toycam.draw(root)
+    with (root / "metadata.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    kept = [row for split in {row["split"]: 0 for row in rows} for row in [r for r in rows if r["split"] == split][:12]]
+    with (root / "metadata.csv").open("w") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(kept)
+    (root / "class_names.txt").write_text("\n".join(toycam.CLASSES))
+    return root
+
+
+@pytest.fixture(params=["generate", "filter", "train_lt", "train_iwildcam"])
+def step(request, road, images, traps, tmp_path):
+    """A step's main, its arguments but for the folder, how its folder begins, and what it must hold."""
+    few = tmp_path / "few.csv"
+    few.write_text("".join(road.hard.read_text().splitlines(keepends=True)[:7]))
+    train = ["--curriculum", "none", "--epochs", "3", "--workers", "2", "--out"]
+    if request.param == "generate":
+        flags = ["--hard", str(few), "--prompts", str(road.prompts), "--levels", "50", "90", "--seeds", "1"]
+        return generate_spectrum.main, [*flags, "--steps", "4", "--batch-size", "3", "--out"], Path.mkdir, drawn
+    if request.param == "filter":
+        flags = ["--prompts", str(road.prompts), "--threshold", "0.1", "--batch-size", "16", "--spectrum"]
+        unscored = shutil.ignore_patterns("scores*", "acceptance.png")
+        return filter_clipscore.main, flags, lambda to: shutil.copytree(road.spectrum, to, ignore=unscored), filtered
+    if request.param == "train_lt":
+        flags = ["--dataset", "imagefolder", "--data-root", str(images), "--model", "resnet10", "--image-size", "32"]
+        return train_lt.main, [*flags, "--batch-size", "6", "--warmup-epochs", "0", *train], Path.mkdir, trained
+    flags = ["--dataset", "cameratraps", "--data-root", str(traps), "--clip", f"{ROOT}/assets/toycam_clip"]
+    flags += ["--batch-size", "4", "--precision", "fp32", "--lr", "3e-4"]
+    return train_iwildcam.main, [*flags, *train], Path.mkdir, trained
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_any_moment_a_script_makes_the_same_files(script, tmp_path):
-    def command(out: str) -> list[str]:
-        words = ["--dataset", "fewshot_digits", *SCRIPTS[script], "--out", str(tmp_path / out)]
-        return [sys.executable, str(ROOT / f"{script}.py"), *words]
-
+def test_a_step_killed_at_any_moment_leaves_what_an_undisturbed_run_leaves(step, tmp_path, monkeypatch):
+    main, flags, begin, content = step
+    monkeypatch.setattr(filter_clipscore, "SAVE_SECONDS", 0)  # else only the end of such a short run is saved
+    log, rng = tmp_path / "log.txt", random.Random(files.digest_int(main.__module__))
+    random.seed(0)
+    begin(tmp_path / "whole")
     began = time.monotonic()
-    subprocess.run(command("whole"), stdout=subprocess.DEVNULL, check=True)
-    longest, whole = 1.2 * (time.monotonic() - began), what_was_made(tmp_path / "whole")
-    assert len(whole) > 4
-    rng, killed, rounds = random.Random(0), 0, 0
+    assert run(main, [*flags, str(tmp_path / "whole")], log) == 0, log.read_text()
+    length, expected = time.monotonic() - began, content(tmp_path / "whole")
+    killed = folders = writes = 0
     while killed < KILLS:
-        rounds += 1
-        killed += run_under_kills(command(f"round{rounds}"), KILLS - killed, longest, rng)
-        assert what_was_made(tmp_path / f"round{rounds}") == whole
-    print(f"{script}: {killed} kills in {rounds} runs, the same {len(whole)} files each time")
+        folder = tmp_path / f"killed{folders}"
+        begin(folder)
+        for _ in range(4):  # a folder is killed a few times, and then finished
+            if rng.random() < 0.5:
+                count, before = rng.randrange(1, 30), rng.random() < 0.5
+                code = run(main, [*flags, str(folder)], log, lambda c=count, b=before: die_while_writing(c, b))
+                writes += code == -signal.SIGKILL
+            else:
+                code = run(main, [*flags, str(folder)], log, kill_at=length * rng.random())
+            assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
+            killed += code == -signal.SIGKILL
+            if not code:
+                break
+        assert run(main, [*flags, str(folder)], log) == 0, log.read_text()[-3000:]
+        found = content(folder)
+        assert found.keys() == expected.keys() and all(found[name] == expected[name] for name in expected)
+        assert not list(folder.rglob("*.tmp"))
+        shutil.rmtree(folder)
+        folders += 1
+    print(f"{main.__module__}: {killed} kills, {writes} of them in a write, over {folders} folders: the same bytes")
+
+
+assert models  # imported here, and so in every fork

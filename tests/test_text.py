@@ -8,8 +8,9 @@ import pytest
 
 import find_hard
 import write_prompts
-from runtime import cli, text
+from runtime import cli, files, text
 from runtime.text import UserError
+from spectrum import tables
 
 MESSAGES = {
     "class,prompt\n0,ä".encode("utf-16"): "is UTF-16; expected it saved as UTF-8",
@@ -54,6 +55,34 @@ def test_json_that_is_none_is_one_line(content):
 )
 def test_whole_numbers(word, value):
     assert text.parse_whole(word) == value
+
+
+def test_json_lines_are_objects_whatever_marks_and_line_ends_there_are(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\n{"a": "b\xe2\x80\xa8c"}\n')  # a line separator within a text
+    assert files.read_json_lines(path) == [{"a": 1}, {"a": "b\u2028c"}]
+    for content, says in (
+        (b'{"a": 1}\n{"a": ', "line 2: not valid JSON"),
+        (b"[1]\n", "line 1: expected an object"),
+        (b'{"a": "caf\xe9"}', "line 1: is not UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "is UTF-16"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=says):
+            files.read_json_lines(path)
+    path.write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match="expected an object with b"):
+        files.read_object(path, "b")
+
+
+def test_a_probability_that_is_none_is_one_line_and_half_a_line_is_no_row(tmp_path):
+    path = tmp_path / "h.jsonl"
+    path.write_text('{"source": "a", "probability": 0.5}\n{"source": "b", "probability": null}\n{"sour')
+    assert tables.read_probabilities(path) == {"a": 0.5, "b": None}
+    for value in ('"high"', "2.0", "NaN", "true"):
+        path.write_text(f'{{"source": "a", "probability": {value}}}\n')
+        with pytest.raises(UserError, match="row 1: expected a source and a probability"):
+            tables.read_probabilities(path)
 
 
 def test_a_number_of_5000_digits_and_a_windows_file_are_one_line_on_the_command_line(tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import curricula
 from curricula import REAL
 from loaders.base import DataSet, ImageSet, fold_of, join_sets
 from runtime import cli
+from runtime.text import parse_whole, read_csv
 from spectrum import edit_rules
 from spectrum import folder as spectrum_folder
 from training.pool import Pool
@@ -148,15 +148,13 @@ def count_wanted(args, data: DataSet) -> np.ndarray | None:
 
 def read_labels(path: Path, classes: int) -> np.ndarray:
     """The column label of a CSV file, int (N,)."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, restval=""))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise cli.UserError(f"--add like:{path}: not a readable CSV file ({cli.first_line(error)})") from None
-    for number, row in enumerate(rows, 2):
-        if not row.get("label", "").isdecimal() or int(row["label"]) >= classes:
-            raise cli.UserError(f"{path} row {number}: label is {row.get('label')!r}; expected a class below {classes}")
-    return np.array([int(row["label"]) for row in rows], dtype=int)
+    labels = []
+    for number, row in read_csv(path, ["label"]):
+        label = parse_whole(row["label"])
+        if label is None or label >= classes:
+            raise cli.UserError(f"{path} row {number}: label {row['label'][:40]!r}: expected a class below {classes}")
+        labels.append(label)
+    return np.array(labels, dtype=int)
 
 
 def test_figures(data: DataSet, logits) -> dict:

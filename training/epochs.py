@@ -70,12 +70,18 @@ def start_or_resume(args, model, optimizer, average, device: str) -> dict:
     }
     saved = checkpoints.load_latest_checkpoint(args.out / "checkpoint.pt", device)
     if saved:
-        state = saved
-        model.load_state_dict(state["model"])
-        if "optimizer" in state:  # a run that has only its tests to do is saved without
-            optimizer.load_state_dict(state["optimizer"])
-        if average:
-            average.load_state_dict(state["average"])
+        try:
+            state = {name: saved.pop(name) for name in state} | saved
+            model.load_state_dict(state["model"])
+            if "optimizer" in state:  # a run that has only its tests to do is saved without
+                optimizer.load_state_dict(state["optimizer"])
+            if average:
+                average.load_state_dict(state["average"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise cli.UserError(
+                f"{args.out / 'checkpoint.pt'}: of another trainer or model ({cli.first_line(error)}); delete it, or "
+                "pass --overwrite, to start anew"
+            ) from None
         if distributed.rank() == 0:
             print(f"{args.out}: resuming after epoch {state['epoch']} of {args.epochs}", flush=True)
     return state

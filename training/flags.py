@@ -17,7 +17,7 @@ def add_run_flags(parser) -> None:
     """Where a run goes and what it runs on."""
     parser.add_argument(
         "--out",
-        type=Path,
+        type=cli.new_folder,
         metavar="FOLDER",
         help="run folder (default: below runs/, with a name that the settings make)",
     )
