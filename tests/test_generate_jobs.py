@@ -590,7 +590,7 @@ def test_a_pipeline_of_any_other_kind_is_called_with_images_and_texts(monkeypatc
     pipe = models.load_generator(TINY, "cpu")
     source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
     expected = draw_one(generators.Generator(pipe, steps=4, text_guidance=3.0), 50, source)
-    monkeypatch.setattr(generators, "LATENT_PIPELINES", set())
+    monkeypatch.setattr(generators, "LATENT_PIPELINES", {})
     other = generators.Generator(pipe, steps=4, text_guidance=3.0)
     assert other.start_timestep(50) == -1
     assert (draw_one(other, 50, source) - expected).abs().max() < 1e-4
@@ -640,6 +640,24 @@ def test_sd3_runs_the_steps_and_draws_the_size_that_are_recorded(level, steps):
     drawn = generator.draw(batch, 0, ["a nine"], {"a": Image.linear_gradient("L").resize((32, 24)).convert("RGB")})
     assert (len(calls), drawn.shape) == (steps, (1, 3, 24, 32))
     assert worklist.steps_at(level, 10) == steps
+
+
+@pytest.mark.parametrize("level", [0, 50, 90])
+def test_flow_matching_by_latents_draws_what_a_plain_call_draws(level, monkeypatch):
+    pipe = tiny_sd3()
+    source = Image.linear_gradient("L").resize((32, 24)).convert("RGB")
+    units = [Unit(name, level, 0) for name in "ab"]
+    batch = worklist.Batch(level, (32, 24), None, units)
+    pictures = {"a": source, "b": source.rotate(180)}
+    fast = generators.Generator(pipe, steps=10, text_guidance=3.0)
+    assert fast.by_latents and fast.start_timestep(50) == 445  # the sixth of ten from 1000 to 1
+    together = fast.draw(batch, 0, ["a nine", "a four"], pictures)
+    monkeypatch.setattr(generators, "LATENT_PIPELINES", {})
+    plain = generators.Generator(pipe, steps=10, text_guidance=3.0)
+    for place, (unit, text) in enumerate(zip(units, ["a nine", "a four"], strict=True)):
+        alone = plain.draw(batch._replace(units=[unit]), 0, [text], pictures)
+        assert (together[place] - alone[0]).abs().max() < 1e-4
+        assert alone.std() > 0.01
 
 
 @pytest.mark.parametrize("level", [0, 50])
@@ -820,7 +838,7 @@ def test_each_class_is_drawn_with_its_own_lora(road, tmp_path):
 
 
 def test_the_benchmark_compares_the_same_images(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(bench.CONFIGS, "small", TINY_REFINER)
+    monkeypatch.setitem(bench.CONFIGS, "small", (TINY_REFINER, bench.CONFIGS["small"][1]))
     command = ["--sources", "3", "--plain-sources", "2", "--levels", "50", "90", "--steps", "4", "--size", "62x38"]
     result = bench.main([*command, "--out", str(tmp_path / "result.json")])
     assert json.loads((tmp_path / "result.json").read_text()) == result
@@ -833,10 +851,13 @@ def test_the_benchmark_compares_the_same_images(tmp_path, monkeypatch, capsys):
 def test_the_benchmark_times_the_unet_and_counts_its_operations():
     pipe = bench.build_refiner(TINY_REFINER)
     generator = generators.Generator(pipe, steps=4, text_guidance=5.0)
-    batch = worklist.Batch(50, (64, 64), None, [Unit("a", 50, 0)])
-    with bench.UnetTimer(pipe.unet) as timer:
-        generator.draw(batch, 0, ["a nine"], {"a": Image.new("RGB", (64, 64))})
-    assert timer.calls == 2 and timer.seconds > 0
+    operations = []
+    for size in ((64, 64), (128, 64)):
+        batch = worklist.Batch(50, size, None, [Unit("a", 50, 0)])
+        with bench.DenoiserTimer(pipe.unet) as timer:
+            generator.draw(batch, 0, ["a nine"], {"a": Image.new("RGB", size)})
+        assert timer.calls == 2 and timer.seconds > 0
+        operations.append(bench.count_flops(pipe.unet, timer.last, 1))
     # Operations of convolutions and of attention's projections grow with the pixels.
-    small, large = bench.unet_flops(pipe, (64, 64)), bench.unet_flops(pipe, (128, 64))
+    small, large = operations
     assert 1.5 * small < large < 2.5 * small
