@@ -75,8 +75,11 @@ def make_batches(
         adapter_of: name of the adapter that a source is drawn with, or None.
     """
     batches, filling = [], {}
+    of_source: dict[str, tuple] = {}  # asked once for each source, not for each of its units
     for unit in units:
-        kind = (unit.level, size_of(unit.source), adapter_of(unit.source))
+        if unit.source not in of_source:
+            of_source[unit.source] = size_of(unit.source), adapter_of(unit.source)
+        kind = (unit.level, *of_source[unit.source])
         group = filling.setdefault(kind, [])
         group.append(unit)
         if len(group) == batch_size:
