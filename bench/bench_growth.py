@@ -1,6 +1,6 @@
 """What it costs to begin, as the work grows: the plan of a spectrum of 10^4, 10^5 and 10^6 images, and a shard's start.
 
-For each number of units a folder of so many / 20 small JPEGs in 100 classes is made (links to one file), and hard.csv of
+For each number of units a folder of so many / 20 small JPEGs in 100 classes is made, links to one file, and hard.csv of
 all of them; generate_spectrum.py plans 4 levels and 5 seeds of each.
 
     plan    --dry-run of all units

@@ -27,7 +27,7 @@ LATENT_PIPELINES = {
     "StableDiffusion3Img2ImgPipeline": EMBEDDINGS,
     "FluxImg2ImgPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
 }
-ENCODE_PIXELS = 2**22  # pixels that go through the autoencoder at once: 16 images of 512x512
+ENCODE_PIXELS = 2**22  # pixels that go through the autoencoder at once, at most: 16 images of 512x512
 ENCODE_TEXTS = 64  # texts that go through the text encoders at once
 
 
@@ -86,6 +86,7 @@ class Generator:
     ):
         self.pipe, self.steps, self.text_guidance, self.pure_noise = pipe, steps, text_guidance, pure_noise
         self.cache = Cache(cache_mb)
+        self.pixels_at_once = {"encoder": ENCODE_PIXELS, "decoder": ENCODE_PIXELS}  # less where memory was too small
         self.adapter: str | None = None
         self.adapters = adapters
         self.stop = None  # a StopSignals, which is looked at after each denoising step
@@ -257,13 +258,36 @@ class Generator:
     def _encode_sources(self, batch: Batch, images: dict[str, Image.Image]) -> None:
         """Keep mean and standard deviation of each source's latent, (C, h, w) each, in the encoder's type."""
         missing = self.cache.missing(self._source_keys(batch))
-        at_once = max(1, ENCODE_PIXELS // (batch.size[0] * batch.size[1]))
-        for start in range(0, len(missing), at_once):
-            keys = missing[start : start + at_once]
+
+        def encode(some: slice) -> None:
+            keys = missing[some]
             pixels = self.pipe.image_processor.preprocess([images[key[1]] for key in keys])
             posterior = self.pipe.vae.encode(pixels.to(self.pipe.device, self.encoder_dtype)).latent_dist
             for key, mean, std in zip(keys, posterior.mean.cpu(), posterior.std.cpu(), strict=True):
                 self.cache.put(key, (mean.clone(), std.clone()))
+
+        self._in_parts("encoder", len(missing), batch.size[0] * batch.size[1], encode)
+
+    def _in_parts(self, half: str, count: int, pixels: int, run: Callable) -> list:
+        """What a half of the autoencoder gives of `count` images of so many pixels, as many at once as fit into memory.
+
+        What fits is found out by halving, and is kept in pixels, so that images of other sizes go by it too. Nothing
+        that is done already is done again.
+        """
+        found, start = [], 0
+        while start < count:
+            most = min(count - start, max(1, self.pixels_at_once[half] // pixels))
+            try:
+                found.append(run(slice(start, start + most)))
+                start += most
+                continue
+            except torch.OutOfMemoryError:
+                if most == 1:
+                    raise
+            # Not within the except clause, whose exception holds what has to be freed.
+            torch.cuda.empty_cache()
+            self.pixels_at_once[half] = most // 2 * pixels
+        return found
 
     def _encode_texts(self, texts: list[str], adapter: str | None) -> None:
         """Keep the embeddings of each text, and of the empty text that guidance leads away from."""
@@ -335,12 +359,12 @@ class Generator:
             latents = latents * std / config.scaling_factor + mean
         else:
             latents = latents / config.scaling_factor + (config.shift_factor or 0)
-        multiple = 2 ** (len(config.block_out_channels) - 1)
-        at_once = max(1, ENCODE_PIXELS // (latents.shape[-1] * latents.shape[-2] * multiple**2))
-        decoded = [
-            self.pipe.vae.decode(some.to(self.decoder_dtype), return_dict=False)[0].float()
-            for some in latents.split(at_once)
-        ]
+        pixels = latents.shape[-1] * latents.shape[-2] * 4 ** (len(config.block_out_channels) - 1)
+
+        def decode(some: slice) -> torch.Tensor:
+            return self.pipe.vae.decode(latents[some].to(self.decoder_dtype), return_dict=False)[0].float()
+
+        decoded = self._in_parts("decoder", len(latents), pixels, decode)
         return torch.cat(decoded).div(2).add(0.5).clamp(0, 1)
 
 

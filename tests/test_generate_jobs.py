@@ -22,7 +22,7 @@ import generate_spectrum
 import models
 from bench import bench_spectrum as bench
 from generation import generator as generators
-from generation import loras, worklist
+from generation import job, loras, worklist
 from generation.writer import save_image
 from loaders.sources import Sources
 from runtime.cli import UserError
@@ -150,6 +150,39 @@ def test_batches_that_do_not_fit_into_memory_are_drawn_in_parts(few, tmp_path, m
     monkeypatch.setattr(generators.Generator, "draw", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(UserError, match="--size: one image of 16x16 does not fit"):
         generate_spectrum.main([*few[0], "--out", str(tmp_path / "t")])
+
+
+def test_an_autoencoder_that_needs_more_memory_goes_in_parts_and_no_denoising_is_lost(monkeypatch):
+    pipe = models.load_generator(TINY, "cpu")
+    source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    names = "abcde"
+    batch = worklist.Batch(50, (16, 16), None, [Unit(name, 50, 0) for name in names])
+    pictures = {name: source.rotate(90 * place) for place, name in enumerate(names)}
+    expected = generators.Generator(pipe, steps=4, text_guidance=3.0).draw(batch, 0, ["a nine"] * 5, pictures)
+    met = {"encode": [], "decode": [], "unet": []}
+
+    def limit(half: str, most: int) -> None:
+        real = getattr(pipe.vae, half)
+
+        def run(images, *rest, **options):
+            met[half].append(len(images))
+            if len(images) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(images, *rest, **options)
+
+        monkeypatch.setattr(pipe.vae, half, run)
+
+    limit("encode", 2)
+    limit("decode", 3)
+    pipe.unet.register_forward_pre_hook(lambda *_: met["unet"].append(0))
+    generator = generators.Generator(pipe, steps=4, text_guidance=3.0)
+    drawn = generator.draw(batch, 0, ["a nine"] * 5, pictures)
+    assert met["encode"] == [5, 2, 2, 1] and met["decode"] == [5, 2, 2, 1] and len(met["unet"]) == 2
+    assert (drawn - expected).abs().max() < 1e-4
+    # Known in pixels: of images twice as wide one goes at a time, without another try.
+    wide = batch._replace(size=(32, 16))
+    generator.draw(wide, 0, ["a nine"] * 5, {name: image.resize((32, 16)) for name, image in pictures.items()})
+    assert met["encode"][4:] == [1] * 5 and met["decode"][4:] == [1] * 5
 
 
 def test_an_error_of_the_writer_ends_the_job(few, tmp_path, monkeypatch):
@@ -557,7 +590,11 @@ def test_a_padded_batch_has_one_shape_and_gives_the_same_images():
     assert padded.shape == alone.shape and (padded - alone).abs().max() < 1e-4
 
 
-def test_compiling_pads_every_batch_to_one_shape(few, tmp_path, monkeypatch):
+def test_a_compiled_model_meets_few_sizes_of_batches():
+    assert [job.pad_size(count, 24) for count in (1, 2, 3, 5, 9, 16, 17, 24)] == [1, 2, 4, 8, 16, 16, 24, 24]
+
+
+def test_compiling_pads_batches_to_few_shapes(few, tmp_path, monkeypatch):
     compiled, shapes, real = [], set(), models.load_generator
 
     def load(*arguments):
@@ -568,7 +605,8 @@ def test_compiling_pads_every_batch_to_one_shape(few, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_generator", load)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
     out = draw(few, tmp_path / "s", "--compile")
-    assert compiled == ["UNet2DConditionModel"] and shapes == {(10, 4, 8, 8)}
+    # Of 12 units of a level five, five and two, each twice for classifier-free guidance.
+    assert compiled == ["UNet2DConditionModel"] and shapes == {(10, 4, 8, 8), (4, 4, 8, 8)}
     assert rows_of(out) == rows_of(few[1])
     for name in rows_of(out):
         a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (out, few[1]))
