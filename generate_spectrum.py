@@ -270,7 +270,7 @@ def add_run_flags(group) -> None:
         help="memory for encoded sources and prompts, which are encoded again where it does not suffice",
     )
     group.add_argument(
-        "--compile", action="store_true", help="compile the UNet; minutes at first, faster on a GPU after that"
+        "--compile", action="store_true", help="compile the denoiser; minutes at first, faster on a GPU after that"
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 

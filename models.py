@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from runtime.cli import UserError, first_line
-from runtime.files import digest_files, read_json
+from runtime.files import digest_folder, read_json
 from training.networks import CifarResNet, CosineHead, FullPrecisionLinear
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -300,7 +300,7 @@ def describe_generator(name_or_path: str, revision: str | None) -> dict[str, str
     local = Path(name_or_path)
     if local.is_dir():  # a folder may move or be trained again: its content is what counts
         files = sorted(path for path in local.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
-        return {"generator": local.name, "revision": digest_files(files)}
+        return {"generator": local.name, "revision": digest_folder(local, files)}
     return {"generator": name_or_path, "revision": resolve_revision(name_or_path, revision or "main")}
 
 

@@ -18,11 +18,16 @@ from PIL import Image
 from generation.worklist import Batch, steps_at
 from runtime.cli import UserError
 
-# Pipelines that take latents for the image, and whose encode_prompt gives what their call takes. All others are called
-# with images and texts.
-LATENT_PIPELINES = {"StableDiffusionImg2ImgPipeline", "StableDiffusionXLImg2ImgPipeline"}
+# Pipelines that take latents for the image, and what their encode_prompt gives in turn, by the names that their call
+# takes it by. All others are called with images and texts.
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-ENCODE_PIXELS = 2**22  # pixels that go through the autoencoder at once: 16 images of 512x512
+LATENT_PIPELINES = {
+    "StableDiffusionImg2ImgPipeline": EMBEDDINGS[:2],
+    "StableDiffusionXLImg2ImgPipeline": EMBEDDINGS,
+    "StableDiffusion3Img2ImgPipeline": EMBEDDINGS,
+    "FluxImg2ImgPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
+}
+ENCODE_PIXELS = 2**22  # pixels that go through the autoencoder at once, at most: 16 images of 512x512
 ENCODE_TEXTS = 64  # texts that go through the text encoders at once
 
 
@@ -81,48 +86,56 @@ class Generator:
     ):
         self.pipe, self.steps, self.text_guidance, self.pure_noise = pipe, steps, text_guidance, pure_noise
         self.cache = Cache(cache_mb)
+        self.pixels_at_once = {"encoder": ENCODE_PIXELS, "decoder": ENCODE_PIXELS}  # less where memory was too small
         self.adapter: str | None = None
         self.adapters = adapters
         self.stop = None  # a StopSignals, which is looked at after each denoising step
         self.accepted = inspect.signature(type(pipe).__call__).parameters
-        # These pipelines know latents by their four channels: any other number would be encoded as an image.
-        self.by_latents = type(pipe).__name__ in LATENT_PIPELINES and pipe.vae.config.latent_channels == 4
+        self.flow = hasattr(pipe, "transformer")  # flow matching counts steps and scales latents in its own way
+        # A pipeline knows latents by their channels, four where it names no other number: else it would encode them.
+        known = getattr(getattr(pipe, "image_processor", None), "config", {}).get("vae_latent_channels", 4)
+        self.embeddings = LATENT_PIPELINES.get(type(pipe).__name__, ())
+        self.by_latents = bool(self.embeddings) and pipe.vae.config.latent_channels == known
         if type(self) is Generator and "strength" not in self.accepted:
             raise UserError(
                 f"--generator: {type(pipe).__name__} has no strength, by which levels are drawn; expected an "
                 "image-to-image pipeline that has one"
             )
-        if self.by_latents and pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        if self.by_latents and not self.flow and pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
             raise UserError(
                 f"--generator: its UNet takes {pipe.unet.config.in_channels} channels, as one for inpainting does; "
                 "expected a column mask in --hard, or a generator for image-to-image"
             )
-        if pure_noise and not self.by_latents:
+        if pure_noise and (self.flow or not self.by_latents):
             raise UserError(
                 f"--pure-noise: not possible with {type(pipe).__name__} as this generator has it; expected a Stable "
                 "Diffusion pipeline for image-to-image, with latents of four channels"
             )
+        self.timesteps: list[float] = []
         if self.by_latents:
             self.prepare_vae()
-            pipe.scheduler.set_timesteps(steps)
-            self.timesteps = pipe.scheduler.timesteps[:: pipe.scheduler.order].tolist()
+            if not pipe.scheduler.config.get("use_dynamic_shifting"):  # by which they hang on the image's size
+                pipe.scheduler.set_timesteps(steps)
+                self.timesteps = pipe.scheduler.timesteps[:: pipe.scheduler.order].tolist()
 
     def prepare_vae(self) -> None:
-        """Set the number types of the UNet's latents and of the autoencoder's two halves."""
-        vae, self.dtype = self.pipe.vae, self.pipe.unet.dtype
-        # As the pipelines themselves do, but once: a float16 encoder or decoder of SDXL gives black images.
-        if vae.config.force_upcast and self.dtype != torch.float32:
+        """Set the number types of the denoiser's latents and of the autoencoder's two halves."""
+        vae, self.dtype = self.pipe.vae, (self.pipe.transformer if self.flow else self.pipe.unet).dtype
+        # As the pipelines themselves do, but once: a float16 encoder or decoder of SDXL gives black images. Those of
+        # flow matching do not.
+        upcast = vae.config.force_upcast and not self.flow
+        if upcast and self.dtype != torch.float32:
             vae.encoder.to(torch.float32)
             if vae.quant_conv is not None:
                 vae.quant_conv.to(torch.float32)
-        if vae.config.force_upcast and self.dtype == torch.float16:
+        if upcast and self.dtype == torch.float16:
             vae.to(torch.float32)
         self.encoder_dtype = next(vae.encoder.parameters()).dtype
         self.decoder_dtype = next(vae.decoder.parameters()).dtype
 
     def start_timestep(self, level: int) -> int:
         """The timestep that a level's denoising starts at, -1 where only the pipeline itself knows."""
-        return int(self.timesteps[self.steps - steps_at(level, self.steps)]) if self.by_latents else -1
+        return int(self.timesteps[self.steps - steps_at(level, self.steps)]) if self.timesteps else -1
 
     def strength_of(self, run: int) -> float:
         """The strength at which the pipeline runs so many of its steps."""
@@ -130,7 +143,7 @@ class Generator:
             return 1.0
         # Most run int(steps * strength) steps: half a step more keeps that from falling one short.
         strengths = [(run + 0.5) / self.steps, (run - 0.5) / self.steps]
-        if self.by_latents or not hasattr(self.pipe, "get_timesteps"):
+        if (self.by_latents and not self.flow) or not hasattr(self.pipe, "get_timesteps"):
             return strengths[0]
         # SD3, Flux, Qwen-Image and Z-Image leave out int(steps - steps * strength): half a step less is right there.
         return next(
@@ -214,8 +227,12 @@ class Generator:
                 image=self._noised_from(batch, generators),
                 output_type="latent",
                 **call,
+                **self._sides(batch),
                 **self._embeddings(texts, batch.adapter),
             ).images
+            if hasattr(self.pipe, "_unpack_latents"):  # Flux's, which are rows of patches
+                sides = batch.size[1], batch.size[0]
+                latents = self.pipe._unpack_latents(latents, *sides, self.pipe.vae_scale_factor)
             drawn = self._decode(latents)
         else:
             for key in self.cache.missing(self._source_keys(batch)):
@@ -224,51 +241,81 @@ class Generator:
                 Image.frombytes("RGB", batch.size, self.cache.get(key)[0].numpy().tobytes())
                 for key in self._source_keys(batch)
             ]
-            size = {"width": batch.size[0], "height": batch.size[1]}  # else some draw the model's own square
-            call |= {name: side for name, side in size.items() if name in self.accepted} | self.more_inputs(batch)
+            call |= self._sides(batch) | self.more_inputs(batch)
             drawn = self._run(run, prompt=texts, image=pictures, output_type="pt", **call).images
-            if drawn.shape[-2:] != (batch.size[1], batch.size[0]):
-                raise UserError(
-                    f"--size: {type(self.pipe).__name__} drew {drawn.shape[-1]}x{drawn.shape[-2]}, not "
-                    f"{batch.size[0]}x{batch.size[1]}; expected a size that this generator can draw"
-                )
+        if drawn.shape[-2:] != (batch.size[1], batch.size[0]):
+            raise UserError(
+                f"--size: {type(self.pipe).__name__} drew {drawn.shape[-1]}x{drawn.shape[-2]}, not "
+                f"{batch.size[0]}x{batch.size[1]}; expected a size that this generator can draw"
+            )
         self.cache.shrink()
         return drawn[: len(units) - surplus].float()
+
+    def _sides(self, batch: Batch) -> dict[str, int]:
+        """A batch's width and height for pipelines that take them: some draw the model's own square without."""
+        return {name: side for name, side in zip(("width", "height"), batch.size, strict=True) if name in self.accepted}
 
     def _encode_sources(self, batch: Batch, images: dict[str, Image.Image]) -> None:
         """Keep mean and standard deviation of each source's latent, (C, h, w) each, in the encoder's type."""
         missing = self.cache.missing(self._source_keys(batch))
-        at_once = max(1, ENCODE_PIXELS // (batch.size[0] * batch.size[1]))
-        for start in range(0, len(missing), at_once):
-            keys = missing[start : start + at_once]
+
+        def encode(some: slice) -> None:
+            keys = missing[some]
             pixels = self.pipe.image_processor.preprocess([images[key[1]] for key in keys])
             posterior = self.pipe.vae.encode(pixels.to(self.pipe.device, self.encoder_dtype)).latent_dist
             for key, mean, std in zip(keys, posterior.mean.cpu(), posterior.std.cpu(), strict=True):
                 self.cache.put(key, (mean.clone(), std.clone()))
 
+        self._in_parts("encoder", len(missing), batch.size[0] * batch.size[1], encode)
+
+    def _in_parts(self, half: str, count: int, pixels: int, run: Callable) -> list:
+        """What a half of the autoencoder gives of `count` images of so many pixels, as many at once as fit into memory.
+
+        What fits is found out by halving, and is kept in pixels, so that images of other sizes go by it too. Nothing
+        that is done already is done again.
+        """
+        found, start = [], 0
+        while start < count:
+            most = min(count - start, max(1, self.pixels_at_once[half] // pixels))
+            try:
+                found.append(run(slice(start, start + most)))
+                start += most
+                continue
+            except torch.OutOfMemoryError:
+                if most == 1:
+                    raise
+            # Not within the except clause, whose exception holds what has to be freed.
+            torch.cuda.empty_cache()
+            self.pixels_at_once[half] = most // 2 * pixels
+        return found
+
     def _encode_texts(self, texts: list[str], adapter: str | None) -> None:
         """Keep the embeddings of each text, and of the empty text that guidance leads away from."""
         missing = [key[2] for key in self.cache.missing([("text", adapter, text) for text in texts])]
+        taken = inspect.signature(self.pipe.encode_prompt).parameters
+        # Those of several encoders want a text for each, and take the first for all where the others have none.
+        more = {"do_classifier_free_guidance": True, "prompt_2": None, "prompt_3": None}
+        more = {name: value for name, value in more.items() if name in taken}
         for start in range(0, len(missing), ENCODE_TEXTS):
             some = missing[start : start + ENCODE_TEXTS]
-            encoded = self.pipe.encode_prompt(
-                prompt=some, device=self.pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=True
-            )
-            tensors = [encoded[0].cpu(), *([encoded[2].cpu()] if len(encoded) > 2 else [])]
+            encoded = self.pipe.encode_prompt(prompt=some, device=self.pipe.device, num_images_per_prompt=1, **more)
+            named = list(zip(self.embeddings, encoded, strict=False))
+            positive = [tensor.cpu() for name, tensor in named if not name.startswith("negative")]
+            negative = [tensor[0].cpu().clone() for name, tensor in named if name.startswith("negative")]
             for place, text in enumerate(some):
-                self.cache.put(("text", adapter, text), tuple(tensor[place].clone() for tensor in tensors))
-            self.cache.put(("negative", adapter), tuple(tensor[0].cpu().clone() for tensor in encoded[1::2]))
+                self.cache.put(("text", adapter, text), tuple(tensor[place].clone() for tensor in positive))
+            self.cache.put(("negative", adapter), tuple(negative))
 
     def _embeddings(self, texts: list[str], adapter: str | None) -> dict[str, torch.Tensor]:
         """The texts as keyword arguments of the pipeline's call."""
-        positive = [
-            torch.stack(parts) for parts in zip(*(self.cache.get(("text", adapter, t)) for t in texts), strict=True)
-        ]
+        positive = map(torch.stack, zip(*(self.cache.get(("text", adapter, t)) for t in texts), strict=True))
         if self.cache.missing([("negative", adapter)]):
             self._encode_texts([""], adapter)
-        negative = [part.expand(len(texts), *part.shape).contiguous() for part in self.cache.get(("negative", adapter))]
-        pairs = [tensor for pair in zip(positive, negative, strict=True) for tensor in pair]
-        return {name: tensor.to(self.pipe.device) for name, tensor in zip(EMBEDDINGS, pairs, strict=False)}
+        negative = (part.expand(len(texts), *part.shape).contiguous() for part in self.cache.get(("negative", adapter)))
+        return {
+            name: next(negative if name.startswith("negative") else positive).to(self.pipe.device)
+            for name in self.embeddings
+        }
 
     def _noised_from(self, batch: Batch, generators: list[torch.Generator]) -> torch.Tensor:
         """The latents that the pipeline adds noise to, (N, C, h, w).
@@ -293,7 +340,7 @@ class Generator:
         if config.latents_mean is not None and config.latents_std is not None:
             mean, std = self._statistics(start)
             return (start - mean) * config.scaling_factor / std
-        return start * config.scaling_factor
+        return (start - config.shift_factor if config.shift_factor else start) * config.scaling_factor
 
     def _is_pure(self, batch: Batch) -> bool:
         return self.pure_noise and batch.level == 0
@@ -311,13 +358,13 @@ class Generator:
             mean, std = self._statistics(latents)
             latents = latents * std / config.scaling_factor + mean
         else:
-            latents = latents / config.scaling_factor
-        multiple = 2 ** (len(config.block_out_channels) - 1)
-        at_once = max(1, ENCODE_PIXELS // (latents.shape[-1] * latents.shape[-2] * multiple**2))
-        decoded = [
-            self.pipe.vae.decode(some.to(self.decoder_dtype), return_dict=False)[0].float()
-            for some in latents.split(at_once)
-        ]
+            latents = latents / config.scaling_factor + (config.shift_factor or 0)
+        pixels = latents.shape[-1] * latents.shape[-2] * 4 ** (len(config.block_out_channels) - 1)
+
+        def decode(some: slice) -> torch.Tensor:
+            return self.pipe.vae.decode(latents[some].to(self.decoder_dtype), return_dict=False)[0].float()
+
+        decoded = self._in_parts("decoder", len(latents), pixels, decode)
         return torch.cat(decoded).div(2).add(0.5).clamp(0, 1)
 
 

@@ -43,7 +43,7 @@ class Job:
         self.args, self.plan, self.folder, self.prefetcher, self.scorer = plan.args, plan, folder, prefetcher, scorer
         self.saved = self.redraws = self.reached = 0
         self.failed: list[Unit] = []
-        self.at_once: dict[tuple[int, int], int] = {}  # of a size, set where a batch did not fit into memory
+        self.pixels_at_once = math.inf  # less where a batch did not fit into memory
 
     def draw(self, pipe, todo: list[Batch], done: set[Unit], stop: signals.StopSignals, adapters=None) -> None:
         """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again.
@@ -56,7 +56,7 @@ class Job:
         self.generator = self.build_generator(pipe, adapters)
         self.generator.stop = stop
         if args.compile:
-            pipe.unet.compile()
+            (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).compile()
         self.scheduler = type(pipe.scheduler).__name__
         total = sum(self.plan.steps_of(batch.level) * len(batch.units) for batch in todo)
         began = time.monotonic()
@@ -150,15 +150,16 @@ class Job:
         self.redraws += len(batch.units) if redraw else 0
         while batch.units:
             # Draw as many at once as fit into memory.
-            most = self.at_once.get(batch.size, self.most_at_once)
-            if not self.args.compile:
-                most = min(most, len(batch.units))
+            pixels = batch.size[0] * batch.size[1]
+            most = int(max(1, min(self.most_at_once, self.pixels_at_once // pixels)))
+            padded = pad_size(min(most, len(batch.units)), most) if self.args.compile else 0
+            most = min(most, len(batch.units))
             some = batch._replace(units=batch.units[:most])
             if parts:  # the part before may have driven encoded sources out of memory
                 images = images | self.read_sources(some)
             texts = [self.prompt(unit, redraw) for unit in some.units]
             try:
-                drawn = self.generator.draw(some, redraw, texts, images, most if self.args.compile else 0)
+                drawn = self.generator.draw(some, redraw, texts, images, padded)
                 parts.append(to_host(drawn))
                 batch = batch._replace(units=batch.units[most:])
                 continue
@@ -169,7 +170,7 @@ class Job:
                     ) from None
             # Halve the batch. Not within the except clause, whose exception holds what has to be freed.
             torch.cuda.empty_cache()
-            self.at_once[batch.size] = most // 2
+            self.pixels_at_once = most // 2 * pixels
             print(f"{most} images of {size} do not fit into this device's memory: {most // 2} at once", flush=True)
         if len(parts) == 1:
             return parts[0]
@@ -281,3 +282,11 @@ class Job:
             )
         print(f"{path}: all that could not be drawn")
         return 1
+
+
+def pad_size(count: int, most: int) -> int:
+    """How many images a compiled model draws for `count`: the next power of two, or `most`.
+
+    So it meets few shapes, and draws less than twice what is asked for.
+    """
+    return min(most, 1 << (count - 1).bit_length())

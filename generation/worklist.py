@@ -75,8 +75,11 @@ def make_batches(
         adapter_of: name of the adapter that a unit is drawn with, or None.
     """
     batches, filling = [], {}
+    sizes: dict[str, tuple[int, int]] = {}  # asked once for each source, not for each of its units
     for unit in units:
-        kind = (unit.level, size_of(unit.source), adapter_of(unit))
+        if unit.source not in sizes:
+            sizes[unit.source] = size_of(unit.source)
+        kind = (unit.level, sizes[unit.source], adapter_of(unit))
         group = filling.setdefault(kind, [])
         group.append(unit)
         if len(group) == batch_size:

@@ -76,9 +76,15 @@ class Sources:
         Raises:
             UserError: no such image, or none that can be opened.
         """
-        if name in self.places or self.data_root is None or name.startswith("index:"):
-            return self.read(name)[0].size
-        if not is_below(name) or not (self.data_root / name).is_file():
+        if name in self.places and self.train.in_memory:
+            return self.train.images.shape[2], self.train.images.shape[1]
+        if name in self.places:
+            path = self.train.images[self.places[name]]
+        elif self.data_root is not None and not name.startswith("index:") and is_below(name):
+            path = self.data_root / name
+        else:
+            path = None
+        if path is None or not path.is_file():
             return self.read(name)[0].size  # which says what is wrong with it
-        with open_image(self.data_root / name, f"source {name}") as image:
+        with open_image(path, f"source {name}") as image:
             return upright_size(image)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,32 @@ def digest_files(paths: list[Path]) -> str:
     for path in paths:
         with path.open("rb") as file:
             state.update(hashlib.file_digest(file, "blake2b").digest())
+    return state.hexdigest()
+
+
+def digest_folder(folder: Path, paths: list[Path]) -> str:
+    """As `digest_files`, of files below a folder, whose own digests are kept there by size and time of change.
+
+    A generator's weights are read once and not at every start. Where the folder is not to be written to, they are read.
+    """
+    kept = folder / ".digests"
+    try:
+        known = dict(json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    digests, state = {}, hashlib.blake2b(digest_size=8)
+    for path in paths:
+        name, found = path.relative_to(folder).as_posix(), path.stat()
+        stamp = [found.st_size, found.st_mtime_ns]
+        if known.get(name, [])[:2] == stamp:
+            digests[name] = known[name]
+        else:
+            with path.open("rb") as file:
+                digests[name] = [*stamp, hashlib.file_digest(file, "blake2b").hexdigest()]
+        state.update(bytes.fromhex(digests[name][2]))
+    if digests != known:
+        with suppress(OSError):
+            write_text(kept, json.dumps(digests))
     return state.hexdigest()
 
 

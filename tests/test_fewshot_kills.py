@@ -1,6 +1,6 @@
 """SIGKILL at random moments of tuning and of few-shot training: the same command again makes the same files.
 
-DISCL_KILLS=20 python -m pytest tests/test_kills.py   # as many kills of each script (default 3)
+KILLS=20 python -m pytest tests/test_fewshot_kills.py  # as many kills of each script (default 3)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-KILLS = int(os.environ.get("DISCL_KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "3"))
 TUNE = [
     "--mode",
     "cls",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_editors
 import torch
 from PIL import Image
 from test_generate import TINY, contents, image_folder, rows_of, write_hard
@@ -21,7 +22,7 @@ import generate_spectrum
 import models
 from bench import bench_spectrum as bench
 from generation import generator as generators
-from generation import loras, worklist
+from generation import job, loras, worklist
 from generation.writer import save_image
 from loaders.sources import Sources
 from runtime.cli import UserError
@@ -149,6 +150,39 @@ def test_batches_that_do_not_fit_into_memory_are_drawn_in_parts(few, tmp_path, m
     monkeypatch.setattr(generators.Generator, "draw", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(UserError, match="--size: one image of 16x16 does not fit"):
         generate_spectrum.main([*few[0], "--out", str(tmp_path / "t")])
+
+
+def test_an_autoencoder_that_needs_more_memory_goes_in_parts_and_no_denoising_is_lost(monkeypatch):
+    pipe = models.load_generator(TINY, "cpu")
+    source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
+    names = "abcde"
+    batch = worklist.Batch(50, (16, 16), None, [Unit(name, 50, 0) for name in names])
+    pictures = {name: source.rotate(90 * place) for place, name in enumerate(names)}
+    expected = generators.Generator(pipe, steps=4, text_guidance=3.0).draw(batch, 0, ["a nine"] * 5, pictures)
+    met = {"encode": [], "decode": [], "unet": []}
+
+    def limit(half: str, most: int) -> None:
+        real = getattr(pipe.vae, half)
+
+        def run(images, *rest, **options):
+            met[half].append(len(images))
+            if len(images) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(images, *rest, **options)
+
+        monkeypatch.setattr(pipe.vae, half, run)
+
+    limit("encode", 2)
+    limit("decode", 3)
+    pipe.unet.register_forward_pre_hook(lambda *_: met["unet"].append(0))
+    generator = generators.Generator(pipe, steps=4, text_guidance=3.0)
+    drawn = generator.draw(batch, 0, ["a nine"] * 5, pictures)
+    assert met["encode"] == [5, 2, 2, 1] and met["decode"] == [5, 2, 2, 1] and len(met["unet"]) == 2
+    assert (drawn - expected).abs().max() < 1e-4
+    # Known in pixels: of images twice as wide one goes at a time, without another try.
+    wide = batch._replace(size=(32, 16))
+    generator.draw(wide, 0, ["a nine"] * 5, {name: image.resize((32, 16)) for name, image in pictures.items()})
+    assert met["encode"][4:] == [1] * 5 and met["decode"][4:] == [1] * 5
 
 
 def test_an_error_of_the_writer_ends_the_job(few, tmp_path, monkeypatch):
@@ -556,7 +590,11 @@ def test_a_padded_batch_has_one_shape_and_gives_the_same_images():
     assert padded.shape == alone.shape and (padded - alone).abs().max() < 1e-4
 
 
-def test_compiling_pads_every_batch_to_one_shape(few, tmp_path, monkeypatch):
+def test_a_compiled_model_meets_few_sizes_of_batches():
+    assert [job.pad_size(count, 24) for count in (1, 2, 3, 5, 9, 16, 17, 24)] == [1, 2, 4, 8, 16, 16, 24, 24]
+
+
+def test_compiling_pads_batches_to_few_shapes(few, tmp_path, monkeypatch):
     compiled, shapes, real = [], set(), models.load_generator
 
     def load(*arguments):
@@ -567,7 +605,8 @@ def test_compiling_pads_every_batch_to_one_shape(few, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_generator", load)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
     out = draw(few, tmp_path / "s", "--compile")
-    assert compiled == ["UNet2DConditionModel"] and shapes == {(10, 4, 8, 8)}
+    # Of 12 units of a level five, five and two, each twice for classifier-free guidance.
+    assert compiled == ["UNet2DConditionModel"] and shapes == {(10, 4, 8, 8), (4, 4, 8, 8)}
     assert rows_of(out) == rows_of(few[1])
     for name in rows_of(out):
         a, b = (np.asarray(Image.open(folder / name)).astype(int) for folder in (out, few[1]))
@@ -590,7 +629,7 @@ def test_a_pipeline_of_any_other_kind_is_called_with_images_and_texts(monkeypatc
     pipe = models.load_generator(TINY, "cpu")
     source = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
     expected = draw_one(generators.Generator(pipe, steps=4, text_guidance=3.0), 50, source)
-    monkeypatch.setattr(generators, "LATENT_PIPELINES", set())
+    monkeypatch.setattr(generators, "LATENT_PIPELINES", {})
     other = generators.Generator(pipe, steps=4, text_guidance=3.0)
     assert other.start_timestep(50) == -1
     assert (draw_one(other, 50, source) - expected).abs().max() < 1e-4
@@ -640,6 +679,36 @@ def test_sd3_runs_the_steps_and_draws_the_size_that_are_recorded(level, steps):
     drawn = generator.draw(batch, 0, ["a nine"], {"a": Image.linear_gradient("L").resize((32, 24)).convert("RGB")})
     assert (len(calls), drawn.shape) == (steps, (1, 3, 24, 32))
     assert worklist.steps_at(level, 10) == steps
+
+
+def tiny_flux(folder):
+    """FLUX.1 in small: packed latents, text guidance as an input, timesteps that hang on the size."""
+    from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline
+
+    parts = FluxKontextPipeline.from_pretrained(tiny_editors.save_kontext(folder)).components
+    pipe = FluxImg2ImgPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("level", [0, 50, 90])
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_flow_matching_by_latents_draws_what_a_plain_call_draws(family, level, tmp_path, monkeypatch):
+    pipe = tiny_sd3() if family == "sd3" else tiny_flux(tmp_path)
+    source = Image.linear_gradient("L").resize((32, 24)).convert("RGB")
+    units, texts = [Unit(name, level, 0) for name in "ab"], ["a nine", "a four"]
+    batch = worklist.Batch(level, (32, 24), None, units)
+    pictures = {"a": source, "b": source.rotate(180)}
+    fast = generators.Generator(pipe, steps=10, text_guidance=3.0)
+    # The sixth of ten timesteps from 1000 to 1; Flux's hang on the image's size.
+    assert fast.by_latents and fast.start_timestep(50) == {"sd3": 445, "flux": -1}[family]
+    together = fast.draw(batch, 0, texts, pictures)
+    monkeypatch.setattr(generators, "LATENT_PIPELINES", {})
+    plain = generators.Generator(pipe, steps=10, text_guidance=3.0)
+    for place, (unit, text) in enumerate(zip(units, texts, strict=True)):
+        alone = plain.draw(batch._replace(units=[unit]), 0, [text], pictures)
+        assert (together[place] - alone[0]).abs().max() < 1e-4
+        assert alone.std() > 0.01
 
 
 @pytest.mark.parametrize("level", [0, 50])
@@ -820,7 +889,7 @@ def test_each_class_is_drawn_with_its_own_lora(road, tmp_path):
 
 
 def test_the_benchmark_compares_the_same_images(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(bench.CONFIGS, "small", TINY_REFINER)
+    monkeypatch.setitem(bench.CONFIGS, "small", (TINY_REFINER, bench.CONFIGS["small"][1]))
     command = ["--sources", "3", "--plain-sources", "2", "--levels", "50", "90", "--steps", "4", "--size", "62x38"]
     result = bench.main([*command, "--out", str(tmp_path / "result.json")])
     assert json.loads((tmp_path / "result.json").read_text()) == result
@@ -833,10 +902,13 @@ def test_the_benchmark_compares_the_same_images(tmp_path, monkeypatch, capsys):
 def test_the_benchmark_times_the_unet_and_counts_its_operations():
     pipe = bench.build_refiner(TINY_REFINER)
     generator = generators.Generator(pipe, steps=4, text_guidance=5.0)
-    batch = worklist.Batch(50, (64, 64), None, [Unit("a", 50, 0)])
-    with bench.UnetTimer(pipe.unet) as timer:
-        generator.draw(batch, 0, ["a nine"], {"a": Image.new("RGB", (64, 64))})
-    assert timer.calls == 2 and timer.seconds > 0
+    operations = []
+    for size in ((64, 64), (128, 64)):
+        batch = worklist.Batch(50, size, None, [Unit("a", 50, 0)])
+        with bench.DenoiserTimer(pipe.unet) as timer:
+            generator.draw(batch, 0, ["a nine"], {"a": Image.new("RGB", size)})
+        assert timer.calls == 2 and timer.seconds > 0
+        operations.append(bench.count_flops(pipe.unet, timer.last, 1))
     # Operations of convolutions and of attention's projections grow with the pixels.
-    small, large = bench.unet_flops(pipe, (64, 64)), bench.unet_flops(pipe, (128, 64))
+    small, large = operations
     assert 1.5 * small < large < 2.5 * small
