@@ -193,11 +193,10 @@ def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
     rows = spectrum_folder.read_made(folder)  # as filter_clipscore.py counts: also those whose image is gone
     about, command = f"{folder}: {len(rows):,} images of {plan['dataset']}.", ""
     scores, dropped, threshold = {}, {}, None
-    # Sort edits by their domains.
-    if len(plan["levels"]) == 1:
-        named = spectrum_folder.read_rows(folder)
-        domains = {row["file_name"]: row["domain"] for row in named if row.get("domain")}
-        rows = [row | {"domain": domains.get(row["file_name"], "none")} for row in rows] if domains else rows
+    # Note the domain that each image was drawn toward.
+    named = spectrum_folder.read_rows(folder)
+    domains = {row["file_name"]: row["domain"] for row in named if row.get("domain")}
+    rows = [row | {"domain": domains.get(row["file_name"], "none")} for row in rows] if domains else rows
     # Gather what each filter keeps.
     if (folder / edits.EDITS).is_file():
         found = edits.read_edits(folder / edits.EDITS)

@@ -37,6 +37,7 @@ function tileClass(i) {
 function matches(i, want) {
   if (want.class !== "" && label(i) !== want.class) return false;
   if (want.column !== "" && images.column[i] !== want.column) return false;
+  if (want.domain !== "" && images.domain[i] !== want.domain) return false;
   if (want.reason !== "" && reason(i) !== want.reason) return false;
   if (want.low !== null && !(images.text[i] !== null && images.text[i] >= want.low)) return false;
   if (want.high !== null && !(images.text[i] !== null && images.text[i] <= want.high)) return false;
@@ -54,8 +55,8 @@ function wanted() {
   const value = (id) => $(id).value;
   const bound = (id) => (value(id) === "" ? null : Number(value(id)));
   const index = (id) => (value(id) === "" ? "" : Number(value(id)));
-  return { class: index("class"), column: index("column"), reason: value("reason"), state: value("state"),
-    low: bound("low"), high: bound("high"), sort: value("sort") };
+  return { class: index("class"), column: index("column"), domain: index("domain"), reason: value("reason"),
+    state: value("state"), low: bound("low"), high: bound("high"), sort: value("sort") };
 }
 
 function order(found, sort) {
@@ -154,6 +155,7 @@ function open(i) {
   }
   const facts = {
     class: data.classes[label(i)], [data.column_name]: data.columns[images.column[i]],
+    ...(data.domains.length ? { domain: data.domains[images.domain[i]] } : {}),
     prompt: data.prompts[images.prompt[i]], seed: images.seed[i],
     "text score": images.text[i] ?? "none", "image score": images.image[i] ?? "none",
     now: reason(i), "on the disk": images.kept[i] ? "kept" : "rejected",
@@ -232,6 +234,8 @@ $("about").textContent = data.about;
 $("column-name").textContent = data.column_name;
 options("class", data.labels.map((name) => [name, data.classes[name]]));
 options("column", data.columns.map((name, k) => [k, name]));
+options("domain", data.domains.map((name, k) => [k, name]));
+$("domains").hidden = !data.domains.length;
 options("reason", data.reasons.map((name) => [name, name]));
 fillCounts();
 choose();
@@ -245,7 +249,7 @@ slider.oninput = () => {
     choose();
   });
 };
-for (const id of ["class", "column", "reason", "state", "low", "high", "sort"]) $(id).oninput = arrange;
+for (const id of ["class", "column", "domain", "reason", "state", "low", "high", "sort"]) $(id).oninput = arrange;
 addEventListener("scroll", draw, { passive: true });
 addEventListener("resize", arrange);
 $("command").onclick = () => navigator.clipboard?.writeText($("command").textContent);

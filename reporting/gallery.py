@@ -36,8 +36,8 @@ def write_gallery(
     """Write OUT/index.html and OUT/strips/.
 
     Args:
-        rows: the images of a spectrum or a set of edits, as in metadata.jsonl; those with a `domain` stand under it,
-            others under their `level`.
+        rows: the images of a spectrum or a set of edits, as in metadata.jsonl, all with a `domain` or none. Edits of
+            one level stand under their domains, all other images under their levels.
         scores: text_score, image_score, kept and reason by file name.
         dropped: why an edit filter drops an image, whatever its score, by file name.
         threshold: where the slider starts; None where the images have no scores, which leaves the slider out.
@@ -46,7 +46,8 @@ def write_gallery(
         about: a line on what the page shows.
         command: the command that filters, without --threshold.
     """
-    rows = sorted(rows, key=lambda row: (row["label"], row["source"], column_key(row), row["seed"]))
+    column = name_column(rows)
+    rows = sorted(rows, key=lambda row: (row["label"], row["source"], row[column], row["seed"]))
     by_source: dict[str, list[dict]] = {}
     for row in rows:
         by_source.setdefault(row["source"], []).append(row)
@@ -60,9 +61,9 @@ def write_gallery(
     return path
 
 
-def column_key(row: dict) -> tuple:
-    """The column of an image: its domain or, without one, its level."""
-    return (row["domain"],) if "domain" in row else (row["level"],)
+def name_column(rows: list[dict]) -> str:
+    """What the columns are: `domain` where images have one and all are of one level, else `level`."""
+    return "domain" if rows and "domain" in rows[0] and len({row["level"] for row in rows}) == 1 else "level"
 
 
 def strip_name(number: int) -> str:
@@ -101,8 +102,9 @@ def describe(
     """All that the page's script reads: tables of words, and for the images one list a column."""
     # Number columns, prompts and reasons.
     rows = [row for own in by_source.values() for row in own]
-    domains = any("domain" in row for row in rows)
-    columns = [key for (key,) in sorted({column_key(row) for row in rows}, key=str if domains else None)]
+    column = name_column(rows)
+    columns = sorted({row[column] for row in rows})
+    domains = sorted({row["domain"] for row in rows}) if column == "level" and rows and "domain" in rows[0] else []
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     prompt_of, column_of = {p: k for k, p in enumerate(prompts)}, {c: k for k, c in enumerate(columns)}
     entries = [scores.get(row["file_name"]) or {} for row in rows]
@@ -117,8 +119,9 @@ def describe(
         "about": about,
         "command": command,
         "threshold": threshold,
-        "column_name": "domain" if domains else "level",
+        "column_name": column,
         "columns": columns,
+        "domains": domains,
         "classes": {row["label"]: row["class_name"] for row in rows},
         "labels": sorted({row["label"] for row in rows}),
         "prompts": prompts,
@@ -130,7 +133,8 @@ def describe(
         "images": {
             "source": [number for number, own in enumerate(by_source.values()) for _ in own],
             "place": [place for own in by_source.values() for place in range(1, 1 + len(own))],
-            "column": [column_of[column_key(row)[0]] for row in rows],
+            "column": [column_of[row[column]] for row in rows],
+            "domain": [domains.index(row["domain"]) for row in rows] if domains else [],
             "seed": [row["seed"] for row in rows],
             "prompt": [prompt_of[row["prompt"]] for row in rows],
             "file": [row["file_name"] for row in rows],

@@ -131,10 +131,18 @@ def test_slider_filters_and_order(tmp_path, browser):
 
 
 def test_edits_stand_under_their_domains(tmp_path, browser):
-    rows = [row("a", 0, 60, domain="snow"), row("a", 0, 50, domain="night")]
+    rows = [row("a", 0, 50, domain="snow"), row("a", 0, 50, domain="night") | {"file_name": "b"}]
     browser.get(write_page(tmp_path, rows, {r["file_name"]: entry(0.3, True) for r in rows}).as_uri())
     heads = browser.execute_script("return [...document.querySelectorAll('th')].slice(0, 4).map(e => e.textContent)")
     assert heads == ["class", "night", "snow", "all"]
+    assert browser.execute_script("return getComputedStyle(document.getElementById('domains')).display") == "none"
+    # In a spectrum of several levels the domain is a filter.
+    rows.append(row("a", 0, 70, domain="snow"))
+    browser.get(write_page(tmp_path / "b", rows, {r["file_name"]: entry(0.3, True) for r in rows}).as_uri())
+    heads = browser.execute_script("return [...document.querySelectorAll('th')].slice(0, 4).map(e => e.textContent)")
+    assert heads == ["class", "50", "70", "all"]
+    set_value(browser, "domain", 1)
+    assert text(browser, "matching").startswith("2 images")
 
 
 def test_an_edit_filters_reason_holds_at_any_threshold(tmp_path, browser):
