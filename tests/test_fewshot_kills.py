@@ -60,7 +60,8 @@ def what_was_made(out: Path) -> dict[str, object]:
         for path in out.glob(pattern)
     }
     if (out / "results.json").is_file():
-        found["results"] = json.loads((out / "results.json").read_text())
+        results = json.loads((out / "results.json").read_text())
+        found["results"] = {k: v for k, v in results.items() if "second" not in k}
         found["logits"] = np.load(out / "predictions.npz")["logits"].tobytes()
         lines = (out / "history.jsonl").read_text().splitlines()
         found["history"] = [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
