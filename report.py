@@ -294,6 +294,8 @@ def main(argv: list[str] | None = None) -> int:
         raise cli.UserError(
             f"--gallery: {args.spectrum} has neither scores.json nor {edits.EDITS}; expected a filtered spectrum folder"
         )
+    if args.gallery and (args.spectrum / "scores.json").is_file():
+        files.read_object(args.spectrum / "scores.json", "clip")
     # Gather what recipes ask for and what was run.
     wanted, complaints = recipes.read_all(effective_arguments)
     print("".join(f"{line}\n" for line in complaints), end="")

@@ -15,7 +15,7 @@ import inspect
 import torch
 from PIL import Image
 
-from generation.generator import Generator
+from generation.generator import EMBEDDINGS, Generator
 from generation.guidance import PIX2PIX
 from generation.worklist import Batch
 from runtime.cli import UserError
@@ -50,6 +50,7 @@ class Editor(Generator):
         if self.pix2pix:
             if pipe.vae.config.latent_channels != 4:
                 raise UserError(f"--generator: {type(pipe).__name__} with latents of four channels is expected")
+            self.embeddings = EMBEDDINGS if "XL" in type(pipe).__name__ else EMBEDDINGS[:2]
             self.prepare_vae()
 
     def start_timestep(self, level: int) -> int:

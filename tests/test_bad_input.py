@@ -307,7 +307,7 @@ ROWS = [
     Row("report", "results lack figures", "--runs r --out o", "nothing to report: expected --runs with a finished run", {"r/args.json": '{"args": {"dataset": "digits", "seed": 0}}', "r/results.json": '{"last": 7}'}),
     Row("report", "no spectrum", "--spectrum s --out o", "s: no such folder|no plan.json"),
     Row("report", "gallery of nothing", "--gallery --out o", "--gallery: expected the --spectrum"),
-    Row("report", "gallery without scores", "--gallery --spectrum s --out o", "s has no scores.json", {"s/plan.json": "{}"}),
+    Row("report", "gallery without scores", "--gallery --spectrum s --out o", "s has neither scores.json nor", {"s/plan.json": "{}"}),
     Row("report", "gallery whose note is a list", "--gallery --spectrum s --out o", "scores.json", spectrum() | {"s/scores.json": "[]"}),
     # demo
     Row("demo", "no jobs", "--jobs 0", "--jobs: '0': expected a whole number of 1 or more"),

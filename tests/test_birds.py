@@ -273,7 +273,7 @@ def test_bad_lists_are_named(tmp_path):
     write_csv(
         tmp_path / "metadata.csv", ["img_filename", "y", "split", "place"], [("x/a.jpg", 0, 0, 0), ("x/b.jpg", 0, 1, 0)]
     )
-    refused("waterbirds", "no test image in it")
+    refused("waterbirds", "lists no image of a split; expected some in each")
     refused("planes", "planes_ext.csv: no such file")
     refused("cub", "classes.txt: no such file")
     (make_cub(tmp_path) / "train_test_split.txt").write_text("1 1\n")

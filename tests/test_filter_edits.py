@@ -306,7 +306,7 @@ def class_of(rows, name) -> str:
         (["--edit-rules", "none", "class", "--curriculum", "all"], "--edit-rules: expected none alone, or rules"),
         (["--add", "all"], "--add all: --curriculum none names no level"),
         (["--add", "-3", "--curriculum", "all"], "--add -3: expected all, a number"),
-        (["--add", "like:/nowhere.csv", "--curriculum", "all"], "--add like:/nowhere.csv: not a readable CSV"),
+        (["--add", "like:/nowhere.csv", "--curriculum", "all"], "/nowhere.csv: no such file"),
         (["--add-once"], "--add-once: expected with --add only"),
         (["--leave-out", "0/3", "--curriculum", "all"], "--leave-out: expected --curriculum none"),
         (["--class-weights", "inverse", "--loss", "bs"], "--class-weights inverse: expected --loss ce"),

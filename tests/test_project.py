@@ -220,6 +220,7 @@ def test_documented_bench_commands_parse(command, monkeypatch):
     spec = importlib.util.spec_from_file_location(f"documented_{Path(script).stem}", ROOT / script)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look their module up
     spec.loader.exec_module(module)
     with cli.paths_unchecked(True):
         module.build_parser().parse_args(words)

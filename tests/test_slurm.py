@@ -247,7 +247,6 @@ def test_more_shards_than_work_is_an_error(road, tmp_path):
     assert done.returncode == 2 and "--shards 7: more than there is work for; expected at most 6" in done.stderr
 
 
-@needs_slurm
 def test_captions_are_sent_as_shards_and_the_filter_after_the_edits(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ["--dataset", "biased_digits"]
@@ -272,6 +271,7 @@ def test_captions_are_sent_as_shards_and_the_filter_after_the_edits(tmp_path, ca
     assert "filter_edits.py --dataset biased_digits --rules class" in capsys.readouterr().out.splitlines()[-1]
 
 
+@needs_slurm
 def test_slurms_own_message_is_shown_for_an_unknown_partition(tmp_path):
     done = launch(tmp_path, "--partition", "nowhere", *TRAIN)
     assert done.returncode == 2 and "invalid partition" in done.stderr.lower(), done.stderr

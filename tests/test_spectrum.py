@@ -170,7 +170,8 @@ def test_a_folder_without_a_plan_is_no_spectrum(tmp_path):
 
 
 def test_a_spectrum_of_a_generator_that_learnt_time_backwards_is_refused(tmp_path):
-    plan = dict.fromkeys(spectrum_folder.PLAN_KEYS, 0) | {"generator": "tiny_sd", "revision": "356c3b0da59fa41b"}
+    plan = dict.fromkeys(spectrum_folder.PLAN_KEYS, 0) | {"hard_classes": [], "levels": [0]}
+    plan |= {"generator": "tiny_sd", "revision": "356c3b0da59fa41b"}
     write(tmp_path / "plan.json", json.dumps(plan))
     with pytest.raises(UserError, match="noise schedule reversed; expected a spectrum drawn anew"):
         spectrum_folder.read_plan(tmp_path)
