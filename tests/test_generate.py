@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -143,31 +140,6 @@ def test_missing_and_damaged_images_are_drawn_again(road, tmp_path):
     assert generate_spectrum.main(command) == 0
     assert contents(tmp_path / "s") == contents(road.spectrum)
     assert rows_of(tmp_path / "s").keys() == rows_of(road.spectrum).keys()
-
-
-@pytest.mark.slow
-def test_killed_five_times_the_folder_equals_an_undisturbed_one(road, tmp_path):
-    command = [sys.executable, str(ROOT / "generate_spectrum.py"), *road.inputs, "--out", str(tmp_path / "s"), *SMALL]
-    command += ["--batch-size", "5"]
-    rng = random.Random(0)
-    for _ in range(5):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = len(contents(tmp_path / "s"))
-        while process.poll() is None and len(contents(tmp_path / "s")) < before + rng.randrange(1, 30):
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert 0 < len(contents(tmp_path / "s"))
-    undisturbed = [*command]
-    undisturbed[undisturbed.index("--out") + 1] = str(tmp_path / "u")
-    assert subprocess.run(command, check=False).returncode == 0
-    assert subprocess.run(undisturbed, check=False).returncode == 0
-    killed, whole = rows_of(tmp_path / "s"), rows_of(tmp_path / "u")
-    assert killed == whole
-    assert contents(tmp_path / "s") == contents(tmp_path / "u")
-    assert spectrum_folder.check(tmp_path / "s") == (165, [])
-    assert not list((tmp_path / "s").rglob("*.tmp"))
 
 
 def test_blank_and_broken_images_are_not_good():

@@ -1,7 +1,7 @@
 """SIGKILL at moments chosen by chance, and in the moments of writing: the same command then leaves what an undisturbed
 run leaves, bit for bit on the CPU.
 
-KILLS=100 in the environment kills each step so often (default: 5). Each run is a fork of this process, which has the
+KILLS=100 in the environment kills each step so often (default: 3). Each run is a fork of this process, which has the
 libraries imported already; its loading processes are forks of it.
 """
 
@@ -31,7 +31,7 @@ import train_lt
 from loaders import toycam
 from runtime import checkpoints, files
 
-KILLS = int(os.environ.get("KILLS", 5))
+KILLS = int(os.environ.get("KILLS", 3))
 LIMIT = 300  # seconds, after which a run that neither ends nor dies is a fault
 WRITING = ("fsync", "replace", "link")  # of os: what every write of a result goes through
 FREE = {"seconds", "images_per_second"}
