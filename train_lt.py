@@ -39,7 +39,8 @@ from spectrum.kept import load_spectrum
 from training import additions, distributed, epochs, flags, log, loop, losses, optimization
 from training.pool import build_pool, check_files, method_of, prepare_spectrum, print_gaps
 
-DRAWN = ("cifar10_lt", "cifar100_lt", "cifar100_lt_20", "imagefolder")  # data sets that --imb-ratio draws a part of
+# Data sets that --imb-ratio draws a part of.
+DRAWN = ("cifar10_lt", "cifar100_lt", "cifar100_lt_20", "cifar100_lt_20_plus_web", "imagefolder")
 
 
 def build_parser() -> cli.Parser:

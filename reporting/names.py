@@ -9,6 +9,7 @@ DATASET_NAMES = {
     "cifar10_lt": "CIFAR10-LT",
     "cifar100_lt": "CIFAR100-LT",
     "cifar100_lt_20": "CIFAR100-LT, every fifth class",
+    "cifar100_lt_20_plus_web": "CIFAR100-LT, every fifth class, and the images that the draw left over",
     "imagenet_lt": "ImageNet-LT",
     "iwildcam": "iWildCam",
     "inat2018": "iNaturalist 2018",

@@ -14,7 +14,7 @@ from PIL import Image
 
 import check_data
 import datasets
-from loaders import base, digits, lists
+from loaders import base, cifar, digits, lists
 from loaders.sources import read_sources
 from runtime.cli import UserError
 
@@ -181,13 +181,14 @@ def test_torchvisions_folder_is_read_after_its_checksums(tmp_path, monkeypatch):
     )
 
 
-def test_every_fifth_class_of_cifar100_is_long_tailed_by_itself(tmp_path):
+def test_every_fifth_class_of_cifar100_is_long_tailed_by_itself(tmp_path, monkeypatch):
     for label in range(100):
         for part, count in (("train", 10), ("test", 1)):
             folder = tmp_path / part / f"c{label:02d}"
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (32, 32), (label, i, 0)).save(folder / f"{i}.png")
+    monkeypatch.setattr(cifar, "VAL_PER_CLASS_LEFT_OVER", 3)
     data = datasets.load("cifar100_lt_20", 5, tmp_path)
     assert data.class_names == [f"c{label:02d}" for label in range(0, 100, 5)]
     assert data.counts.tolist() == [int(10 * 5 ** (-k / 19)) for k in range(20)]
@@ -198,6 +199,13 @@ def test_every_fifth_class_of_cifar100_is_long_tailed_by_itself(tmp_path):
         source.startswith(f"train/c{5 * k:02d}/")
         for source, k in zip(data.train.sources, data.train.labels, strict=True)
     )
+    # With the web: the same groups, validation and test, and every image that the draw and validation leave.
+    plus = datasets.load("cifar100_lt_20_plus_web", 5, tmp_path)
+    assert set(plus.train.sources) == {f"train/{name}/{i}.png" for name in data.class_names for i in range(10)} - set(
+        data.val.sources
+    )
+    assert (plus.val.sources, plus.test.sources) == (data.val.sources, data.test.sources)
+    assert (plus.published_counts == data.counts).all()
 
 
 @pytest.mark.parametrize(
