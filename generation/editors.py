@@ -45,15 +45,17 @@ class Editor(Generator):
         super().__init__(pipe, steps, text_guidance, False, cache_mb, adapters)
         self.image_guidance = image_guidance
         self.pix2pix = type(pipe).__name__ in PIX2PIX
-        # A transformer that was distilled takes the guidance as an input, and runs once a step.
-        self.distilled = bool(getattr(getattr(pipe, "transformer", None), "config", {}).get("guidance_embeds"))
+        if text_guidance > 1 and getattr(pipe, "config", {}).get("is_distilled"):  # FLUX.2 [klein] would only warn
+            raise UserError(
+                f"--text-guidance {text_guidance:g}: {type(pipe).__name__} was distilled and takes none; expected 1"
+            )
         if self.pix2pix:
             if pipe.vae.config.latent_channels != 4:
                 raise UserError(f"--generator: {type(pipe).__name__} with latents of four channels is expected")
             self.embeddings = EMBEDDINGS if "XL" in type(pipe).__name__ else EMBEDDINGS[:2]
             self.prepare_vae()
 
-    def start_timestep(self, level: int) -> int:
+    def start_timestep(self, level: int, size: tuple[int, int]) -> int:
         """-1: an editor starts from noise, at a timestep that only the pipeline knows."""
         return -1
 
@@ -81,7 +83,7 @@ class Editor(Generator):
         call = self._embeddings(texts, None)
         if "XL" in type(self.pipe).__name__:
             call |= {"width": batch.size[0], "height": batch.size[1]}
-        latents = self.pipe(
+        latents = self.call_pipeline(
             image=sources.to(self.pipe.device, self.dtype),
             num_inference_steps=self.steps,
             guidance_scale=self.text_guidance,
@@ -117,11 +119,8 @@ class Editor(Generator):
             # Kontext would choose a size of its own, of about a megapixel.
             call = {"width": batch.size[0], "height": batch.size[1], "_auto_resize": False}
             call["max_area"] = batch.size[0] * batch.size[1]
-            if "true_cfg_scale" in accepted and not self.distilled:
-                call |= {"true_cfg_scale": self.text_guidance, "negative_prompt": " "}
-            else:
-                call["guidance_scale"] = self.text_guidance
-            image = self.pipe(
+            call |= self.guidance(1)
+            image = self.call_pipeline(
                 prompt=text,
                 image=picture,
                 num_inference_steps=self.steps,

@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from generation.worklist import Batch, steps_at
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
 
 # Pipelines that take latents for the image, and what their encode_prompt gives in turn, by the names that their call
 # takes it by. All others are called with images and texts.
@@ -26,7 +26,11 @@ LATENT_PIPELINES = {
     "StableDiffusionXLImg2ImgPipeline": EMBEDDINGS,
     "StableDiffusion3Img2ImgPipeline": EMBEDDINGS,
     "FluxImg2ImgPipeline": ("prompt_embeds", "pooled_prompt_embeds"),
+    "QwenImageImg2ImgPipeline": ("prompt_embeds", "prompt_embeds_mask"),
+    "ZImageImg2ImgPipeline": EMBEDDINGS[:2],
 }
+# What a text is led away from where the pipeline wants one named: Qwen-Image's documentation has a blank.
+NO_TEXT = " "
 ENCODE_PIXELS = 2**22  # pixels that go through the autoencoder at once, at most: 16 images of 512x512
 ENCODE_TEXTS = 64  # texts that go through the text encoders at once
 
@@ -58,6 +62,21 @@ class Cache:
         """Drop entries until the bound holds again."""
         while self.bytes > self.limit and self.entries:
             self.bytes -= _bytes(self.entries.popitem(last=False)[1])
+
+
+def is_video(vae) -> bool:
+    """Whether an autoencoder takes videos, of which an image is one frame: Qwen-Image's."""
+    return "temperal_downsample" in vae.config
+
+
+def latent_channels(vae) -> int:
+    """Channels of an autoencoder's latents."""
+    return vae.config.z_dim if is_video(vae) else vae.config.latent_channels
+
+
+def halvings(config: dict) -> int:
+    """How often an autoencoder of this configuration halves the sides of an image."""
+    return len(config.get("temperal_downsample", config.get("block_out_channels", [0] * 4)[1:]))
 
 
 def _bytes(tensors: tuple[torch.Tensor, ...]) -> int:
@@ -92,10 +111,12 @@ class Generator:
         self.stop = None  # a StopSignals, which is looked at after each denoising step
         self.accepted = inspect.signature(type(pipe).__call__).parameters
         self.flow = hasattr(pipe, "transformer")  # flow matching counts steps and scales latents in its own way
-        # A pipeline knows latents by their channels, four where it names no other number: else it would encode them.
-        known = getattr(getattr(pipe, "image_processor", None), "config", {}).get("vae_latent_channels", 4)
+        # A transformer that was distilled takes the guidance as an input, and runs once a step.
+        self.distilled = bool(getattr(getattr(pipe, "transformer", None), "config", {}).get("guidance_embeds"))
+        self.true_guidance = "true_cfg_scale" in self.accepted and not self.distilled
         self.embeddings = LATENT_PIPELINES.get(type(pipe).__name__, ())
-        self.by_latents = bool(self.embeddings) and pipe.vae.config.latent_channels == known
+        self.lists = type(pipe).__name__.startswith("ZImage")  # takes a list of texts of any length, not a tensor
+        self.by_latents = self.takes_latents()
         if type(self) is Generator and "strength" not in self.accepted:
             raise UserError(
                 f"--generator: {type(pipe).__name__} has no strength, by which levels are drawn; expected an "
@@ -111,19 +132,28 @@ class Generator:
                 f"--pure-noise: not possible with {type(pipe).__name__} as this generator has it; expected a Stable "
                 "Diffusion pipeline for image-to-image, with latents of four channels"
             )
-        self.timesteps: list[float] = []
+        self.started: dict[tuple, int] = {}  # the timestep that denoising started at, by steps and size
         if self.by_latents:
             self.prepare_vae()
-            if not pipe.scheduler.config.get("use_dynamic_shifting"):  # by which they hang on the image's size
-                pipe.scheduler.set_timesteps(steps)
-                self.timesteps = pipe.scheduler.timesteps[:: pipe.scheduler.order].tolist()
+
+    def takes_latents(self) -> bool:
+        """Whether the pipeline can be called with latents and embeddings in place of images and texts."""
+        if not self.embeddings:
+            return False
+        if type(self.pipe).__name__.startswith("Flux") and self.true_guidance and self.text_guidance > 1:
+            return False  # FLUX.1 [schnell] with guidance, which only its own call knows how to give
+        processor, channels = self.pipe.image_processor, latent_channels(self.pipe.vae)
+        if self.lists:  # it knows latents by their channels, but its processor would take them for an image
+            processor.register_to_config(vae_latent_channels=channels)
+        # A pipeline knows latents by their channels, four where it names no other number: else it would encode them.
+        return processor.config.get("vae_latent_channels", 4) == channels
 
     def prepare_vae(self) -> None:
         """Set the number types of the denoiser's latents and of the autoencoder's two halves."""
         vae, self.dtype = self.pipe.vae, (self.pipe.transformer if self.flow else self.pipe.unet).dtype
         # As the pipelines themselves do, but once: a float16 encoder or decoder of SDXL gives black images. Those of
         # flow matching do not.
-        upcast = vae.config.force_upcast and not self.flow
+        upcast = not self.flow and vae.config.force_upcast
         if upcast and self.dtype != torch.float32:
             vae.encoder.to(torch.float32)
             if vae.quant_conv is not None:
@@ -133,9 +163,9 @@ class Generator:
         self.encoder_dtype = next(vae.encoder.parameters()).dtype
         self.decoder_dtype = next(vae.decoder.parameters()).dtype
 
-    def start_timestep(self, level: int) -> int:
-        """The timestep that a level's denoising starts at, -1 where only the pipeline itself knows."""
-        return int(self.timesteps[self.steps - steps_at(level, self.steps)]) if self.timesteps else -1
+    def start_timestep(self, level: int, size: tuple[int, int]) -> int:
+        """The timestep at which a level's denoising started at a size, -1 where the pipeline does not say."""
+        return self.started.get((steps_at(level, self.steps), size), -1)
 
     def strength_of(self, run: int) -> float:
         """The strength at which the pipeline runs so many of its steps."""
@@ -151,16 +181,18 @@ class Generator:
             strengths[0],
         )
 
-    def _run(self, run: int, **call):
+    def _run(self, run: int, size: tuple[int, int], **call):
         """Call the pipeline, and make sure that it runs the steps that are recorded.
 
         Raises:
             Interrupted: a signal came.
-            UserError: it ran another number of steps.
+            UserError: it refuses the call, or ran another number of steps.
         """
         ran = []
 
         def count(pipe, step, timestep, state: dict) -> dict:
+            if not ran and (run, size) not in self.started:
+                self.started[run, size] = round(float(timestep))
             ran.append(step)
             if self.stop is not None and self.stop.received:
                 raise Interrupted
@@ -168,7 +200,7 @@ class Generator:
 
         if "callback_on_step_end" in self.accepted:
             call["callback_on_step_end"] = count
-        drawn = self.pipe(**call)
+        drawn = self.call_pipeline(**call)
         scheduler = self.pipe.scheduler
         # PNDM, which Stable Diffusion 1.5 and 2.1-base ship with, takes one timestep twice.
         repeated = max(0, len(scheduler.timesteps) - self.steps)
@@ -178,6 +210,26 @@ class Generator:
                 "expected another --steps or --scheduler"
             )
         return drawn
+
+    def call_pipeline(self, **call):
+        """Call the pipeline; what it refuses is one line.
+
+        Raises:
+            UserError: it takes no such size, guidance or steps.
+        """
+        try:
+            return self.pipe(**call)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"--generator: {type(self.pipe).__name__} refuses: {first_line(error)}") from error
+
+    def guidance(self, count: int) -> dict:
+        """The text guidance as the pipeline takes it, for so many images."""
+        if not self.true_guidance:
+            return {"guidance_scale": self.text_guidance}
+        led = {"negative_prompt": [NO_TEXT] * count} if self.text_guidance > 1 else {}
+        return {"true_cfg_scale": self.text_guidance} | led
 
     def more_inputs(self, batch: Batch) -> dict:
         """What else a call of the pipeline takes for a batch."""
@@ -215,24 +267,27 @@ class Generator:
         call = {
             "strength": self.strength_of(run),
             "num_inference_steps": self.steps,
-            "guidance_scale": self.text_guidance,
             "generator": generators,
         }
         if self.by_latents:
             if not self._is_pure(batch):
                 self._encode_sources(batch, images)
             self._encode_texts(texts, batch.adapter)
+            guidance = {name: value for name, value in self.guidance(len(units)).items() if name != "negative_prompt"}
             latents = self._run(
                 run,
+                batch.size,
                 image=self._noised_from(batch, generators),
                 output_type="latent",
                 **call,
+                **guidance,
                 **self._sides(batch),
                 **self._embeddings(texts, batch.adapter),
             ).images
             if hasattr(self.pipe, "_unpack_latents"):  # Flux's, which are rows of patches
                 sides = batch.size[1], batch.size[0]
                 latents = self.pipe._unpack_latents(latents, *sides, self.pipe.vae_scale_factor)
+                latents = latents.flatten(1, 2) if latents.ndim == 5 else latents  # Qwen-Image's have a frame
             drawn = self._decode(latents)
         else:
             for key in self.cache.missing(self._source_keys(batch)):
@@ -241,8 +296,8 @@ class Generator:
                 Image.frombytes("RGB", batch.size, self.cache.get(key)[0].numpy().tobytes())
                 for key in self._source_keys(batch)
             ]
-            call |= self._sides(batch) | self.more_inputs(batch)
-            drawn = self._run(run, prompt=texts, image=pictures, output_type="pt", **call).images
+            call |= self.guidance(len(units)) | self._sides(batch) | self.more_inputs(batch)
+            drawn = self._run(run, batch.size, prompt=texts, image=pictures, output_type="pt", **call).images
         if drawn.shape[-2:] != (batch.size[1], batch.size[0]):
             raise UserError(
                 f"--size: {type(self.pipe).__name__} drew {drawn.shape[-1]}x{drawn.shape[-2]}, not "
@@ -262,9 +317,12 @@ class Generator:
         def encode(some: slice) -> None:
             keys = missing[some]
             pixels = self.pipe.image_processor.preprocess([images[key[1]] for key in keys])
-            posterior = self.pipe.vae.encode(pixels.to(self.pipe.device, self.encoder_dtype)).latent_dist
+            pixels = pixels.to(self.pipe.device, self.encoder_dtype)
+            posterior = self.pipe.vae.encode(pixels[:, :, None] if is_video(self.pipe.vae) else pixels).latent_dist
             for key, mean, std in zip(keys, posterior.mean.cpu(), posterior.std.cpu(), strict=True):
-                self.cache.put(key, (mean.clone(), std.clone()))
+                self.cache.put(
+                    key, tuple(part.reshape(mean.shape[0], *mean.shape[-2:]).clone() for part in (mean, std))
+                )
 
         self._in_parts("encoder", len(missing), batch.size[0] * batch.size[1], encode)
 
@@ -294,28 +352,49 @@ class Generator:
         missing = [key[2] for key in self.cache.missing([("text", adapter, text) for text in texts])]
         taken = inspect.signature(self.pipe.encode_prompt).parameters
         # Those of several encoders want a text for each, and take the first for all where the others have none.
-        more = {"do_classifier_free_guidance": True, "prompt_2": None, "prompt_3": None}
+        more = {"do_classifier_free_guidance": True, "prompt_2": None, "prompt_3": None, "num_images_per_prompt": 1}
+        if "max_sequence_length" in self.accepted:
+            more["max_sequence_length"] = self.accepted["max_sequence_length"].default
         more = {name: value for name, value in more.items() if name in taken}
         for start in range(0, len(missing), ENCODE_TEXTS):
             some = missing[start : start + ENCODE_TEXTS]
-            encoded = self.pipe.encode_prompt(prompt=some, device=self.pipe.device, num_images_per_prompt=1, **more)
+            # Z-Image writes into the list that it is given.
+            encoded = self.pipe.encode_prompt(prompt=list(some), device=self.pipe.device, **more)
             named = list(zip(self.embeddings, encoded, strict=False))
-            positive = [tensor.cpu() for name, tensor in named if not name.startswith("negative")]
-            negative = [tensor[0].cpu().clone() for name, tensor in named if name.startswith("negative")]
+            positive = [part for name, part in named if not name.startswith("negative")]
+            if "prompt_embeds_mask" in self.embeddings:  # texts of any length: each keeps its own tokens alone
+                hidden, mask = positive
+                positive = [hidden] if mask is None else [[h[m.bool()] for h, m in zip(hidden, mask, strict=True)]]
             for place, text in enumerate(some):
-                self.cache.put(("text", adapter, text), tuple(tensor[place].clone() for tensor in positive))
-            self.cache.put(("negative", adapter), tuple(negative))
+                self.cache.put(("text", adapter, text), tuple(part[place].cpu().clone() for part in positive))
+            if negative := [part[0].cpu().clone() for name, part in named if name.startswith("negative")]:
+                self.cache.put(("negative", adapter), tuple(negative))
 
     def _embeddings(self, texts: list[str], adapter: str | None) -> dict[str, torch.Tensor]:
         """The texts as keyword arguments of the pipeline's call."""
-        positive = map(torch.stack, zip(*(self.cache.get(("text", adapter, t)) for t in texts), strict=True))
-        if self.cache.missing([("negative", adapter)]):
+        positive = [self.cache.get(("text", adapter, text)) for text in texts]
+        if "prompt_embeds_mask" in self.embeddings:
+            called = self._pad_texts([text for (text,) in positive], "prompt_embeds")
+            if self.true_guidance and self.text_guidance > 1:
+                self._encode_texts([NO_TEXT], adapter)
+                [blank] = self.cache.get(("text", adapter, NO_TEXT))
+                called |= self._pad_texts([blank] * len(texts), "negative_prompt_embeds")
+            return called
+        if self.cache.missing([("negative", adapter)]) and any(name.startswith("negative") for name in self.embeddings):
             self._encode_texts([""], adapter)
-        negative = (part.expand(len(texts), *part.shape).contiguous() for part in self.cache.get(("negative", adapter)))
-        return {
-            name: next(negative if name.startswith("negative") else positive).to(self.pipe.device)
-            for name in self.embeddings
-        }
+        negative = self.cache.get(("negative", adapter)) if ("negative", adapter) in self.cache.entries else ()
+        parts = {False: zip(*positive, strict=True), True: ([part] * len(texts) for part in negative)}
+        called = {name: next(parts[name.startswith("negative")]) for name in self.embeddings}
+        if self.lists:
+            return {name: [text.to(self.pipe.device) for text in part] for name, part in called.items()}
+        return {name: torch.stack(list(part)).to(self.pipe.device) for name, part in called.items()}
+
+    def _pad_texts(self, texts: list[torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+        """Texts (tokens, width) of several lengths as one tensor, and the mask of the tokens that are theirs."""
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        lengths = torch.tensor([len(text) for text in texts])
+        mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+        return {name: padded.to(self.pipe.device), f"{name}_mask": mask.to(self.pipe.device)}
 
     def _noised_from(self, batch: Batch, generators: list[torch.Generator]) -> torch.Tensor:
         """The latents that the pipeline adds noise to, (N, C, h, w).
@@ -325,8 +404,8 @@ class Generator:
         """
         if self._is_pure(batch):
             # Unit variance before the noise is added makes the start of every scheduler what it is for text to image.
-            multiple = 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
-            shape = (1, self.pipe.vae.config.latent_channels, batch.size[1] // multiple, batch.size[0] // multiple)
+            multiple = 2 ** halvings(self.pipe.vae.config)
+            shape = (1, latent_channels(self.pipe.vae), batch.size[1] // multiple, batch.size[0] // multiple)
             drawn = [randn_tensor(shape, generator=one, dtype=self.encoder_dtype) for one in generators]
             return torch.cat(drawn).to(self.pipe.device, self.dtype)
         sampled = []
@@ -339,7 +418,7 @@ class Generator:
         start = start.to(self.dtype)
         if config.latents_mean is not None and config.latents_std is not None:
             mean, std = self._statistics(start)
-            return (start - mean) * config.scaling_factor / std
+            return (start - mean) * config.get("scaling_factor", 1) / std
         return (start - config.shift_factor if config.shift_factor else start) * config.scaling_factor
 
     def _is_pure(self, batch: Batch) -> bool:
@@ -356,13 +435,16 @@ class Generator:
         config = self.pipe.vae.config
         if config.latents_mean is not None and config.latents_std is not None:
             mean, std = self._statistics(latents)
-            latents = latents * std / config.scaling_factor + mean
+            latents = latents * std / config.get("scaling_factor", 1) + mean
         else:
             latents = latents / config.scaling_factor + (config.shift_factor or 0)
-        pixels = latents.shape[-1] * latents.shape[-2] * 4 ** (len(config.block_out_channels) - 1)
+        pixels = latents.shape[-1] * latents.shape[-2] * 4 ** halvings(config)
 
         def decode(some: slice) -> torch.Tensor:
-            return self.pipe.vae.decode(latents[some].to(self.decoder_dtype), return_dict=False)[0].float()
+            part = latents[some].to(self.decoder_dtype)
+            if is_video(self.pipe.vae):
+                return self.pipe.vae.decode(part[:, :, None], return_dict=False)[0][:, :, 0].float()
+            return self.pipe.vae.decode(part, return_dict=False)[0].float()
 
         decoded = self._in_parts("decoder", len(latents), pixels, decode)
         return torch.cat(decoded).div(2).add(0.5).clamp(0, 1)

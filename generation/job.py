@@ -250,7 +250,7 @@ class Job:
             **domain,
             "text_guidance": args.text_guidance,
             "steps": self.plan.steps_of(unit.level),
-            "start_timestep": self.generator.start_timestep(unit.level),
+            "start_timestep": self.generator.start_timestep(unit.level, drawn),
             "width": width,
             "height": height,
             "generator": self.plan.settings["generator"],

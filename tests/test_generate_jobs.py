@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_editors
 import torch
+from conftest import ROOT
 from PIL import Image
 from test_generate import TINY, contents, image_folder, rows_of, write_hard
 
@@ -23,6 +23,7 @@ import models
 from bench import bench_spectrum as bench
 from generation import generator as generators
 from generation import job, loras, worklist
+from generation.known import GENERATORS
 from generation.writer import save_image
 from loaders.sources import Sources
 from runtime.cli import UserError
@@ -631,84 +632,7 @@ def test_a_pipeline_of_any_other_kind_is_called_with_images_and_texts(monkeypatc
     expected = draw_one(generators.Generator(pipe, steps=4, text_guidance=3.0), 50, source)
     monkeypatch.setattr(generators, "LATENT_PIPELINES", {})
     other = generators.Generator(pipe, steps=4, text_guidance=3.0)
-    assert other.start_timestep(50) == -1
     assert (draw_one(other, 50, source) - expected).abs().max() < 1e-4
-
-
-def tiny_sd3():
-    """A Stable Diffusion 3 in small, made for squares of 64 pixels: it counts steps otherwise, and takes a size."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Img2ImgPipeline,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    torch.manual_seed(0)
-    tokenizer = models.load_generator(TINY, "cpu").tokenizer
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        projection_dim=16, max_position_embeddings=tokenizer.model_max_length,
-    )  # fmt: skip
-    encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
-    transformer = SD3Transformer2DModel(
-        sample_size=32, patch_size=1, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
-        pos_embed_max_size=64,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, shift_factor=0.1,
-    )  # fmt: skip
-    pipe = StableDiffusion3Img2ImgPipeline(
-        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.eval(),
-        text_encoder=encoders[0], tokenizer=tokenizer, text_encoder_2=encoders[1], tokenizer_2=tokenizer,
-        text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.parametrize(("level", "steps"), [(0, 10), (50, 5), (70, 3), (90, 1)])
-def test_sd3_runs_the_steps_and_draws_the_size_that_are_recorded(level, steps):
-    pipe, calls = tiny_sd3(), []
-    pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(0))
-    generator = generators.Generator(pipe, steps=10, text_guidance=3.0)
-    batch = worklist.Batch(level, (32, 24), None, [Unit("a", level, 0)])
-    drawn = generator.draw(batch, 0, ["a nine"], {"a": Image.linear_gradient("L").resize((32, 24)).convert("RGB")})
-    assert (len(calls), drawn.shape) == (steps, (1, 3, 24, 32))
-    assert worklist.steps_at(level, 10) == steps
-
-
-def tiny_flux(folder):
-    """FLUX.1 in small: packed latents, text guidance as an input, timesteps that hang on the size."""
-    from diffusers import FluxImg2ImgPipeline, FluxKontextPipeline
-
-    parts = FluxKontextPipeline.from_pretrained(tiny_editors.save_kontext(folder)).components
-    pipe = FluxImg2ImgPipeline(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-@pytest.mark.parametrize("level", [0, 50, 90])
-@pytest.mark.parametrize("family", ["sd3", "flux"])
-def test_flow_matching_by_latents_draws_what_a_plain_call_draws(family, level, tmp_path, monkeypatch):
-    pipe = tiny_sd3() if family == "sd3" else tiny_flux(tmp_path)
-    source = Image.linear_gradient("L").resize((32, 24)).convert("RGB")
-    units, texts = [Unit(name, level, 0) for name in "ab"], ["a nine", "a four"]
-    batch = worklist.Batch(level, (32, 24), None, units)
-    pictures = {"a": source, "b": source.rotate(180)}
-    fast = generators.Generator(pipe, steps=10, text_guidance=3.0)
-    # The sixth of ten timesteps from 1000 to 1; Flux's hang on the image's size.
-    assert fast.by_latents and fast.start_timestep(50) == {"sd3": 445, "flux": -1}[family]
-    together = fast.draw(batch, 0, texts, pictures)
-    monkeypatch.setattr(generators, "LATENT_PIPELINES", {})
-    plain = generators.Generator(pipe, steps=10, text_guidance=3.0)
-    for place, (unit, text) in enumerate(zip(units, texts, strict=True)):
-        alone = plain.draw(batch._replace(units=[unit]), 0, [text], pictures)
-        assert (together[place] - alone[0]).abs().max() < 1e-4
-        assert alone.std() > 0.01
 
 
 @pytest.mark.parametrize("level", [0, 50])
@@ -804,9 +728,13 @@ def test_what_was_encoded_is_kept_within_its_bound():
 
 
 def test_known_generators_say_what_they_were_made_for():
-    assert models.GENERATORS["stabilityai/stable-diffusion-xl-refiner-1.0"].native == 1024
-    for name, known in models.GENERATORS.items():
-        assert name.count("/") == 1 and known.note and known.native % 8 == 0
+    assert GENERATORS["stabilityai/stable-diffusion-xl-refiner-1.0"].native == 1024
+    table = (ROOT / "docs/generators.md").read_text()
+    for name, known in GENERATORS.items():
+        assert name.count("/") == 1 and known.note and known.native % known.multiple == 0
+        low, high = known.text_guidance
+        line = f"| `{name}` | {known.native} | {known.steps} | {low:g} to {high:g} | {known.licence} | {known.note} |"
+        assert line in table
     assert set(models.SCHEDULERS) == {"shipped", "ddim", "euler", "dpm++2m"}
     parser = generate_spectrum.build_parser()
     actions = {action.dest: action for action in parser._actions}

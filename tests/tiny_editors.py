@@ -72,7 +72,7 @@ def save_inpainter(folder: Path) -> Path:
     return folder
 
 
-def save_kontext(folder: Path) -> Path:
+def save_kontext(folder: Path, guidance_embeds: bool = True) -> Path:
     """Flux Kontext: a transformer over packed latents of noise and source; the text's guidance is an input of it."""
     from diffusers import (
         AutoencoderKL,
@@ -93,7 +93,8 @@ def save_kontext(folder: Path) -> Path:
         transformer=FluxTransformer2DModel(
             patch_size=1, in_channels=4 * pipe.vae.config.latent_channels, num_layers=1, num_single_layers=1,
             attention_head_dim=16, num_attention_heads=2, joint_attention_dim=32,
-            pooled_projection_dim=pipe.text_encoder.config.hidden_size, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
+            pooled_projection_dim=pipe.text_encoder.config.hidden_size, guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 4, 8),
         ),
     ).save_pretrained(folder)  # fmt: skip
     return folder
