@@ -9,6 +9,7 @@ train, val and test is made once, by one fixed seed, whatever --imb-ratio and --
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,9 +88,7 @@ def split_scans() -> dict[str, np.ndarray]:
 
     web, val and test are balanced; the four are disjoint and together hold every scan. pool is ordered by class.
     """
-    from sklearn.datasets import load_digits as sklearn_digits
-
-    target = sklearn_digits().target
+    target = read_scans()[1]
     rng = np.random.default_rng(SPLIT_SEED)
     parts: dict[str, list[np.ndarray]] = {"web": [], "val": [], "test": [], "pool": []}
     edges = np.cumsum([WEB_PER_CLASS, VAL_PER_CLASS, TEST_PER_CLASS])
@@ -99,12 +98,16 @@ def split_scans() -> dict[str, np.ndarray]:
     return {part: np.concatenate(chosen) for part, chosen in parts.items()}
 
 
+@functools.cache
 def read_scans() -> tuple[np.ndarray, np.ndarray]:
-    """All 1,797 scans, float64 (1797, 8, 8) with values 0 to 16, and their labels, int64 (1797,)."""
+    """All 1,797 scans, float64 (1797, 8, 8) with values 0 to 16, and their labels, int64 (1797,); read once."""
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
-    return digits.images, digits.target.astype(np.int64)
+    scans, labels = digits.images, digits.target.astype(np.int64)
+    for array in (scans, labels):
+        array.setflags(write=False)
+    return scans, labels
 
 
 def load(name: str, imb_ratio: float, data_root: Path | None = None, seed: int = 0) -> DataSet:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
@@ -11,11 +13,29 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("DISCL_DATA", None)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for forks of this process too: they have no threads of their own
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 # The smallest spectrum that every step accepts: 55 sources x 3 levels x 1 seed, four denoising steps.
 SMALL = ["--levels", "0", "50", "90", "--seeds", "1", "--steps", "4"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def embedded_images_are_drawn_once():
+    """Drawing their images takes as long as training on them; tests and scripts change none."""
+    import datasets
+    from loaders import digits
+
+    def keep(load):
+        kept = functools.cache(lambda names, *args: load(*args))
+        return lambda *args: kept(tuple(digits.NAMES), *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, entry in datasets.TABLE.items():
+            if entry.root == "unused":
+                patch.setitem(datasets.TABLE, name, dataclasses.replace(entry, load=keep(entry.load)))
+        yield
 
 
 @pytest.fixture(scope="session")

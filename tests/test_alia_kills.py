@@ -1,21 +1,20 @@
 """SIGKILL at moments chosen by chance in each of ALIA's steps: what the same command leaves in the end is the same.
 
-KILLS=20 in the environment kills each step twenty times instead of once.
+KILLS=20 in the environment kills each step twenty times instead of once. Each run is a fork of this process.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import forks
 import pytest
 import tiny_editors
-from conftest import ROOT
 
 KILLS = int(os.environ.get("KILLS", 1))
 DATA = ["--dataset", "biased_digits"]
@@ -26,8 +25,8 @@ FINAL = {  # what an undisturbed run leaves and a killed one must leave too, bit
 }
 
 
-def run(script: str, *flags) -> list[str]:
-    return [sys.executable, str(ROOT / f"{script}.py"), *DATA, *map(str, flags)]
+def call(script: str, *flags) -> int:
+    return importlib.import_module(script).main([*DATA, *map(str, flags)])
 
 
 def state(folder) -> dict:
@@ -46,18 +45,23 @@ def contents(script: str, folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def kill_after(command: list[str], folder, changes: int, pause: float) -> bool:
-    """Start a command and kill it `pause` seconds after so many changes of its folder; False if it ended before."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def start(script: str, flags, folder):
+    log = folder.parent / "log.txt"
+    return forks.start(lambda: call(script, *flags, folder), log), log
+
+
+def kill_after(script: str, flags, folder, changes: int, pause: float) -> bool:
+    """Start a script and kill it `pause` seconds after so many changes of its folder; False if it ended before."""
+    process, log = start(script, flags, folder)
     before, seen = state(folder), 0
-    while process.poll() is None and seen < changes:
+    while process.exitcode is None and seen < changes:
         time.sleep(0.002)
         now = state(folder)
         seen += sum(before.get(path) != value for path, value in now.items())
         before = now
-    time.sleep(pause)
-    process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    code = forks.wait(process, pause)
+    assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
+    return code == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +69,13 @@ def inputs(tmp_path_factory):
     """Hard images, prompts and a small spectrum of the embedded generator, made by the scripts; an editor."""
     root = tmp_path_factory.mktemp("kills")
     hard, prompts = root / "hard.csv", root / "prompts.json"
-    subprocess.run(run("find_hard", "--out", hard), check=True)
+    assert call("find_hard", "--out", hard) == 0
     lines = hard.read_text().splitlines(keepends=True)
     hard.write_text("".join(lines[:1] + lines[1::12]))  # 25 of the 300
-    subprocess.run(run("write_prompts", "--hard", hard, "--out", prompts), check=True)
+    assert call("write_prompts", "--hard", hard, "--out", prompts) == 0
     tiny_editors.save_pix2pix(root / "editor")
     made = ["--hard", hard, "--prompts", prompts, "--out", root / "edits", "--steps", "4", "--seeds", "2"]
-    subprocess.run(run("generate_spectrum", *made), check=True)
+    assert call("generate_spectrum", *made) == 0
     return root
 
 
@@ -82,7 +86,7 @@ def test_a_step_killed_again_and_again_leaves_what_an_undisturbed_one_does(scrip
     flags = {
         "describe_domains": ["--batch-size", 10, "--out"],
         "generate_spectrum": [
-            *("--hard", hard, "--prompts", prompts, "--generator", inputs / "editor", "--levels", 50, "--seeds", 4),
+            *("--hard", hard, "--prompts", prompts, "--generator", inputs / "editor", "--levels", 50, "--seeds", 2),
             *("--image-guidance", 1.5, "--steps", 4, "--batch-size", 5, "--out"),
         ],
         "filter_edits": ["--rules", "class", "--prompts", prompts, "--spectrum"],
@@ -95,17 +99,18 @@ def test_a_step_killed_again_and_again_leaves_what_an_undisturbed_one_does(scrip
         return folder
 
     whole = fresh("whole")
-    subprocess.run(run(script, *flags, whole), check=True, stdout=subprocess.DEVNULL)
+    assert call(script, *flags, whole) == 0
     expected = contents(script, whole)
     assert len(expected) >= len(FINAL[script])
     rng, killed, tries = random.Random(0), 0, 0
     while killed < KILLS:
         folder = fresh(f"killed{tries}")
         for _ in range(4):  # each folder is killed a few times, and then finished
-            if not kill_after(run(script, *flags, folder), folder, rng.randrange(1, 9), 0.1 * rng.random()):
+            if not kill_after(script, flags, folder, rng.randrange(1, 9), 0.1 * rng.random()):
                 break
             killed += 1
-        subprocess.run(run(script, *flags, folder), check=True, stdout=subprocess.DEVNULL)
+        process, log = start(script, flags, folder)
+        assert forks.wait(process) == 0, log.read_text()[-3000:]
         assert contents(script, folder) == expected
         assert not list(folder.rglob("*.tmp"))
         tries += 1

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
+import forks
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     "bench_train": "--parts cifar v2 one --steps 2 --rounds 1 --workers 0 --device cpu",
     "bench_flyp": "--batch-size 8 --steps 2 --rounds 1 --workers 0 --device cpu",
@@ -21,8 +18,7 @@ COMMANDS = {
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_bench_notes_what_it_measured(name, tmp_path):
     out = tmp_path / "found.json"
-    command = [sys.executable, ROOT / f"bench/{name}.py", *COMMANDS[name].split(), "--out", out]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = forks.type_command(tmp_path, f"bench/{name}.py", *COMMANDS[name].split(), "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
     text = out.read_text(encoding="utf-8")
     found = [json.loads(line) for line in text.splitlines()] if name != "bench_spectrum" else [json.loads(text)]

@@ -1,6 +1,6 @@
 """SIGKILL at random moments of tuning and of few-shot training: the same command again makes the same files.
 
-KILLS=20 python -m pytest tests/test_fewshot_kills.py  # as many kills of each script (default 1)
+KILLS=20 python -m pytest tests/test_fewshot_kills.py  # as many kills of each script (default 1), which is a fork
 """
 
 from __future__ import annotations
@@ -8,48 +8,27 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
-from conftest import ROOT
+
+import datasets
+import train_fewshot
+import tune_generator
+from loaders import digits
+from spectrum import tables
+from training import tuner
 
 KILLS = int(os.environ.get("KILLS", "1"))
-TUNE = [
-    "--mode",
-    "cls",
-    "--together",
-    "5",
-    "--batch-size",
-    "2",
-    "--epochs",
-    "150",
-    "--warmup-steps",
-    "2",
-    "--rank",
-    "2",
-]
-SCRIPTS = {
-    "tune_generator": ["--shots", "2", *TUNE, "--samples", "2", "--sample-steps", "2"],
-    "train_fewshot": ["--shots", "4", "--images", "real", "--epochs", "300", "--batch-size", "8", "--mix", "both"],
+TUNE = "--mode cls --together 2 --batch-size 2 --epochs 8 --warmup-steps 2 --rank 2 --samples 1 --sample-steps 1"
+STEPS = {
+    "tune_generator": (tune_generator.main, TUNE.split()),
+    "train_fewshot": (train_fewshot.main, "--shots 4 --images real --epochs 60 --batch-size 8 --mix both".split()),
 }
-
-
-def run_under_kills(command: list[str], kills: int, longest: float, rng: random.Random) -> int:
-    """Run a command again and again until it ends by itself: how often it was killed, at most `kills` times."""
-    for number in range(kills):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            assert process.wait(timeout=rng.uniform(0, longest)) == 0
-            return number
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-    return kills
 
 
 def what_was_made(out: Path) -> dict[str, object]:
@@ -68,20 +47,45 @@ def what_was_made(out: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_killed_at_any_moment_a_script_makes_the_same_files(script, tmp_path):
-    def command(out: str) -> list[str]:
-        words = ["--dataset", "fewshot_digits", *SCRIPTS[script], "--out", str(tmp_path / out)]
-        return [sys.executable, str(ROOT / f"{script}.py"), *words]
+def write_hard(path: Path) -> None:
+    train = datasets.load("fewshot_digits", None).train
+    places = [int(place) for label in range(4) for place in np.flatnonzero(train.labels == label)[:2]]
+    rows = [
+        {"source": train.sources[place], "label": place_label, "class_name": digits.NAMES[place_label]}
+        for place in places
+        for place_label in [int(train.labels[place])]
+    ]
+    tables.write_hard(path, [row | {"reason": "few", "score": ""} for row in rows])
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_any_moment_a_script_makes_the_same_files(step, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuner, "CHECKPOINT_STEPS", 3)
+    (main, flags), log = STEPS[step], tmp_path / "log.txt"
+    flags = ["--dataset", "fewshot_digits", *flags]
+    if step == "tune_generator":  # four of the ten classes
+        flags += ["--hard", str(tmp_path / "hard.csv")]
+        write_hard(tmp_path / "hard.csv")
+
+    def run(out: str, kill_at: float = forks.LIMIT) -> int:
+        words = [*flags, "--out", str(tmp_path / out)]
+        code = forks.wait(forks.start(lambda: main(words), log), kill_at)
+        assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
+        return code
+
+    # A short one in this process, so that the forks have the libraries; then an undisturbed one.
+    short = ["--epochs", "3", *(["--warmup-epochs", "0"] if step == "train_fewshot" else [])]
+    assert main([*flags, *short, "--out", str(tmp_path / "short")]) == 0
     began = time.monotonic()
-    subprocess.run(command("whole"), stdout=subprocess.DEVNULL, check=True)
+    run("whole")
     longest, whole = 1.2 * (time.monotonic() - began), what_was_made(tmp_path / "whole")
     assert len(whole) >= 4
     rng, killed, rounds = random.Random(0), 0, 0
     while killed < KILLS:
         rounds += 1
-        killed += run_under_kills(command(f"round{rounds}"), KILLS - killed, longest, rng)
+        while killed < KILLS and run(f"round{rounds}", rng.uniform(0, longest)):
+            killed += 1
+        run(f"round{rounds}")
         assert what_was_made(tmp_path / f"round{rounds}") == whole
-    print(f"{script}: {killed} kills in {rounds} runs, the same {len(whole)} files each time")
+    print(f"{step}: {killed} kills in {rounds} runs, the same {len(whole)} files each time")

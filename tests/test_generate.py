@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import SMALL
 from PIL import Image
 
 import datasets
@@ -19,6 +19,7 @@ import models
 from generation import generator as generators
 from generation import worklist
 from loaders.base import ASSETS
+from runtime import cli
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum import tables
@@ -213,17 +214,10 @@ def test_an_unreadable_source_is_named_before_the_model_loads(road, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_bad_input_is_one_line_and_exit_code_2(road, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(road, tmp_path, capfd):
     empty = tmp_path / "empty.csv"
     empty.write_text("source,label,class_name,reason,score\n")
-    base = [
-        sys.executable,
-        str(ROOT / "generate_spectrum.py"),
-        "--prompts",
-        str(road.prompts),
-        "--out",
-        str(tmp_path / "s"),
-    ]
+    base = ["--prompts", str(road.prompts), "--out", str(tmp_path / "s")]
     cases = {
         "no hard images": ["--hard", str(empty)],
         "--levels 100": ["--hard", str(road.hard), "--levels", "0", "100"],
@@ -234,9 +228,11 @@ def test_bad_input_is_one_line_and_exit_code_2(road, tmp_path):
         "--generator /no/such/model": ["--hard", str(road.hard), "--generator", "/no/such/model"],
     }
     for message, extra in cases.items():
-        done = subprocess.run([*base, *extra], capture_output=True, text=True, check=False)
-        assert done.returncode == 2, message
-        assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+        with pytest.raises(SystemExit) as left:
+            cli.run(lambda extra=extra: generate_spectrum.main([*base, *extra]))
+        said = capfd.readouterr().err
+        assert left.value.code == 2, message
+        assert message in said and len(said.strip().splitlines()) == 1, said
     assert not (tmp_path / "s").exists()
 
 

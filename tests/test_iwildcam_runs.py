@@ -10,6 +10,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -423,23 +424,18 @@ assert not [name for name in threads if "gloo" in name], threads  # at exit they
 """
 
 
-def launch(script, processes, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script]
-        + [*map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
 @pytest.mark.slow
 def test_the_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS.format(root=str(ROOT)))
-    found = []
-    for processes in (1, 2):
-        done = launch(script, processes, tmp_path / f"{processes}.pt")
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
+    done = forks.type_command(tmp_path, script, tmp_path / "1.pt")
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+        + [tmp_path / "2.pt"], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [torch.load(tmp_path / f"{processes}.pt", weights_only=True) for processes in (1, 2)]
     for one, two in zip(*found, strict=True):
         assert torch.allclose(one, two, atol=1e-6) and one.abs().max() > 0
 
@@ -450,8 +446,9 @@ def test_two_processes_have_the_loss_curve_of_one(small, tmp_path, loss):
     flags = ["--data-root", str(broken(small, tmp_path / "t", 1)), "--spectrum", str(small.spectrum), *SHORT]
     flags += ["--loss", loss, "--optimizer", "sgd", "--lr", "0.01", "--batch-size", "15", "--curriculum", "adaptive"]
     assert train_iwildcam.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    done = launch(ROOT / "train_iwildcam.py", 2, *flags, "--out", tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-3000:]
+    two = [*flags, "--out", str(tmp_path / "two")]
+    for done in forks.train_together(lambda: train_iwildcam.main(two), tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
     one, two = (files.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)

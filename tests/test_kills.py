@@ -13,14 +13,15 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from conftest import ROOT
+from forks import LIMIT
 from PIL import Image
 
 import filter_clipscore
@@ -32,7 +33,6 @@ from loaders import toycam
 from runtime import checkpoints, files
 
 KILLS = int(os.environ.get("KILLS", 3))
-LIMIT = 300  # seconds, after which a run that neither ends nor dies is a fault
 WRITING = ("fsync", "replace", "link")  # of os: what every write of a result goes through
 FREE = {"seconds", "images_per_second"}
 
@@ -59,32 +59,9 @@ def die_while_writing(count: int, before: bool) -> None:
 
 def run(main: Callable, argv: list[str], log: Path, prepare: Callable = lambda: None, kill_at: float = LIMIT) -> int:
     """Run a script in a process group of its own and kill it after so many seconds; its exit code, or -SIGKILL."""
-    pid = os.fork()
-    if not pid:
-        os.setsid()
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        code = 99
-        try:
-            prepare()
-            code = main(argv)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(code)
-    end = time.monotonic() + kill_at
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > end:
-            # Now and then the main process alone: its loading processes find out for themselves.
-            (os.kill if random.random() < 0.1 else os.killpg)(pid, signal.SIGKILL)
-            end = time.monotonic() + LIMIT
-        time.sleep(0.002)
-    assert kill_at < LIMIT or time.monotonic() < end, "the run did not end"
-    return os.waitstatus_to_exitcode(status)
+    # Now and then the main process alone: its loading processes find out for themselves.
+    kill = os.kill if random.random() < 0.1 else os.killpg
+    return forks.wait(forks.start(lambda: prepare() or main(argv), log), kill_at, kill)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -302,7 +303,8 @@ def test_the_moving_average_is_that_of_the_weights(road, tmp_path):
         assert torch.equal(value, state["average"][f"module.{name}"])
 
 
-def test_a_folder_that_another_process_trains_in_is_left_alone(road, tmp_path):
+def test_a_folder_that_another_process_trains_in_is_left_alone(road, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "CLAIM_SECONDS", 1)
     with runs.claim(tmp_path / "r"):
         with pytest.raises(UserError, match="another process is at work there"):
             train(road, tmp_path / "r")
@@ -358,56 +360,52 @@ def test_a_spectrum_in_which_every_class_is_hard_is_refused(road, tmp_path):
 # several processes
 
 
-@pytest.mark.slow
-def test_the_other_process_leaves_with_the_first(road, tmp_path):
-    flags = ["--model", "timm:test_vit", "--device", "cpu", "--epochs", "1", "--curriculum", "none"]
-    assert train_lt.main([*flags, "--seed", "1", "--out", str(tmp_path / "r")]) == 0
-    done = launch(tmp_path, 2, *flags, "--seed", "2", "--out", str(tmp_path / "r"))
-    assert done.returncode != 0
-    assert "args.seed is 1 there, 2 here" in done.stderr and "the first process has stopped" in done.stderr, done.stderr
+def train_in_two(tmp_path, flags, stop_at: int = 0) -> list[forks.Done]:
+    """The trainer in two processes; the second sends itself a SIGTERM before the batch `stop_at`."""
+
+    def act() -> int:
+        if os.environ["RANK"] == "1" and stop_at:
+            count_steps(pytest.MonkeyPatch(), stop_at, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            return train_lt.main(flags)
+        finally:
+            assert not forks.gloo_threads()
+
+    return forks.train_together(act, tmp_path)
 
 
-# With STOP_AT set, the second process sends itself a SIGTERM before that batch.
-SCRIPT = """
-import glob, os, pathlib, signal, sys
-sys.path.insert(0, {root!r})
-import train_lt
-from training import augmentations
-augment, steps = augmentations.augment, []
-def counting(*args):
-    steps.append(1)
-    if os.environ["RANK"] == "1" and len(steps) == int(os.environ.get("STOP_AT", 0)):
-        os.kill(os.getpid(), signal.SIGTERM)
-    return augment(*args)
-augmentations.augment = counting
-code = train_lt.main(sys.argv[1:])
-threads = [pathlib.Path(path).read_text() for path in glob.glob("/proc/self/task/*/comm")]
-assert not [name for name in threads if "gloo" in name], threads  # at exit they can abort the process
-raise SystemExit(code)
-"""
-
-
-def launch(tmp_path, processes, *flags, **variables):
-    script = tmp_path / "launch.py"
-    script.write_text(SCRIPT.format(root=str(ROOT)))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), script]
-        + [*flags],
-        env=environment, capture_output=True, text=True, check=False,
+def torchrun(tmp_path, flags) -> list[forks.Done]:
+    """The documented command, as typed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", ROOT / "train_lt.py"]
+        + flags, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
+    return [forks.Done(done.returncode, done.stdout, done.stderr)]
+
+
+def test_the_other_process_leaves_with_the_first(tmp_path):
+    flags = ["--model", "timm:test_vit", "--device", "cpu", "--epochs", "1", "--curriculum", "none", "--seed"]
+    out = ["--out", str(tmp_path / "r")]
+    assert train_lt.main([*flags, "1", *out]) == 0
+    first, other = train_in_two(tmp_path, [*flags, "2", *out])
+    assert first.returncode and other.returncode
+    assert "args.seed is 1 there, 2 here" in first.stderr, first.stderr
+    assert "the first process has stopped" in other.stderr, other.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("extra", [["--batch-size", "16"], ["--batch-size", "15", "--real-weight", "0.8"]])
-def test_two_processes_have_the_loss_curve_of_one(road, tmp_path, extra):
+@pytest.mark.parametrize(
+    ("launch", "extra"),
+    [(torchrun, ["--batch-size", "16"]), (train_in_two, ["--batch-size", "15", "--real-weight", "0.8"])],
+)
+def test_two_processes_have_the_loss_curve_of_one(road, tmp_path, launch, extra):
     """A vision transformer, which has no BatchNorm: its statistics would be each process's own on the CPU."""
-    flags = ["--spectrum", str(road.spectrum), "--curriculum", "adaptive", "--epochs", "4", "--curriculum-epochs", "3"]
+    flags = ["--spectrum", str(road.spectrum), "--curriculum", "adaptive", "--epochs", "3", "--curriculum-epochs", "2"]
     flags += ["--model", "timm:test_vit", "--device", "cpu", "--loss", "bs", "--optimizer", "sgd", "--lr", "0.01"]
     flags += extra
     assert train_lt.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    done = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    for done in launch(tmp_path, [*flags, "--out", str(tmp_path / "two")]):
+        assert done.returncode == 0, done.stderr[-3000:]
     one, two = (files.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
     assert [entry["levels"] for entry in one] == [entry["levels"] for entry in two]
     for a, b in zip(one, two, strict=True):
@@ -418,13 +416,15 @@ def test_two_processes_have_the_loss_curve_of_one(road, tmp_path, extra):
 
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_together(road, tmp_path):
-    flags = ["--spectrum", str(road.spectrum), "--curriculum", "d2s", "--epochs", "5", "--curriculum-epochs", "4"]
+    flags = ["--spectrum", str(road.spectrum), "--curriculum", "d2s", "--epochs", "4", "--curriculum-epochs", "3"]
     flags += ["--model", "timm:test_vit", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.01", "--batch-size", "8"]
+    flags += ["--levels", "0", "50", "90"]
     assert train_lt.main([*flags, "--out", str(tmp_path / "one")]) == 0
-    done = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "two"), STOP_AT="28")
-    assert done.returncode != 0 and "checkpoint written in epoch 1, after batch" in done.stdout, done.stderr[-3000:]
-    done = launch(tmp_path, 2, *flags, "--out", str(tmp_path / "two"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    flags += ["--out", str(tmp_path / "two")]
+    done = train_in_two(tmp_path, flags, stop_at=28)
+    assert [one.returncode for one in done] == [runs.RESUMABLE] * 2, done
+    assert "checkpoint written in epoch 1, after batch" in done[0].stdout, done[0].stderr[-3000:]
+    assert [one.returncode for one in train_in_two(tmp_path, flags)] == [0, 0]
     one, two = (files.read_json_lines(tmp_path / name / "history.jsonl") for name in ("one", "two"))
     assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in two], abs=1e-5)
 
@@ -459,35 +459,34 @@ from training import augmentations
 augment, steps = augmentations.augment, []
 def fail_in_the_second(*args):
     steps.append(1)
-    if len(steps) == 2 and {fails}:
+    if len(steps) == 2:
         raise RuntimeError("a bug")
     return augment(*args)
 augmentations.augment = fail_in_the_second
 cli.run(lambda: train_lt.main(sys.argv[1:]))
 """
+LOADED = ["--dataset", "imagefolder", "--model", "resnet8", "--image-size", "32", "--epochs", "3", "--batch-size", "2"]
+LOADED += ["--workers", "2", "--device", "cpu"]
 
 
-@pytest.mark.parametrize(
-    ("fails", "code", "message"),
-    [(True, 1, "RuntimeError: a bug"), (False, 2, "train/class0/3.jpg: not a readable image")],
-)
-def test_a_failing_run_with_loading_processes_ends(photographs, tmp_path, fails, code, message):
+@pytest.mark.slow
+def test_a_failing_run_with_loading_processes_ends(photographs, tmp_path):
     """Its workers leave signals to the main process, which waited for them at its end for ever."""
-    root = photographs
-    if not fails:
-        shutil.copytree(photographs, tmp_path / "p")
-        root = tmp_path / "p"
-        whole = (root / "train/class0/3.jpg").read_bytes()
-        (root / "train/class0/3.jpg").write_bytes(whole[: len(whole) // 2])  # its header is whole
     script = tmp_path / "failing.py"
-    script.write_text(FAILING.format(root=str(ROOT), fails=fails))
-    flags = ["--dataset", "imagefolder", "--data-root", str(root), "--model", "resnet8", "--image-size", "32"]
-    flags += ["--epochs", "3", "--batch-size", "2", "--workers", "2", "--device", "cpu", "--out", str(tmp_path / "r")]
+    script.write_text(FAILING.format(root=str(ROOT)))
     done = subprocess.run(
-        [sys.executable, script, *flags], capture_output=True, text=True, check=False, timeout=90,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, script, *LOADED, "--data-root", str(photographs), "--out", str(tmp_path / "r")],
+        capture_output=True, text=True, check=False, timeout=90, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert done.returncode == code and message in done.stderr.strip().splitlines()[-1], done.stderr[-2000:]
+    assert done.returncode == 1 and "RuntimeError: a bug" in done.stderr.strip().splitlines()[-1], done.stderr[-2000:]
+
+
+def test_an_image_that_fails_in_a_loading_process_is_named(photographs, tmp_path):
+    shutil.copytree(photographs, tmp_path / "p")
+    image = tmp_path / "p/train/class0/3.jpg"
+    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])  # its header is whole
+    with pytest.raises(UserError, match="train/class0/3.jpg: not a readable image"):
+        train_lt.main([*LOADED, "--data-root", str(tmp_path / "p"), "--out", str(tmp_path / "r")])
 
 
 def test_images_that_cannot_be_used_are_named_together_before_any_training(photographs, tmp_path):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 
+import forks
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -67,10 +65,7 @@ def test_the_commands_for_own_images_go_through_on_a_folder_of_odd_files(tmp_pat
     ]  # fmt: skip
     for script, words in commands:
         line = [*shlex.split(words, comments=True), *shlex.split(CHEAP.get(script, ""))]
-        done = subprocess.run(
-            [sys.executable, str(ROOT / f"{script}.py"), *line], cwd=tmp_path, capture_output=True, text=True,
-            check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        done = forks.type_command(tmp_path, f"{script}.py", *line)
         assert done.returncode == 0, f"{script} {shlex.join(line)}\n{done.stdout}\n{done.stderr}"
     report = tmp_path / "runs/mine/report"
     assert "| BS + d2s" in (report / "table.md").read_text(encoding="utf-8")

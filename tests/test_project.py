@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import glob
 import importlib
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 from conftest import ROOT
 
@@ -258,12 +260,10 @@ def test_commands_are_found_in_a_text():
 def test_docstring_commands_run_one_after_another(tmp_path):
     for name, cheaper in STEPS.items():
         for command in commands_in(ast.get_docstring(TREES[name])):
-            # As typed, and by a shell, which expands runs/digits_*; but in an empty folder.
-            line = command.replace("python ", f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/", 1)
-            line = line.replace("'runs/digits_*'", "runs/digits_*")
-            done = subprocess.run(
-                f"{line} {cheaper}", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
-            )
+            # As typed, and as by a shell, which expands runs/digits_*; but in an empty folder.
+            _, script, *words = shlex.split(f"{command} {cheaper}")
+            words = [found for word in words for found in sorted(glob.glob(word, root_dir=tmp_path)) or [word]]
+            done = forks.type_command(tmp_path, script, *words)
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     made = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     run = "digits_bs_d2s_seed0"
@@ -301,6 +301,7 @@ PACKAGES = {
 }
 
 
+@pytest.mark.slow
 def test_every_dependency_and_module_imports_from_the_root():
     """Our datasets.py and models.py stand where transformers looks for packages of these names."""
     required = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.M)
@@ -312,6 +313,7 @@ def test_every_dependency_and_module_imports_from_the_root():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_every_module_imports_from_another_folder_and_does_nothing(tmp_path):
     lines = ["import sys", f"sys.path.insert(0, {str(ROOT)!r})", *(f"import {name}" for name in TREES)]
     done, _ = answer(tmp_path, "-c", "\n".join(lines))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from pathlib import Path
 
+import forks
 import pytest
-from conftest import ROOT
 from PIL import Image
 
 import find_hard
@@ -346,13 +344,7 @@ def test_few_max_is_the_first_count_that_is_not_few(tmp_path, few_below, images)
 
 
 def test_no_hard_image_is_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "find_hard.py"), "--few-below", "2", "--out", "hard.csv"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks.type_command(tmp_path, "find_hard.py", "--few-below", "2", "--out", "hard.csv")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -15,26 +16,50 @@ from conftest import ROOT
 import datasets
 import models
 import train_lt
-from runtime import checkpoints, files
+from runtime import checkpoints, files, steps
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum import tables
 from training import augmentations, evaluation, log, optimization, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
+D2S = ["--curriculum", "d2s"]
 
 
 def train(road, out, *extra) -> int:
     return train_lt.main(["--spectrum", str(road.spectrum), "--out", str(out), *SHORT, *extra])
 
 
-def test_the_same_command_gives_the_same_numbers(road, tmp_path):
-    for name in "ab":
-        assert train(road, tmp_path / name, "--loss", "bs", "--curriculum", "d2s") == 0
-    a, b = (np.load(tmp_path / name / "predictions.npz")["logits"] for name in "ab")
-    assert np.array_equal(a, b)
-    train(road, tmp_path / "c", "--loss", "bs", "--curriculum", "d2s", "--seed", "1")
-    assert not np.array_equal(a, np.load(tmp_path / "c" / "predictions.npz")["logits"])
+@pytest.fixture(scope="module")
+def finished(road, tmp_path_factory):
+    """A finished run from synthetic to real images; tests that change it copy it first."""
+    out = tmp_path_factory.mktemp("finished") / "r"
+    assert train(road, out, *D2S) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def before_the_end(road, tmp_path_factory):
+    """A run as before its last moment: two checkpoints and no results.json; and what it is to predict."""
+    out = tmp_path_factory.mktemp("before") / "r"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "remove_previous", lambda *_: None)
+        train(road, out)
+    (out / "results.json").unlink()
+    return out, np.load(out / "predictions.npz")["logits"]
+
+
+@pytest.fixture(autouse=True)
+def no_confusion(monkeypatch):
+    """A figure that takes a fifth of such a run; test_lt_runs.py has it drawn."""
+    monkeypatch.setattr(train_lt.Trainer, "show_confusion", lambda *_: None)
+
+
+def test_the_same_command_gives_the_same_numbers(road, finished, tmp_path):
+    for name, more in (("again", []), ("other", ["--seed", "1"])):
+        assert train(road, tmp_path / name, *D2S, *more) == 0
+    a, b, c = (np.load(out / "predictions.npz")["logits"] for out in (finished, tmp_path / "again", tmp_path / "other"))
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
 
 
 class Interrupted(Exception):
@@ -42,8 +67,9 @@ class Interrupted(Exception):
 
 
 @pytest.mark.parametrize("curriculum", [pytest.param("none", marks=pytest.mark.slow), "d2s", "random"])
-def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatch, curriculum):
-    train(road, tmp_path / "whole", "--curriculum", curriculum)
+def test_interrupted_and_resumed_equals_uninterrupted(road, finished, tmp_path, monkeypatch, curriculum):
+    whole = finished if curriculum == "d2s" else tmp_path / "whole"
+    train(road, whole, "--curriculum", curriculum)
     log_epoch, calls = log.log_epoch, []
 
     def stop_in_the_third_epoch(*args):
@@ -59,20 +85,20 @@ def test_interrupted_and_resumed_equals_uninterrupted(road, tmp_path, monkeypatc
     monkeypatch.setattr(log, "log_epoch", log_epoch)
     train(road, tmp_path / "resumed", "--curriculum", curriculum)
     for name in ("model", "best"):
-        states = [checkpoints.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu") for run in ("whole", "resumed")]
+        states = [checkpoints.load_checkpoint(run / "checkpoint.pt", "cpu") for run in (whole, tmp_path / "resumed")]
         states = [state["model"] if name == "model" else state["best"]["model"] for state in states]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    results = [files.read_json(tmp_path / run / "results.json") for run in ("whole", "resumed")]
+    results = [files.read_json(run / "results.json") for run in (whole, tmp_path / "resumed")]
     assert all(results[0][name] == results[1][name] for name in ("last", "best_by_val", "images"))
 
 
-def test_a_finished_run_is_skipped_and_overwrite_starts_anew(road, tmp_path, capsys):
-    train(road, tmp_path / "r")
+def test_a_finished_run_is_skipped_and_overwrite_starts_anew(road, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "r")
     written = (tmp_path / "r/results.json").stat().st_mtime_ns
-    assert train(road, tmp_path / "r") == 0
+    assert train(road, tmp_path / "r", *D2S) == 0
     assert "already complete" in capsys.readouterr().out
     assert (tmp_path / "r/results.json").stat().st_mtime_ns == written
-    train(road, tmp_path / "r", "--overwrite")
+    train(road, tmp_path / "r", *D2S, "--overwrite")
     assert (tmp_path / "r/results.json").stat().st_mtime_ns > written
 
 
@@ -195,10 +221,9 @@ def test_tensorboard_holds_every_epoch(road, tmp_path):
     assert {"val/overall", "val/few", "test/few", "train/lr"} <= set(events.Tags()["scalars"])
 
 
-def test_results_hold_both_epochs_and_predictions_agree(road, tmp_path):
-    train(road, tmp_path / "r")
-    results = files.read_json(tmp_path / "r/results.json")
-    predictions = np.load(tmp_path / "r/predictions.npz", allow_pickle=False)
+def test_results_hold_both_epochs_and_predictions_agree(finished):
+    results = files.read_json(finished / "results.json")
+    predictions = np.load(finished / "predictions.npz", allow_pickle=False)
     assert predictions["logits"].shape == (500, 10)
     right = predictions["logits"].argmax(1) == predictions["labels"]
     assert results["last"]["overall"] == pytest.approx(100 * right.mean())
@@ -254,17 +279,14 @@ def test_bad_input_names_the_flag(road, tmp_path, extra, message):
         train(road, tmp_path / "r", *extra)
 
 
-def test_a_folder_with_another_run_is_left_alone(road, tmp_path):
-    train(road, tmp_path / "r")
+def test_a_folder_with_another_run_is_left_alone(road, finished):
     with pytest.raises(UserError, match=r"loss is 'ce' there, 'bs' here"):
-        train(road, tmp_path / "r", "--loss", "bs")
+        train(road, finished, *D2S, "--loss", "bs")
 
 
-def test_of_a_truncated_checkpoint_the_previous_one_is_used_to_the_same_end(road, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoints, "remove_previous", lambda *_: None)  # as before a run's last moment
-    train(road, tmp_path / "r")
-    logits = np.load(tmp_path / "r/predictions.npz")["logits"]
-    (tmp_path / "r/results.json").unlink()
+def test_of_a_truncated_checkpoint_the_previous_one_is_used_to_the_same_end(road, before_the_end, tmp_path, capsys):
+    folder, logits = before_the_end
+    shutil.copytree(folder, tmp_path / "r")
     checkpoint = tmp_path / "r/checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     train(road, tmp_path / "r")
@@ -294,10 +316,8 @@ def test_checkpoint_every_writes_so_many(road, tmp_path, monkeypatch):
     assert written == [3, 4]
 
 
-def test_two_truncated_checkpoints_are_named(road, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "remove_previous", lambda *_: None)
-    train(road, tmp_path / "r")
-    (tmp_path / "r/results.json").unlink()
+def test_two_truncated_checkpoints_are_named(road, before_the_end, tmp_path):
+    shutil.copytree(before_the_end[0], tmp_path / "r")
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         (tmp_path / "r" / name).write_bytes(b"PK nothing")
     with pytest.raises(UserError, match="checkpoint.previous.pt: not a readable checkpoint"):
@@ -310,15 +330,24 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(road, tmp_path
 
 
 @pytest.mark.slow
-def test_without_a_spectrum_the_default_one_is_made_first(tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_lt.py"), "--loss", "bs", "--curriculum", "d2s"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "no finished spectrum there; making it first" in done.stdout
-    assert list((tmp_path / "runs/digits_bs_d2s_seed0").glob("events.out.tfevents.*"))
-    results = files.read_json(tmp_path / "runs/digits_bs_d2s_seed0/results.json")
+def test_without_a_spectrum_the_default_one_is_made_first(tmp_path, monkeypatch, capsys):
+    cheaper = {"generate_spectrum.py": "--levels 0 50 --seeds 1 --steps 4", "filter_clipscore.py": "--threshold 0.1"}
+
+    def run(command: list[str], check: bool) -> forks.Done:
+        python, script, *words = command
+        assert python == sys.executable
+        script = str(Path(script).relative_to(ROOT))
+        return forks.type_command(tmp_path, script, *words, *cheaper.get(script, "").split())
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(steps, "subprocess", SimpleNamespace(run=run))
+    assert train_lt.main(["--loss", "bs", "--curriculum", "d2s"]) == 0
+    assert "no finished spectrum there; making it first" in capsys.readouterr().out
+    assert {path.name for path in Path("runs").iterdir()} >= {
+        "hard.csv", "prompts.json", "spectrum", "digits_bs_d2s_seed0"
+    }  # fmt: skip
+    assert list(Path("runs/digits_bs_d2s_seed0").glob("events.out.tfevents.*"))
+    results = files.read_json(Path("runs/digits_bs_d2s_seed0/results.json"))
     # Ten classes: a net that learned nothing is right in 10 % of the cases.
     assert results["last"]["overall"] > 60
     assert datasets.load("digits", 30).counts.tolist() == results["train_counts"]
