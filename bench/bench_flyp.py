@@ -44,6 +44,9 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--batch-size", type=cli.whole(2), default=256, metavar="N", help="images in a step")
     parser.add_argument("--steps", type=cli.whole(2), default=8, metavar="N", help="steps of one measurement")
+    parser.add_argument(
+        "--jpegs", type=cli.whole(1), metavar="N", help="images to draw, read in turn (default: each once)"
+    )
     parser.add_argument("--rounds", type=cli.whole(1), default=3, metavar="N", help="measurements; the median counts")
     parser.add_argument(
         "--workers", type=cli.whole(0), default=4, metavar="N", help="processes that decode, on each side"
@@ -84,18 +87,18 @@ def random_clip(architecture: str, folder: Path) -> str:
     return f"{architecture}:{folder / 'clip.safetensors'}"
 
 
-def make_ours(args, data, clip: str, device: str):
-    """A pass of train_iwildcam.py over the images, as a function, and the run's flags."""
+def make_ours(args, data, order: np.ndarray, clip: str, device: str):
+    """A pass of train_iwildcam.py over the images in their order, as a function, and the run's flags."""
     flags = ["--dataset", "iwildcam", "--clip", clip, "--batch-size", args.batch_size, "--device", device]
     flags += ["--workers", args.workers, "--precision", "bf16" if device.startswith("cuda") else "fp32"]
     flags += ["--curriculum", "none", "--out", "no_such_run"]
     own = train_iwildcam.build_parser().parse_args([str(flag) for flag in flags])
     trainer, _ = train_iwildcam.prepare(own, data, {}, [], set(), StopSignals())
-    return lambda: trainer.train(0, np.arange(len(data.train))), own
+    return lambda: trainer.train(0, order), own
 
 
-def make_theirs(args, data, clip: str, device: str, captions: list[str]):
-    """An epoch of FLYP's loop, as a function."""
+def make_theirs(args, data, order: np.ndarray, clip: str, device: str, captions: list[str]):
+    """An epoch of FLYP's loop, as a function; `captions` are of the images in their order."""
     import torch
     from open_clip import image_transform
 
@@ -110,7 +113,7 @@ def make_theirs(args, data, clip: str, device: str, captions: list[str]):
             return len(captions)
 
         def __getitem__(self, index: int):
-            with Image.open(data.train.images[index]) as image:
+            with Image.open(data.train.images[order[index]]) as image:
                 return transform(image.convert("RGB")), tokenizer(captions[index])[0]
 
     loader = torch.utils.data.DataLoader(
@@ -139,14 +142,15 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "data"
         root.mkdir()
-        data = draw_data(root, images)
+        data = draw_data(root, args.jpegs or images)
+        order = np.resize(np.arange(len(data.train)), images)
         clip = random_clip(args.architecture, Path(folder)) if args.architecture else args.clip
-        ours, own = make_ours(args, data, clip, device)
+        ours, own = make_ours(args, data, order, clip, device)
         captions = [
             own.templates[i % len(own.templates)].replace("{}", data.class_names[label])
-            for i, label in enumerate(data.train.labels)
+            for i, label in enumerate(data.train.labels[order])
         ]
-        found = compare(ours, make_theirs(args, data, clip, device, captions), images, args.rounds)
+        found = compare(ours, make_theirs(args, data, order, clip, device, captions), images, args.rounds)
     distinct = np.mean([len(set(captions[i : i + args.batch_size])) for i in range(0, images, args.batch_size)])
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()}-core CPU"
     row = {"part": "flyp", "model": args.architecture or args.clip, "batch_size": args.batch_size, **found}

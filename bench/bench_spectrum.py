@@ -330,6 +330,11 @@ def strength_of(pipe, run: int, steps: int) -> float:
     return 1.0 if run == steps else (run + (-0.5 if hasattr(pipe, "transformer") else 0.5)) / steps
 
 
+def shape_of(pipe, size: tuple[int, int]) -> dict:
+    """Flow-matching pipelines draw at their own square unless they are told; the others take the image's size."""
+    return {"width": size[0], "height": size[1]} if hasattr(pipe, "transformer") else {}
+
+
 def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], steps: int, scale: float) -> tuple:
     """One call of the pipeline an image: seconds for all of them, and the images as float (3, H, W) in [0, 1]."""
     drawn = []
@@ -346,6 +351,7 @@ def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], step
             guidance_scale=scale,
             generator=torch.Generator().manual_seed(unit.noise_seed()),
             output_type="pt",
+            **shape_of(pipe, size),
         ).images[0]
         drawn.append(image.float().cpu())
         pixels = drawn[-1].mul(255).round().byte().permute(1, 2, 0).numpy()
@@ -365,6 +371,7 @@ def batched_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], st
         num_inference_steps=steps,
         guidance_scale=scale,
         generator=[torch.Generator().manual_seed(unit.noise_seed()) for unit in units],
+        **shape_of(pipe, size),
     ).images
     for number, image in enumerate(drawn):
         image.save(folder / f"batched-{number}.png")
