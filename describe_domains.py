@@ -84,7 +84,7 @@ def build_parser() -> cli.Parser:
     group.add_argument(
         "--shard", type=cli.shard, default=cli.Shard(0, 1), metavar="I/N", help="which share to caption, from 0/N up"
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(group)
     group = parser.add_argument_group("domains")
     group.add_argument(
         "--summary",

@@ -121,8 +121,7 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     from models import build_classifier
     from runtime.device import pick_device
     from spectrum import embeddings
-    from training import losses, stores
-    from training.augmentations import normalise
+    from training import evaluation, losses, stores
 
     # Check that the run is of this data.
     trained = runs.read_arguments(args.checkpoint, "dataset", "model", "loss", "image_size")
@@ -150,8 +149,8 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     done = 0
     for images in store.evaluation(np.array(places), args.batch_size):
         with torch.inference_mode():
-            logits = model(normalise(images, data.mean, data.std)).float()
-        probabilities = (logits * (losses.LDAM_SCALE if trained["loss"] == "ldam" else 1)).softmax(1).cpu()
+            logits = evaluation.forward(model, store, images, data)
+        probabilities = (logits * (losses.LDAM_SCALE if trained["loss"] == "ldam" else 1)).softmax(1)
         yield list(range(done, done + len(images))), probabilities, {}
         done += len(images)
 

@@ -273,7 +273,7 @@ def add_run_flags(group) -> None:
     group.add_argument(
         "--compile", action="store_true", help="compile the denoiser; minutes at first, faster on a GPU after that"
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(group)
 
 
 def add_other_flags(group) -> None:

@@ -312,7 +312,7 @@ def generator_dtype(dtype: str, device: str) -> str:
     bfloat16 where the card computes in it (compute capability 8 and up), else float16."""
     if dtype != "auto":
         return dtype
-    if not device.startswith("cuda"):
+    if not device.startswith("cuda"):  # a Mac's GPU too
         return "float32"
     return "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
 

@@ -222,9 +222,10 @@ def prepare(args, data: DataSet, levels: list[int], synthetic: dict, signals: St
     import torch
 
     import models
-    from runtime.device import pick_device
+    from runtime.device import check_bfloat16, pick_device
 
     device = pick_device(args.device)
+    check_bfloat16(args.precision, device)
     torch.manual_seed(files.digest_int("weights", args.seed))
     tokens, adapters, zero_shot = None, [], {}
     if args.model == "clip":

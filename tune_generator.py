@@ -60,7 +60,7 @@ def build_parser() -> cli.Parser:
         metavar="I/N",
         help="which share of the classes, from 0/N",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(group)
     group.add_argument(
         "--dry-run", action="store_true", help="print how much there is to tune, in adapters, steps, hours and bytes"
     )

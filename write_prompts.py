@@ -75,7 +75,7 @@ def build_parser() -> cli.Parser:
     group.add_argument("--batch-size", type=cli.whole(1), default=16, metavar="N", help="classes per question batch")
     group.add_argument("--max-new-tokens", type=cli.whole(1), default=800, metavar="N", help="longest answer")
     group.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of the model's answers")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(group)
     group = parser.add_argument_group("file")
     group.add_argument(
         "--file",

@@ -44,7 +44,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--workers", type=cli.whole(0), metavar="N", help="processes that decode (default: the script's)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("bench/results/filter_cpu.json"), metavar="FILE", help="the file to write"
     )

@@ -41,7 +41,7 @@ def build_parser() -> cli.Parser:
     model.add_argument(
         "--clip", default=cameratraps.TOYCAM_CLIP, metavar="NAME", help="or a CLIP as load_clip takes it"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(parser)
     parser.add_argument("--batch-size", type=cli.whole(2), default=256, metavar="N", help="images in a step")
     parser.add_argument("--steps", type=cli.whole(2), default=8, metavar="N", help="steps of one measurement")
     parser.add_argument(

@@ -53,7 +53,7 @@ PARTS = ("cifar", "v2", "plain", "compile", "together", "loader")
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "bench/bench_train")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS, "one"], default=["cifar", "loader"], help="what runs")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(parser)
     parser.add_argument(
         "--steps", type=cli.whole(2), metavar="N", help="steps of one measurement (default: 300 on a GPU, 12 on a CPU)"
     )

@@ -460,7 +460,7 @@ def to_host(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Callable[[
     good = is_good(drawn)
     pixels = drawn.nan_to_num().mul(255).round().byte().permute(0, 2, 3, 1).contiguous()
     if not drawn.is_cuda:
-        return pixels, good, lambda: None
+        return pixels.cpu(), good.cpu(), lambda: None
     pixels, good = (tensor.to("cpu", non_blocking=True) for tensor in (pixels, good))
     arrived = torch.cuda.Event()
     arrived.record(torch.cuda.current_stream(drawn.device))  # not that of the first device, which may be another

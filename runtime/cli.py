@@ -22,6 +22,17 @@ def first_line(error: Exception) -> str:
     return line if len(line) <= 300 else f"{line[:300]} ..."
 
 
+# What an error says where memory ran out and its class does not tell.
+NO_MEMORY = ("can't allocate memory", "out of memory")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, the machine's or a device's. torch is not imported for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with defaults in the help, no abbreviated flags, and arguments from a file.
 
@@ -242,6 +253,13 @@ def _writable(path: Path) -> Path:
     return path
 
 
+def add_device_flag(group) -> None:
+    """What a model runs on: the --device of every script that has one."""
+    group.add_argument(
+        "--device", default="auto", help="auto (a GPU of CUDA, else the CPU), cpu, cuda, cuda:N or, untested, mps"
+    )
+
+
 def progress(total: int, what: str, unit: str):
     """A tqdm bar on a terminal; a plain line every half minute where there is none."""
     from tqdm import tqdm
@@ -264,6 +282,12 @@ def run(main: Callable[[], int]) -> None:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
         print(f"{Path(sys.argv[0]).name}: error: {place}{error.strerror}", file=sys.stderr)
+        code = 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = f"out of memory ({first_line(error)}); expected a smaller --batch-size, image size or model"
+        print(f"{Path(sys.argv[0]).name}: error: {what}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted; run the same command again to resume", file=sys.stderr)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from runtime.cli import UserError, first_line
+from runtime.cli import UserError, first_line, is_out_of_memory
+from runtime.device import Fitting
 from runtime.text import read_csv
 
 QUESTION = (
@@ -52,6 +53,7 @@ class Captioner:
         if self.family == "task" and not self.prompt.startswith("<"):
             raise UserError(f"--caption-prompt {self.prompt!r}: expected a task token of this model, such as <CAPTION>")
         self.max_new_tokens = max_new_tokens
+        self.fitting = Fitting()  # images at once
         if hasattr(self.processor, "tokenizer"):
             self.processor.tokenizer.padding_side = "left"  # an answer begins where the longest question ends
         if self.family == "chat":
@@ -66,6 +68,10 @@ class Captioner:
         Raises:
             UserError: the model cannot take the images.
         """
+        parts = self.fitting.run(len(images), lambda some: self._caption(images[some]))
+        return [text for part in parts for text in part]
+
+    def _caption(self, images: list[Image.Image]) -> list[str]:
         import torch
 
         count = len(images)
@@ -90,6 +96,8 @@ class Captioner:
                     repetition_penalty=1.1 if self.family == "chat" else 1.0,
                 )
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise UserError(f"--captioner: cannot caption these images: {first_line(error)}") from error
         if self.family == "chat":  # what such a model gives begins with the question
             tokens = tokens[:, inputs["input_ids"].shape[1] :]

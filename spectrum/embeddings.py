@@ -21,6 +21,7 @@ from loaders.pictures import read_image
 from loaders.sources import read_sources
 from runtime import cli
 from runtime.cli import UserError
+from runtime.device import Fitting
 from runtime.signals import hold_signals, leave_signals
 
 # What yields, for each name, its RGB image, or a line that says why there is none.
@@ -106,7 +107,7 @@ def batches(
     with hold_signals():
         batches = iter(loader)
     for places, stack, wrong in batches:
-        yield places, None if stack is None else stack.to(device, non_blocking=True), wrong
+        yield places, None if stack is None else stack.to(device, non_blocking=cuda), wrong
 
 
 class Clip:
@@ -123,6 +124,7 @@ class Clip:
         self.device, self.batch_size = device, batch_size
         self.workers = default_workers(self.device) if workers is None else workers
         self.model, self.preprocess, self.tokenizer = loaded
+        self.fitting = Fitting()  # images at once
 
     def texts(self, texts: list[str], batch_size: int = 256) -> torch.Tensor:
         """Embeddings of texts: float32 (N, D)."""
@@ -144,8 +146,12 @@ class Clip:
 
     def vectors(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embeddings float32 (n, D) of images as `preprocess` makes them, (n, 3, H, W) on the device."""
-        with torch.inference_mode(), autocast(self.device):
-            return F.normalize(self.model.encode_image(pixels).float(), dim=-1).cpu()
+
+        def embed(some: slice) -> torch.Tensor:
+            with torch.inference_mode(), autocast(self.device):
+                return F.normalize(self.model.encode_image(pixels[some]).float(), dim=-1).cpu()
+
+        return torch.cat(self.fitting.run(len(pixels), embed))
 
     def all_images(self, names: list[str], read: Reader, what: str) -> tuple[torch.Tensor, dict[int, str]]:
         """Embeddings of all images at once, under a progress bar called `what`.

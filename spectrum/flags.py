@@ -23,4 +23,4 @@ def add_device_flags(group) -> None:
         metavar="N",
         help="processes that decode images (default: a core each beside a GPU, 16 at most; none on a CPU)",
     )
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(group)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runtime.cli import UserError, first_line
+from runtime.cli import UserError, first_line, is_out_of_memory
 
 
 def rank() -> int:
@@ -34,7 +34,7 @@ def start(device: str) -> str:
     """
     if world() == 1:
         return device
-    if device.startswith("cuda:"):
+    if device.startswith(("cuda:", "mps")):
         raise UserError(f"--device {device}: expected cuda or auto with torchrun, which gives each process a device")
     import torch
 
@@ -93,7 +93,7 @@ def plain_errors() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         import torch
 
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise UserError(
                 f"out of memory ({first_line(error)}); expected a smaller --batch-size, image size or model"
             ) from None

@@ -62,13 +62,22 @@ def predict(
         torch.autocast(device.split(":")[0], torch.bfloat16, precision == "bf16"),
     ):
         for number, images in enumerate(batches):
-            found = model(normalise(images, data.mean, data.std)).float()
-            parts.append((keep(found).float() if keep else found).cpu())
+            parts.append(forward(model, store, images, data, keep))
             if between and number < together:
                 between()
     if parts:
         logits[mine] = torch.cat(parts)
     return distributed.total(logits, device).cpu()
+
+
+def forward(model, store, images: torch.Tensor, data, keep: Callable | None = None) -> torch.Tensor:
+    """The logits of a batch, float (n, C) on the CPU, or what `keep` makes of them; in parts that fit into memory."""
+
+    def score(some: slice) -> torch.Tensor:
+        found = model(normalise(images[some], data.mean, data.std)).float()
+        return (keep(found).float() if keep else found).cpu()
+
+    return torch.cat(store.fitting.run(len(images), score))
 
 
 def accuracies(logits, labels: np.ndarray, groups: dict[str, np.ndarray]) -> dict:

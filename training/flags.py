@@ -23,7 +23,7 @@ def add_run_flags(parser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew where --out holds a run")
     parser.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of weights, order and draws")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_device_flag(parser)
     parser.add_argument(
         "--workers", type=cli.whole(0), default=4, metavar="N", help="processes that decode large images"
     )

@@ -20,7 +20,7 @@ import numpy as np
 from curricula import REAL
 from loaders.base import DataSet
 from runtime import cli, files
-from runtime.device import read_later
+from runtime.device import read_later, sum_type
 from runtime.signals import StopSignals
 from training import distributed, log, optimization
 from training.pool import Pool
@@ -203,7 +203,7 @@ class Trainer:
         generator = torch.Generator().manual_seed(files.digest_int(name, self.args.seed, epoch))
         parts = split_batches(self.order(places, generator), self.args.batch_size)
         draws = [self.draw(len(part), generator) for part in parts]
-        done, total = 0, torch.zeros((), dtype=torch.float64, device=self.device)
+        done, total = 0, torch.zeros((), dtype=sum_type(self.device), device=self.device)
         if start:
             done, total = start["batches"], start["total"].to(self.device)
             restore_draws(start, generator, self.device)
@@ -280,7 +280,7 @@ class Trainer:
         return optimization.learning_rate(self.args, epoch + number / batches, 1 / batches)
 
     def step(self, batch: Batch, rate: float):
-        """Move the weights by one batch at a learning rate. Returns its loss, float64, detached."""
+        """Move the weights by one batch at a learning rate. Returns its loss, float64 (float32 on mps), detached."""
         optimization.set_rate(self.optimizer, rate)
         loss = self.step_graph(batch) if self.step_graph else self.update(batch)
         if self.average:
@@ -299,7 +299,7 @@ class Trainer:
         self.optimizer.step()
         if self.average:
             optimization.update_average(self.average, self.model)
-        return loss.detach().double()
+        return loss.detach().to(sum_type(loss.device.type))
 
     def look_at_loss(self, before, total, epoch: int):
         """Raise UserError where the sum of the losses, or what it was at the last look, is not finite.
@@ -364,7 +364,11 @@ def current_draws(generator, device: str) -> dict:
     import torch
 
     state = {"generator": generator.get_state(), "rng": torch.get_rng_state()}
-    return state if device == "cpu" else state | {"device_rng": torch.cuda.get_rng_state(device)}
+    if device.startswith("cuda"):
+        state["device_rng"] = torch.cuda.get_rng_state(device)
+    if device == "mps":
+        state["device_rng"] = torch.mps.get_rng_state()
+    return state
 
 
 def restore_draws(state: dict, generator, device: str) -> None:
@@ -373,5 +377,7 @@ def restore_draws(state: dict, generator, device: str) -> None:
 
     generator.set_state(state["generator"].cpu())
     torch.set_rng_state(state["rng"].cpu())
-    if device != "cpu" and "device_rng" in state:
+    if device.startswith("cuda") and "device_rng" in state:
         torch.cuda.set_rng_state(state["device_rng"].cpu(), device)
+    if device == "mps" and "device_rng" in state:
+        torch.mps.set_rng_state(state["device_rng"].cpu())

@@ -20,6 +20,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from loaders import pictures
 from loaders.base import ImageSet
 from runtime.cli import UserError
+from runtime.device import Fitting
 from runtime.signals import hold_signals, leave_signals
 from training.class_augmentation import augmented
 
@@ -70,6 +71,7 @@ class InMemory:
     """
 
     def __init__(self, images: np.ndarray, device: str, memory_format: str, randaugment: bool = False):
+        self.fitting = Fitting()  # how many a model is shown at once in an evaluation
         images = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
         self.images = images if memory_format == "channels_last" else images.contiguous()
         self.randaugment, self.side = randaugment, min(images.shape[2:])
@@ -124,6 +126,7 @@ class Decoded:
         crop: Crop = IMAGENET_CROP,
         skip_unreadable: bool = False,
     ):
+        self.fitting = Fitting()
         self.paths, self.device, self.image_size, self.workers = paths, device, image_size, workers
         self.randaugment, self.crop, self.skip_unreadable = randaugment, crop, skip_unreadable
         self.side = image_size
