@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,10 +99,11 @@ def test_every_scheduler_draws_what_a_plain_call_draws(scheduler, level):
 
 
 def test_the_batch_size_does_not_change_the_images(road, tmp_path):
-    generate_spectrum.main([*road.inputs, "--out", str(tmp_path / "s"), *SMALL, "--batch-size", "7"])
+    some = ["--levels", "50", "90", "--seeds", "1", "--steps", "4", "--batch-size", "7"]
+    generate_spectrum.main([*road.inputs, "--out", str(tmp_path / "s"), *some])
     expected, found = contents(road.spectrum), contents(tmp_path / "s")
-    assert found.keys() == expected.keys()
-    for name in expected:
+    assert found.keys() == {name for name in expected if "level000" not in name}
+    for name in found:
         a, b = (np.asarray(Image.open(next(folder.glob(f"shard-*/{name}")))).astype(int)
                 for folder in (road.spectrum, tmp_path / "s"))  # fmt: skip
         assert abs(a - b).max() <= 1
@@ -132,7 +134,7 @@ def test_a_changed_plan_stops_and_shows_the_difference(road, tmp_path):
 
 def test_missing_and_damaged_images_are_drawn_again(road, tmp_path):
     command = [*road.inputs, "--out", str(tmp_path / "s"), *SMALL]
-    generate_spectrum.main(command)
+    shutil.copytree(road.spectrum, tmp_path / "s")
     images = sorted((tmp_path / "s").rglob("*.png"))
     images[0].unlink()
     images[1].write_bytes(images[1].read_bytes()[:60])

@@ -146,7 +146,12 @@ def step(request, road, images, traps, tmp_path, monkeypatch):
         return filter_clipscore.main, flags, lambda to: shutil.copytree(road.spectrum, to, ignore=unscored), filtered
     if request.param == "train_lt":
         flags = ["--dataset", "imagefolder", "--data-root", str(images), "--model", "resnet10", "--image-size", "32"]
-        return train_lt.main, [*flags, "--batch-size", "6", "--warmup-epochs", "0", "--workers", "2", *train], Path.mkdir, trained
+        return (
+            train_lt.main,
+            [*flags, "--batch-size", "6", "--warmup-epochs", "0", "--workers", "2", *train],
+            Path.mkdir,
+            trained,
+        )
     flags = ["--dataset", "cameratraps", "--data-root", str(traps), "--clip", f"{ROOT}/assets/toycam_clip"]
     flags += ["--batch-size", "4", "--precision", "fp32", "--lr", "3e-4", "--workers", "1"]
     monkeypatch.setattr(train_iwildcam, "ALPHAS", [0.0, 0.5, 1.0])  # each starts the worker anew

@@ -60,6 +60,7 @@ def count_steps(monkeypatch, at: int, act) -> list[int]:
 def test_a_signal_in_an_epoch_leaves_a_checkpoint_that_goes_on_to_the_same_end(
     road, tmp_path, monkeypatch, capsys, number, extra
 ):
+    extra = [*extra, "--epochs", "3", "--curriculum-epochs", "2", "--levels", "0", "90"]
     train(road, tmp_path / "whole", *extra)
     count_steps(monkeypatch, 20, lambda: os.kill(os.getpid(), number))
     assert train(road, tmp_path / "r", *extra) == runs.RESUMABLE
@@ -518,7 +519,7 @@ def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(tmp_path, monkeypatch)
 
 
 def test_a_signal_in_the_real_pass_or_in_validation_loses_nothing(road, tmp_path, monkeypatch):
-    extra = ["--curriculum", "adaptive", "--progress-images", "5"]
+    extra = ["--curriculum", "adaptive", "--progress-images", "5", "--epochs", "2", "--curriculum-epochs", "1"]
     train(road, tmp_path / "whole", *extra)
     predict, calls = train_lt.Trainer.predict, []
     # 3 evaluations of held-out images before the real pass and 3 after it, then the validation.

@@ -19,7 +19,7 @@ from spectrum import tables
 from training import tuner
 
 LABELS = (2, 3, 4, 5)
-SHORT = ["--dataset", "fewshot_digits", "--shots", "2", "--batch-size", "2", "--epochs", "6", "--warmup-steps", "2",
+SHORT = ["--dataset", "fewshot_digits", "--shots", "2", "--batch-size", "2", "--epochs", "4", "--warmup-steps", "2",
          "--samples", "0", "--rank", "2"]  # fmt: skip
 
 
@@ -83,12 +83,12 @@ def test_every_class_has_an_adapter_that_says_what_it_is(tuned):
     assert {path.parent.name for path in tuned.glob(f"*/{tuner.FILE}")} == {*"2345"}
     with safe_open(tuned / "3" / tuner.FILE, "pt") as file:
         notes = file.metadata()
-    assert notes["prompt"] == "a photo of a three" and notes["steps"] == "6" and notes["base"] == "tiny_sd"
+    assert notes["prompt"] == "a photo of a three" and notes["steps"] == "4" and notes["base"] == "tiny_sd"
     weights = load_file(tuned / "3" / tuner.FILE)
     assert all(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)  # every layer learnt
     assert {name.split(".")[0] for name in weights} == {"unet", "text_encoder"}
     rows = [json.loads(line) for line in (tuned / "3" / "history.jsonl").read_text().splitlines()]
-    assert rows[0]["step"] == 0 and rows[-1]["step"] == 6 and rows[-1]["held_out"] < rows[0]["held_out"]
+    assert rows[0]["step"] == 0 and rows[-1]["step"] == 4 and rows[-1]["held_out"] < rows[0]["held_out"]
 
 
 def test_generation_finds_its_images_and_prompts_beside_the_adapters(tuned):
@@ -116,7 +116,7 @@ def test_shards_share_the_classes_and_change_nothing(tune, tuned, tmp_path):
 
 def test_adapters_tuned_side_by_side_are_those_of_one_at_a_time(tune, tuned, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_after(patch, 4)
+        stop_after(patch, 2)
         assert tune(tmp_path, "--together", 4) == 75
     assert tune(tmp_path, "--together", 4) == 0
     for label in LABELS:
@@ -169,7 +169,7 @@ def test_one_adapter_for_all_learns_every_class_and_shows_itself(tune, tmp_path)
 def test_dry_run_writes_nothing_and_says_steps_hours_and_bytes(tune, tmp_path, capsys):
     assert tune(tmp_path / "none", "--dry-run", "--steps-per-second", 0.5) == 0
     shown = capsys.readouterr().out
-    assert "4 adapters of" in shown and "24 steps: 0.01 hours at 0.5 steps a second" in shown
+    assert "4 adapters of" in shown and "16 steps: 0.01 hours at 0.5 steps a second" in shown
     assert not (tmp_path / "none").exists()
 
 
@@ -178,7 +178,7 @@ def test_dry_run_writes_nothing_and_says_steps_hours_and_bytes(tune, tmp_path, c
     [
         (["--shots", "70"], "--shots 70: class zero"),
         (["--template", "a digit"], "--template 'a digit': expected a text with {}"),
-        (["--warmup-steps", "6"], "--warmup-steps 6: expected fewer than the 6 steps"),
+        (["--warmup-steps", "4"], "--warmup-steps 4: expected fewer than the 4 steps"),
         (["--generator", "/nowhere/sd"], "--generator /nowhere/sd: expected a folder"),
         (["--imb-ratio", "10"], "fewshot_digits has its own class counts"),
     ],
