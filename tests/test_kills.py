@@ -1,14 +1,16 @@
 """SIGKILL at moments chosen by chance, and in the moments of writing: the same command then leaves what an undisturbed
 run leaves, bit for bit on the CPU.
 
-KILLS=100 in the environment kills each step so often (default: 3). Each run is a fork of this process, which has the
-libraries imported already; its loading processes are forks of it.
+KILLS=100 in the environment kills so many runs of each step (default: 3). Each run is a fork of this process, which has
+the libraries imported already; its loading processes are forks of it.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -37,24 +39,32 @@ WRITING = ("fsync", "replace", "link")  # of os: what every write of a result go
 FREE = {"seconds", "images_per_second"}
 
 
-def die_while_writing(count: int, before: bool) -> None:
-    """From now on the count-th call that makes a write last kills this process, before it or after it."""
-    left = [count]
+def on_each_write(act: Callable[[int, bool], None]) -> None:
+    """From now on `act` is called before each call that makes a write last and after it, with its number from 1."""
+    numbers = itertools.count(1)
 
-    def armed(real: Callable) -> Callable:
+    def watched(real: Callable) -> Callable:
         def call(*args, **kwargs):
-            left[0] -= 1
-            if not left[0] and before:
-                os.kill(os.getpid(), signal.SIGKILL)
+            number = next(numbers)
+            act(number, True)
             result = real(*args, **kwargs)
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
+            act(number, False)
             return result
 
         return call
 
     for name in WRITING:
-        setattr(os, name, armed(getattr(os, name)))
+        setattr(os, name, watched(getattr(os, name)))
+
+
+def die_while_writing(at: int, early: bool) -> None:
+    """This process is killed by its write number `at`, before it is made or after it."""
+
+    def die(number: int, before: bool) -> None:
+        if (number, before) == (at, early):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    on_each_write(die)
 
 
 def run(main: Callable, argv: list[str], log: Path, prepare: Callable = lambda: None, kill_at: float = LIMIT) -> int:
@@ -136,7 +146,7 @@ def step(request, road, images, traps, tmp_path, monkeypatch):
     """A step's main, its arguments but for the folder, how its folder begins, and what it must hold."""
     few = tmp_path / "few.csv"
     few.write_text("".join(road.hard.read_text().splitlines(keepends=True)[:7]))
-    train = ["--curriculum", "none", "--epochs", "2", "--out"]
+    train = ["--curriculum", "none", "--epochs", "3", "--out"]
     if request.param == "generate":
         flags = ["--hard", str(few), "--prompts", str(road.prompts), "--levels", "50", "90", "--seeds", "1"]
         return generate_spectrum.main, [*flags, "--steps", "4", "--batch-size", "3", "--out"], Path.mkdir, drawn
@@ -165,31 +175,39 @@ def test_a_step_killed_at_any_moment_leaves_what_an_undisturbed_run_leaves(step,
     log, rng = tmp_path / "log.txt", random.Random(files.digest_int(main.__module__))
     random.seed(0)
     begin(tmp_path / "whole")
-    began = time.monotonic()
-    assert run(main, [*flags, str(tmp_path / "whole")], log) == 0, log.read_text()
+    began, made = time.monotonic(), multiprocessing.Value("i")
+
+    def note(number: int, before: bool) -> None:
+        made.value = max(made.value, number)
+
+    assert run(main, [*flags, str(tmp_path / "whole")], log, lambda: on_each_write(note)) == 0, log.read_text()
     length, expected = time.monotonic() - began, content(tmp_path / "whole")
-    killed = folders = writes = 0
-    while killed < KILLS:
-        folder = tmp_path / f"killed{folders}"
+    killed = 0
+
+    def kill(folder: Path, at: int = 0) -> bool:
+        """Kill a run in its write number `at`, or without one at any moment; False if it ended before."""
+        nonlocal killed
+        early = rng.random() < 0.5
+        prepare, kill_at = lambda: die_while_writing(at, early), LIMIT if at else length * rng.random()
+        code = run(main, [*flags, str(folder)], log, prepare, kill_at)
+        assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
+        killed += code == -signal.SIGKILL
+        return code == -signal.SIGKILL
+
+    for number in range(KILLS):
+        folder = tmp_path / f"killed{number}"
         begin(folder)
-        for _ in range(4):  # a folder is killed a few times, and then finished
-            if rng.random() < 0.5:
-                count, before = rng.randrange(1, 30), rng.random() < 0.5
-                code = run(main, [*flags, str(folder)], log, lambda c=count, b=before: die_while_writing(c, b))
-                writes += code == -signal.SIGKILL
-            else:
-                code = run(main, [*flags, str(folder)], log, kill_at=length * rng.random())
-            assert code in (0, -signal.SIGKILL), log.read_text()[-3000:]
-            killed += code == -signal.SIGKILL
-            if not code:
-                break
+        # In a write of each part of the run; then perhaps a few times more, and then it is finished.
+        goes_on = kill(folder, 1 + int(made.value * (number + rng.random()) / KILLS))
+        while goes_on and rng.random() < 0.5:
+            goes_on = kill(folder, rng.randrange(made.value) if rng.random() < 0.5 else 0)
         assert run(main, [*flags, str(folder)], log) == 0, log.read_text()[-3000:]
         found = content(folder)
         assert found.keys() == expected.keys() and all(found[name] == expected[name] for name in expected)
         assert not list(folder.rglob("*.tmp"))
         shutil.rmtree(folder)
-        folders += 1
-    print(f"{main.__module__}: {killed} kills, {writes} of them in a write, over {folders} folders: the same bytes")
+    assert killed
+    print(f"{main.__module__}: {killed} kills over {KILLS} folders, of a run of {made.value} writes: the same bytes")
 
 
 assert models  # imported here, and so in every fork
