@@ -351,3 +351,21 @@ def test_without_a_spectrum_the_default_one_is_made_first(tmp_path, monkeypatch,
     # Ten classes: a net that learned nothing is right in 10 % of the cases.
     assert results["last"]["overall"] > 60
     assert datasets.load("digits", 30).counts.tolist() == results["train_counts"]
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [
+        ([0] * 5 + [50] * 5, [0, 5]),  # stages
+        ([0] * 12 + [50] * 12 + [100] * 176, [0, 12, 24]),
+        (list(range(200)), list(range(0, 200, 10))),  # other levels each epoch: 20 of 200
+        ([0] * 3 + [50] * 197, [0, 10]),  # ten epochs apart at least
+        ([0] * 3 + [50] * 3 + [0] * 194, [0]),
+    ],
+)
+def test_pictures_are_shown_where_levels_change_and_twenty_times_at_most(levels, expected):
+    from training.log import shows_pictures
+
+    stages = [[level] for level in levels]
+    shown = [epoch for epoch in range(len(stages)) if shows_pictures(stages[:epoch], stages[epoch], len(stages))]
+    assert shown == expected

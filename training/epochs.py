@@ -147,7 +147,8 @@ def run_epoch(trainer: Trainer, state: dict, epoch: int, writer) -> dict:
             start = None
         stage = stage_of(args, epoch, trainer.levels, done.get("progress"))
         places = trainer.epoch_places(epoch, stage)
-        if writer and (not state["history"] or state["history"][-1]["levels"] != (stage or [REAL])):
+        before = [entry["levels"] for entry in state["history"]]
+        if writer and log.shows_pictures(before, stage or [REAL], args.epochs):
             with log.decoration("TensorBoard's pictures"):
                 for tag, picture in trainer.pictures(epoch, places).items():
                     writer.add_image(tag, picture, epoch, dataformats="HWC")

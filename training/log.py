@@ -14,6 +14,7 @@ from runtime import cli, runs
 from training.pool import Pool
 
 SHEET_IMAGES = 32
+MOST_SHEETS = 20  # of a run
 SHEET_SOURCES = 8  # hard images shown beside their spectrum
 
 
@@ -22,6 +23,23 @@ def open_writer(folder: Path, epoch: int):
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder), purge_step=epoch)
+
+
+def shows_pictures(before: list[list[int]], stage: list[int], epochs: int) -> bool:
+    """Whether an epoch's training images are shown: where its levels are others than those shown last.
+
+    A schedule may change its levels each epoch, of which a long run has hundreds: no more than MOST_SHEETS are shown,
+    equally many epochs apart at least.
+
+    Args:
+        before: the levels of the epochs before.
+        stage: those of this epoch.
+    """
+    apart, last, shown = -(-epochs // MOST_SHEETS), -epochs, None
+    for epoch, levels in enumerate([*before, stage]):
+        if levels != shown and epoch >= last + apart:
+            last, shown = epoch, levels
+    return last == len(before)
 
 
 def sheet(pool: Pool, data: DataSet, seed: int, epoch: int, places: np.ndarray) -> np.ndarray:
