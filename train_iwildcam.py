@@ -323,7 +323,9 @@ class Trainer(loop.Trainer):
             torch.from_numpy(logits["ood"]), labels["ood"], {}
         )["per_class"]
         arrays = {f"{domain}_logits": logits[domain] for domain in labels}
-        np.savez(args.out / "predictions.npz", **arrays, **{f"{domain}_labels": labels[domain] for domain in labels})
+        files.write_arrays(
+            args.out / "predictions.npz", **arrays, **{f"{domain}_labels": labels[domain] for domain in labels}
+        )
         evaluation.write_tables(args.out, data, {domain: found.argmax(1) for domain, found in logits.items()})
         clip_tuning.save_clip(self.model, args.out / "clip.safetensors")
         # Draw the progress, add the last scalars, and write results.json.

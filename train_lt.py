@@ -323,7 +323,7 @@ class Trainer(loop.Trainer):
             **({"domain_names": data.domain_names} if "per_group" in last else {}),
         }
         additions.say_untested_groups(data, last)
-        np.savez(args.out / "predictions.npz", logits=logits.numpy(), labels=data.test.labels)
+        files.write_arrays(args.out / "predictions.npz", logits=logits.numpy(), labels=data.test.labels)
         if len(data.groups["few"]):
             with log.decoration("confusion.png"):
                 self.show_confusion(logits, writer)

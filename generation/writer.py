@@ -17,6 +17,7 @@ from PIL import Image
 from generation.sizes import resize
 from runtime import files
 from runtime.cli import UserError
+from runtime.retry import retry
 
 # How each format is saved. Chroma is not subsampled in JPEG: small coloured things (digits, birds) would lose colour.
 SAVE_OPTIONS = {
@@ -41,9 +42,13 @@ def as_saved(image: Image.Image, suffix: str) -> Image.Image:
 def save_image(image: Image.Image, path: Path) -> None:
     """Save an image under its final name, whole or not at all."""
     beside = path.with_name(f".{path.name}.tmp")
-    try:
+
+    def save() -> None:
         image.save(beside, **SAVE_OPTIONS[path.suffix[1:]])
         beside.replace(path)
+
+    try:
+        retry(save)
     except OSError:
         beside.unlink(missing_ok=True)
         raise

@@ -18,6 +18,7 @@ from PIL import Image
 
 from loaders.pictures import header_error, read_image_file, sha256_pixels
 from runtime import cli
+from runtime.retry import read_bytes
 from runtime.text import UserError, same_form
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -114,8 +115,7 @@ class ImageSet:
         if self.in_memory:
             return sha256_pixels(self.images[place])
         try:
-            with self.images[place].open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.sha256(read_bytes(self.images[place])).hexdigest()
         except OSError as error:
             raise UserError(f"source {self.sources[place]}: {error.strerror}") from None
 

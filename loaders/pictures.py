@@ -17,20 +17,26 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from runtime.retry import read_bytes, retry
 from runtime.text import UserError
 
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 lie on their side
 
 
 @contextmanager
-def open_image(file: Path | BinaryIO, what: str, hint: str = "") -> Iterator[Image.Image]:
+def open_image(file: Path | BinaryIO, what: str, hint: str = "", whole: bool = False) -> Iterator[Image.Image]:
     """An image file, opened. Whatever a decoder raises within becomes one line that begins with `what`.
+
+    Args:
+        whole: read all of a file first; else, for who wants its size, no more than its head.
 
     Raises:
         UserError: no such file, or one that does not decode.
     """
     try:
-        with Image.open(file) as image:
+        if whole and isinstance(file, Path):
+            file = io.BytesIO(read_bytes(file))
+        with retry(lambda: Image.open(file)) as image:
             yield image
     except UserError:
         raise
@@ -69,7 +75,7 @@ def read_image_file(path: Path, what: str) -> tuple[Image.Image, str]:
         UserError: no such file, or one that does not decode; the message begins with `what`.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{what}: no such file {path}") from None
     except OSError as error:
@@ -102,14 +108,14 @@ def read_image(path: Path) -> Image.Image:
     Raises:
         UserError: it does not decode.
     """
-    with open_image(path, str(path), "; run generate_spectrum.py again") as image:
+    with open_image(path, str(path), "; run generate_spectrum.py again", whole=True) as image:
         return to_rgb(image)
 
 
 def header_error(path: Path) -> str:
     """What is wrong with an image file as far as its header tells; empty where nothing is."""
     try:
-        if not path.stat().st_size:
+        if not retry(path.stat).st_size:
             return "empty"
         with open_image(path, ""):
             return ""
@@ -129,7 +135,7 @@ def decodes(path: Path) -> bool:
 def image_size(path: Path) -> tuple[int, int] | None:
     """Width and height of an image file that is whole, else None."""
     try:
-        with open_image(path, str(path)) as image:
+        with open_image(path, str(path), whole=True) as image:
             image.load()
             return image.size
     except UserError:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from runtime.cli import UserError, first_line
+from runtime.retry import retry
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -19,11 +20,15 @@ def save_checkpoint(path: Path, state: dict) -> None:
     import torch
 
     beside = path.with_name(f".{path.name}.tmp")
-    try:
+
+    def write() -> None:
         with beside.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+
+    try:
+        retry(write)
     except (OSError, RuntimeError) as error:  # torch has its own error for a full disk
         beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({first_line(error)}); the checkpoint before is kept") from None
@@ -63,7 +68,7 @@ def load_checkpoint(path: Path, device: str) -> dict:
     import torch
 
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = retry(lambda: torch.load(path, map_location=device, weights_only=True))
     except Exception as error:  # torch.load raises a different class for each way in which a file is damaged
         raise UserError(
             f"{path}: not a readable checkpoint ({type(error).__name__}); delete it, or pass --overwrite, to start anew"

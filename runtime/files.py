@@ -9,6 +9,7 @@ import errno
 import fcntl
 import gc
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from runtime.retry import append_bytes, retry, write_bytes
 from runtime.text import UserError, parse_json, read_text
 
 
@@ -29,9 +31,16 @@ def digest_files(paths: list[Path]) -> str:
     """A digest of the contents of files, in the given order: 16 hexadecimal digits."""
     state = hashlib.blake2b(digest_size=8)
     for path in paths:
-        with path.open("rb") as file:
-            state.update(hashlib.file_digest(file, "blake2b").digest())
+        state.update(bytes.fromhex(_digest_file(path)))
     return state.hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    def read() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()
+
+    return retry(read)
 
 
 def digest_folder(folder: Path, paths: list[Path]) -> str:
@@ -51,8 +60,7 @@ def digest_folder(folder: Path, paths: list[Path]) -> str:
         if known.get(name, [])[:2] == stamp:
             digests[name] = known[name]
         else:
-            with path.open("rb") as file:
-                digests[name] = [*stamp, hashlib.file_digest(file, "blake2b").hexdigest()]
+            digests[name] = [*stamp, _digest_file(path)]
         state.update(bytes.fromhex(digests[name][2]))
     if digests != known:
         with suppress(OSError):
@@ -62,13 +70,15 @@ def digest_folder(folder: Path, paths: list[Path]) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that at any moment it holds either the old or the new content, whole."""
+    write_content(path, text.encode())
+
+
+def write_content(path: Path, content: bytes) -> None:
+    """As `write_text`, of bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_bytes(beside, content)
         beside.replace(path)
     except BaseException:  # a full disk: no temporary file stays
         beside.unlink(missing_ok=True)
@@ -133,18 +143,24 @@ def remove_unfinished(folder: Path, name: str = "") -> None:
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for row in rows:
-            if len(row) != len(columns):
-                raise ValueError(f"{path}: a row has {sorted(row)}; expected {columns}")
-            writer.writerow([row[column] for column in columns])
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """`write_text` of a CSV file."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"{path}: a row has {sorted(row)}; expected {columns}")
+        writer.writerow([row[column] for column in columns])
+    write_text(path, text.getvalue())
+
+
+def write_arrays(path: Path, **arrays: Any) -> None:
+    """A .npz file of numpy arrays, whole or not at all."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_content(path, content.getbuffer())
 
 
 def take_lock(file, shared: bool = False, wait: bool = False) -> None:
@@ -177,17 +193,14 @@ def add_numbered(folder: Path, stem: str, content: bytes) -> bool:
     if any(other.read_bytes() == content for other in there):
         return True
     tmp, path = folder / f".{stem}.{os.getpid()}.tmp", folder / f"{stem}-{len(there):05d}.csv"
-    with tmp.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        write_bytes(tmp, content)
         os.link(tmp, path)  # fails where another process has just taken it
         return True
     except FileExistsError:
         return path.read_bytes() == content
     finally:
-        tmp.unlink()
+        tmp.unlink(missing_ok=True)
 
 
 class RowWriter:
@@ -197,16 +210,13 @@ class RowWriter:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / name
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self.file = path.open("a", encoding="utf-8")
+        self.file = path.open("ab", buffering=0)
         if torn:  # a killed run left half a line: end it, so that the next row does not join it
-            self.file.write("\n")
+            append_bytes(self.file, b"\n")
 
     def append(self, rows: Iterable[dict]) -> None:
         """Write rows, whose images must already have their final names."""
-        for row in rows:
-            self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        append_bytes(self.file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
     def close(self) -> None:
         self.file.close()

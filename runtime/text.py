@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from runtime.retry import read_bytes
+
 
 class UserError(ValueError):
     """Bad input. Its message is one line that names the flag, file or row, and what was expected."""
@@ -30,7 +32,7 @@ def read_text(path: Path, hint: str = "") -> str:
         UserError: no such file, or one in another encoding.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{hint and f'; {hint}'}") from None
     except OSError as error:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from runtime.cli import UserError, first_line, is_out_of_memory
 from runtime.device import Fitting
+from runtime.retry import read_bytes
 from runtime.text import read_csv
 
 QUESTION = (
@@ -126,7 +127,7 @@ def read_captions(paths: list[Path]) -> dict[str, dict]:
     """
     found = {}
     for path in paths:
-        for line in path.read_bytes().split(b"\n"):
+        for line in read_bytes(path).split(b"\n"):
             try:
                 row = json.loads(line.decode())
                 found[row["source"]] = {name: row[name] for name in ("source", "label", "caption")}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from runtime.cli import UserError
 from runtime.files import read_json, without_garbage_collection, write_csv
+from runtime.retry import append_bytes, read_bytes
 from runtime.text import MALFORMED, parse_whole, read_csv
 from spectrum.units import Unit
 
@@ -75,16 +76,13 @@ def read_hard(path: Path) -> list[Hard]:
 
 def append_probabilities(path: Path, rows: Iterable[tuple[str, float | None]]) -> None:
     """Append (source, probability in [0, 1], None where the image cannot be read) to JSON lines, and to the disk."""
-    with path.open("ab+") as file:
+    with path.open("ab+", buffering=0) as file:
+        end = b""
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a killed run left half a line: end it, so that the next row does not join it
-                file.write(b"\n")
-        for source, value in rows:
-            row = {"source": source, "probability": value}
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+            end = b"" if file.read(1) == b"\n" else b"\n"  # a killed run left half a line, which no row may join
+        lines = (json.dumps({"source": source, "probability": value}, ensure_ascii=False) for source, value in rows)
+        append_bytes(file, end + "".join(f"{line}\n" for line in lines).encode())
 
 
 def read_probabilities(path: Path) -> dict[str, float | None]:
@@ -94,7 +92,7 @@ def read_probabilities(path: Path) -> dict[str, float | None]:
         UserError: a row whose probability is none.
     """
     found = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_bytes(path).split(b"\n"), 1):
         try:
             row = json.loads(line.decode())
             source, value = row["source"], row["probability"]

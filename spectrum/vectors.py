@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime import files
 from runtime.cli import UserError, first_line
 
 SAVE_SECONDS = 30
@@ -43,11 +44,8 @@ class VectorCache:
 
     def save(self) -> None:
         """Write the file, whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        tmp = self.path.with_name(f".{self.path.name}.tmp")
-        with tmp.open("wb") as file:
-            np.savez(file, names=np.array(list(self.vectors)), vectors=np.stack(list(self.vectors.values())))
-        tmp.replace(self.path)
+        names, vectors = np.array(list(self.vectors)), np.stack(list(self.vectors.values()))
+        files.write_arrays(self.path, names=names, vectors=vectors)
         self.saved = time.monotonic()
 
     def get(self, names: list[str]) -> np.ndarray:

@@ -192,7 +192,7 @@ class Trainer(loop.Trainer):
             "validation": data.note,
             "shots_digest": fewshot.shots_digest(data.train),
         }
-        np.savez(args.out / "predictions.npz", logits=logits, labels=data.test.labels)
+        files.write_arrays(args.out / "predictions.npz", logits=logits, labels=data.test.labels)
         write_shots(args.out / "shots.csv", data)
         metrics = {"test/overall": last["overall"]}
         if ensembles:

@@ -6,13 +6,13 @@ torch is imported at the top: a trainer imports this module where it trains.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from runtime import files
 from runtime.cli import UserError, first_line
 
 # DataDream's targets: every projection of every attention layer. Names as peft matches them, by their ends.
@@ -196,13 +196,7 @@ def save_adapter(path: Path, weights: dict[str, torch.Tensor], rank: int, alpha:
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with tmp.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header + content[8 + length :])
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
+    files.write_content(path, len(header).to_bytes(8, "little") + header + content[8 + length :])
 
 
 class LoraAttention(nn.Module):

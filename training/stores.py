@@ -21,6 +21,7 @@ from loaders import pictures
 from loaders.base import ImageSet
 from runtime.cli import UserError
 from runtime.device import Fitting
+from runtime.retry import read_bytes
 from runtime.signals import hold_signals, leave_signals
 from training.class_augmentation import augmented
 
@@ -266,7 +267,7 @@ def decode(path: Path, size: int, rng: np.random.Generator | None, crop: Crop = 
         UserError: it does not decode.
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
