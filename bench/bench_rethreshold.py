@@ -46,7 +46,8 @@ def make_spectrum(folder: Path, rows: int) -> None:
     rng, clip, shard = random.Random(0), ROOT / "assets/tiny_clip", folder / "shard-00000"
     shard.mkdir(parents=True)
     labels = [str(label) for label in range(CLASSES)]
-    plan = {"dataset": "digits", "imb_ratio": 30.0, "hard_classes": list(range(CLASSES)), "levels": LEVELS}
+    plan = {"dataset": "digits", "imb_ratio": 30.0, "data_seed": 0}
+    plan |= {"hard_classes": list(range(CLASSES)), "levels": LEVELS}
     files.write_json(folder / "plan.json", plan)
     texts = {label: f"a photo of a class {label}" for label in labels}
     prompts = {
