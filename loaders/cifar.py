@@ -236,34 +236,23 @@ DEFAULTS = {
     "filter_clipscore": CLIP_FILTER,
     "train_lt": TRAINING,
 }
+KNOWN = {
+    "load": load,
+    "layout": LAYOUT,
+    "imb_ratio": "needed",
+    "score_prompt": PAPER_SCORE_PROMPT,
+    "defaults": DEFAULTS,
+}
 DATASETS = {
     "cifar10_lt": Entry(
-        load=load,
-        layout=LAYOUT,
-        imb_ratio="needed",
-        score_prompt=PAPER_SCORE_PROMPT,
-        defaults=DEFAULTS,
+        **KNOWN,
         counts={"test": 10000, "classes": 10},
     ),
     "cifar100_lt": Entry(
-        load=load,
-        layout=LAYOUT,
-        imb_ratio="needed",
-        score_prompt=PAPER_SCORE_PROMPT,
-        defaults=DEFAULTS,
+        **KNOWN,
         counts={"test": 10000, "classes": 100},
         train_counts={10: 19573, 50: 12608, 100: 10847},
         acceptance={50: (2144, 668), 100: (2592, 809)},  # v4, Table 5: 268 and 324 hard images x 8
     ),
-    **{
-        name: Entry(
-            load=load,
-            layout=LAYOUT,
-            imb_ratio="needed",
-            score_prompt=PAPER_SCORE_PROMPT,
-            defaults=DEFAULTS,
-            counts={"test": 2000, "classes": 20},
-        )
-        for name in (FIFTH, FIFTH_PLUS_WEB)
-    },
+    **{name: Entry(**KNOWN, counts={"test": 2000, "classes": 20}) for name in (FIFTH, FIFTH_PLUS_WEB)},
 }

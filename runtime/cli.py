@@ -33,6 +33,11 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
+def out_of_memory(error: Exception) -> UserError:
+    """What to say in place of an error that memory ran out."""
+    return UserError(f"out of memory ({first_line(error)}); expected a smaller --batch-size, image size or model")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with defaults in the help, no abbreviated flags, and arguments from a file.
 
@@ -286,8 +291,7 @@ def run(main: Callable[[], int]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        what = f"out of memory ({first_line(error)}); expected a smaller --batch-size, image size or model"
-        print(f"{Path(sys.argv[0]).name}: error: {what}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {out_of_memory(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted; run the same command again to resume", file=sys.stderr)

@@ -85,17 +85,24 @@ def build_flux(folder: Path, guidance_embeds: bool = True):
     return pipe
 
 
+def qwen3_config(tokenizer, layers: int):
+    """The text encoder of Z-Image and of FLUX.2 [klein]."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+
+
 def save_z_image(folder: Path) -> Path:
     """Z-Image: a language model's text, lists of latents, guidance that adds to one."""
     from diffusers import AutoencoderKL, ZImagePipeline, ZImageTransformer2DModel
-    from transformers import Qwen3Config, Qwen3Model
+    from transformers import Qwen3Model
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    text = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
+    text = qwen3_config(tokenizer, layers=2)
     transformer = ZImageTransformer2DModel(
         in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
         axes_dims=[8, 4, 4], axes_lens=[512, 64, 64],
@@ -173,14 +180,11 @@ def save_qwen_edit(folder: Path) -> Path:
 def save_flux2_klein(folder: Path) -> Path:
     """FLUX.2 [klein]: packed latents, reference images beside the noise, no strength."""
     from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    text = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
+    text = qwen3_config(tokenizer, layers=28)
     transformer = Flux2Transformer2DModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,

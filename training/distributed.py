@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from runtime.cli import UserError, first_line, is_out_of_memory
+from runtime.cli import UserError, first_line, is_out_of_memory, out_of_memory
 
 
 def rank() -> int:
@@ -94,9 +94,7 @@ def plain_errors() -> Iterator[None]:
         import torch
 
         if is_out_of_memory(error):
-            raise UserError(
-                f"out of memory ({first_line(error)}); expected a smaller --batch-size, image size or model"
-            ) from None
+            raise out_of_memory(error) from None
         if world() > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise UserError(f"another process of this run has stopped, and says why ({first_line(error)})") from None
         raise
