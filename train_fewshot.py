@@ -36,7 +36,7 @@ from runtime.signals import StopSignals
 from spectrum.kept import load_spectrum
 from training import distributed, epochs, flags, optimization
 from training.fewshot import Trainer
-from training.pool import build_pool, method_of, prepare_spectrum
+from training.pool import build_pool, check_files, describe_splits, method_of, prepare_spectrum
 
 GRID_FLAGS = {
     "lr": cli.number(0), "weight_decay": cli.number(0), "epochs": cli.whole(1), "real_weight": cli.number(0, 1)
@@ -171,6 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
     data = datasets.load_shots(args)
+    check_files(args, data.splits)
     levels, synthetic = [], {}
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
@@ -188,7 +189,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args, data: DataSet, levels: list[int], synthetic: dict, inputs: dict) -> int:
     """One run. Returns the script's exit code."""
-    return epochs.run(args, inputs, lambda signals: prepare(args, data, levels, synthetic, signals))
+    splits = describe_splits(data.splits, *data.class_names)
+    return epochs.run(args, inputs, splits, lambda signals: prepare(args, data, levels, synthetic, signals))
 
 
 def search(args, run: Callable) -> int:

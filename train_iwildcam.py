@@ -37,7 +37,7 @@ from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
 from training import additions, distributed, epochs, flags, log, loop, losses, optimization
-from training.pool import build_pool, check_files, prepare_spectrum
+from training.pool import build_pool, check_files, describe_splits, prepare_spectrum
 
 LOSSES = ("flyp", "ce", "lpft")
 ALPHAS = [i / 10 for i in range(11)]  # of WiSE-FT
@@ -376,7 +376,8 @@ def main(argv: list[str] | None = None) -> int:
             args.edits = additions.check_edits(args)
         else:
             say_hard(args, len(hard), levels, synthetic)
-    return epochs.run(args, inputs, lambda signals: prepare(args, data, synthetic, levels, hard, signals))
+    splits = describe_splits(data.splits, *data.class_names)
+    return epochs.run(args, inputs, splits, lambda signals: prepare(args, data, synthetic, levels, hard, signals))
 
 
 def say_hard(args, hard: int, levels: list[int], synthetic: dict) -> None:
@@ -438,7 +439,12 @@ def prepare(
     # Take up the run's last checkpoint, if there is one.
     optimizer = optimization.build_optimizer(args, model)
     state = epochs.start_or_resume(args, model, optimizer, None, device)
-    pool.images.unreadable |= state.get("unreadable", {})
+    if (before := state.get("unreadable", {})) and distributed.rank() == 0:
+        print(
+            f"{args.out}: {len(before)} training images that could not be read in earlier epochs stay left out, also "
+            "where they were mended since; --overwrite, to start anew, takes those"
+        )
+    pool.images.unreadable |= before
     state["unreadable"] = pool.images.unreadable  # the same dictionary, which grows
     step_model = distributed.wrap(torch.compile(model) if args.compile else model, device)
     trainer = Trainer(

@@ -37,7 +37,7 @@ from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
 from training import additions, distributed, epochs, flags, log, loop, losses, optimization
-from training.pool import build_pool, check_files, method_of, prepare_spectrum, print_gaps
+from training.pool import build_pool, check_files, describe_splits, method_of, prepare_spectrum, print_gaps
 
 # Data sets that --imb-ratio draws a part of.
 DRAWN = ("cifar10_lt", "cifar100_lt", "cifar100_lt_20", "cifar100_lt_20_plus_web", "imagefolder")
@@ -382,6 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     # Load the spectrum, and digest all inputs.
     levels, hard_classes, synthetic = [], [], {}
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
+    splits = describe_splits({"train": data.train, "val": data.val, "test": data.test}, len(data.class_names))
     if args.curriculum != "none":
         levels, hard_classes = prepare_spectrum(args)
         method = method_of(args)
@@ -410,7 +411,7 @@ def main(argv: list[str] | None = None) -> int:
         trainer.wanted = wanted
         return trainer, state
 
-    return epochs.run(args, inputs, begin)
+    return epochs.run(args, inputs, splits, begin)
 
 
 def prepare(

@@ -24,6 +24,8 @@ CLAIM_SECONDS = 10  # the loading processes of a killed run, which hold its lock
 RESUMABLE = 75  # exit code of a script that a signal stopped ("try again" in sysexits.h): the same command resumes
 # Arguments that may differ when a run is taken up again: they change where and how fast it runs, not its result.
 FREE = ("out", "overwrite", "device", "workers", "data_root", "checkpoint_every", "cuda_graph")
+# Entries of args.json that only the tests after the last epoch depend on.
+TESTED = {"inputs.data", "splits.test", "splits.id_test"}
 
 
 def commit() -> str:
@@ -75,11 +77,14 @@ def claim(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bool:
+def open_run(folder: Path, args: Namespace, inputs: dict, splits: dict[str, str], overwrite: bool) -> bool:
     """Make a run folder ready: new, to be resumed, or complete.
 
-    args.json records the effective arguments, the digests of the inputs, and versions. Where it exists
-    already, the arguments and inputs must be the same.
+    args.json records the effective arguments, the digests of the inputs and splits, and versions. Where it exists
+    already, they must be the same, but for the test images of a run that is not complete: they change no training.
+
+    Args:
+        splits: each split's images in words; a folder of an older version has none, and is compared by its inputs.
 
     Returns:
         True where the folder already holds results.json: there is nothing left to do.
@@ -87,18 +92,29 @@ def open_run(folder: Path, args: Namespace, inputs: dict, overwrite: bool) -> bo
     Raises:
         UserError: the folder holds a run with other arguments or inputs.
     """
-    path = folder / "args.json"
-    wanted = {"args": effective_arguments(args), "inputs": inputs}
+    path, results = folder / "args.json", folder / "results.json"
+    wanted = {"args": effective_arguments(args), "inputs": inputs, "splits": splits}
     if overwrite:
         for name in ("args.json", "checkpoint.pt", "checkpoint.previous.pt", "results.json", "predictions.npz"):
             (folder / name).unlink(missing_ok=True)
         for events in folder.glob("events.out.tfevents.*"):
             events.unlink()
-    if path.exists():
-        stop_on_difference(path, {name: read_object(path).get(name) for name in wanted}, wanted, "--overwrite")
-    else:
+    if not path.exists():
         write_json(path, wanted | {"environment": environment()})
-    return (folder / "results.json").exists()
+        return results.exists()
+    content, way_out = read_object(path), "--overwrite"
+    found = {name: content.get(name) for name in wanted}
+    if found["splits"] is None:
+        found["splits"] = splits
+    elif (different := differences(found, wanted)) and different.keys() <= TESTED:
+        if not results.exists():
+            said = [f"{name} was {old}, is {new}" for name, (old, new) in different.items()]
+            print(f"{folder}: resuming with other test data, all else is the same: {'; '.join(said)}", flush=True)
+            write_json(path, content | wanted)
+            return False
+        way_out += f"; to test its weights on these images, delete {results}"
+    stop_on_difference(path, found, wanted, way_out)
+    return results.exists()
 
 
 def read_arguments(folder: Path, *names: str) -> dict:
@@ -124,8 +140,8 @@ def _portable(value: Any) -> Any:
     return str(value).removeprefix(f"{HERE}{os.sep}") if isinstance(value, str | Path) else value
 
 
-def stop_on_difference(path: Path, found: dict, wanted: dict, way_out: str) -> None:
-    """Raise UserError, naming each difference, where `path` holds other values than this command asks for."""
+def differences(found: dict, wanted: dict) -> dict[str, tuple]:
+    """What differs between two contents of a JSON file: name, or NAME.NAME -> (value of `found`, of `wanted`)."""
 
     def flat(content: dict, prefix: str = "") -> dict:
         items: dict = {}
@@ -134,11 +150,16 @@ def stop_on_difference(path: Path, found: dict, wanted: dict, way_out: str) -> N
         return items
 
     found, wanted = flat(found), flat(json.loads(json.dumps(wanted)))
-    different = [
-        f"{name} is {found.get(name)!r} there, {wanted.get(name)!r} here"
+    return {
+        name: (found.get(name), wanted.get(name))
         for name in sorted(found.keys() | wanted.keys())
         if found.get(name) != wanted.get(name)
-    ]
+    }
+
+
+def stop_on_difference(path: Path, found: dict, wanted: dict, way_out: str) -> None:
+    """Raise UserError, naming each difference, where `path` holds other values than this command asks for."""
+    different = [f"{name} is {old!r} there, {new!r} here" for name, (old, new) in differences(found, wanted).items()]
     if different:
         raise UserError(
             f"{path} was written by a run with other settings: {'; '.join(different)}. "

@@ -125,6 +125,16 @@ FAULTS = [
           'images = passed + sum(record["images"]', 'images = sum(record["images"]',
           "tests/test_lt_runs.py -k never_on_what"),
     Fault("fan_out", "training/networks.py", 'mode="fan_in"', 'mode="fan_out"', f"{VALUES} -k start_by"),
+    # Resuming.
+    Fault("other test images refuse a run", "runtime/runs.py", "different.keys() <= TESTED", "not different",
+          "tests/test_repairs.py -k ended_it"),
+    Fault("other validation images resume a run", "runtime/runs.py",
+          'TESTED = {"inputs.data"', 'TESTED = {"splits.val", "inputs.data"',
+          "tests/test_repairs.py -k other_training"),
+    Fault("labels are no part of a split", "training/pool.py",
+          "*part.labels.tolist(), ", "", "tests/test_repairs.py -k domains"),
+    Fault("a mended camera-trap image joins a run", "train_iwildcam.py",
+          "pool.images.unreadable |= before", "pass", "tests/test_repairs.py -k stay_left_out"),
     Fault("selection by overall accuracy", "training/loop.py",
           'chosen_by = "macro"', 'chosen_by = "overall"', f"{VALUES} -k averaged"),
 ]  # fmt: skip

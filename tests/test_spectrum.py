@@ -540,29 +540,29 @@ def test_what_is_the_same_is_not_stopped(tmp_path):
 def test_a_run_folder_is_new_then_begun_then_complete(tmp_path):
     folder = tmp_path / "run"
     args = Namespace(out=folder, overwrite=False, device="cpu", spectrum=Path("a/b"), seed=0)
-    assert runs.open_run(folder, args, {"spectrum": "aa"}, overwrite=False) is False
+    assert runs.open_run(folder, args, {"spectrum": "aa"}, {}, overwrite=False) is False
     written = files.read_json(folder / "args.json")
     assert written["args"] == {"spectrum": "a/b", "seed": 0} and written["inputs"] == {"spectrum": "aa"}
     assert "torch" in written["environment"]["packages"]
     args.device = "cuda"  # another machine may go on
-    assert runs.open_run(folder, args, {"spectrum": "aa"}, overwrite=False) is False
+    assert runs.open_run(folder, args, {"spectrum": "aa"}, {}, overwrite=False) is False
     files.write_json(folder / "results.json", {})
-    assert runs.open_run(folder, args, {"spectrum": "aa"}, overwrite=False) is True
+    assert runs.open_run(folder, args, {"spectrum": "aa"}, {}, overwrite=False) is True
     with pytest.raises(UserError, match="inputs.spectrum is 'aa' there, 'bb' here"):
-        runs.open_run(folder, args, {"spectrum": "bb"}, overwrite=False)
+        runs.open_run(folder, args, {"spectrum": "bb"}, {}, overwrite=False)
     args.seed = 1
     with pytest.raises(UserError, match="args.seed is 0 there, 1 here"):
-        runs.open_run(folder, args, {"spectrum": "aa"}, overwrite=False)
+        runs.open_run(folder, args, {"spectrum": "aa"}, {}, overwrite=False)
 
 
 def test_overwrite_begins_a_run_folder_anew(tmp_path):
     args = Namespace(out=tmp_path, overwrite=True, seed=0)
-    runs.open_run(tmp_path, args, {}, overwrite=False)
+    runs.open_run(tmp_path, args, {}, {}, overwrite=False)
     made = ["checkpoint.pt", "results.json", "predictions.npz", "events.out.tfevents.1.host"]
     for name in [*made, "notes.txt"]:
         write(tmp_path / name, "old")
     args.seed = 1
-    assert runs.open_run(tmp_path, args, {}, overwrite=True) is False
+    assert runs.open_run(tmp_path, args, {}, {}, overwrite=True) is False
     assert sorted(os.listdir(tmp_path)) == ["args.json", "notes.txt"]
     assert files.read_json(tmp_path / "args.json")["args"] == {"seed": 1}
 

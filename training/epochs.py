@@ -29,11 +29,12 @@ def stage_of(args, epoch: int, levels: list[int], progress: dict[int, float] | N
     )
 
 
-def run(args, inputs: dict, begin: Callable[[StopSignals], tuple[Trainer, dict]]) -> int:
+def run(args, inputs: dict, splits: dict[str, str], begin: Callable[[StopSignals], tuple[Trainer, dict]]) -> int:
     """Train in the run folder `args.out`, or say that it is complete. Returns the script's exit code.
 
     Args:
         inputs: digests of what is trained on.
+        splits: of pool.describe_splits.
         begin: gives the trainer, and the run's state (`start_or_resume`).
     """
     main_process = distributed.rank() == 0
@@ -41,7 +42,7 @@ def run(args, inputs: dict, begin: Callable[[StopSignals], tuple[Trainer, dict]]
         with distributed.first_process_first(args.device):
             if main_process:
                 stack.enter_context(runs.claim(args.out))
-                complete = runs.open_run(args.out, args, inputs, args.overwrite)
+                complete = runs.open_run(args.out, args, inputs, splits, args.overwrite)
             else:
                 complete = (args.out / "results.json").exists()
         if complete and main_process:

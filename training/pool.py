@@ -11,7 +11,7 @@ import numpy as np
 import curricula
 from curricula import REAL
 from loaders.base import DataSet, ImageSet, stop_on_unreadable
-from runtime import steps
+from runtime import files, steps
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from training import distributed
@@ -81,6 +81,17 @@ def check_files(args, splits: dict[str, ImageSet]) -> None:
     with distributed.first_process_first(args.device):
         if distributed.rank() == 0:
             stop_on_unreadable(splits)
+
+
+def describe_splits(splits: dict[str, ImageSet], *classes: object) -> dict[str, str]:
+    """Each split for args.json: how many images, and a digest of their names, labels and domains and of `classes`."""
+
+    def describe(part: ImageSet) -> str:
+        domains = [] if part.domains is None else part.domains.tolist()
+        digest = files.digest_int(*part.sources, *part.labels.tolist(), *domains, *classes)
+        return f"{len(part)} images (digest {digest:016x})"
+
+    return {name: describe(part) for name, part in splits.items()}
 
 
 def prepare_spectrum(args) -> tuple[list[int], list[int]]:
