@@ -20,7 +20,6 @@ with the same CLIP are not scored again. Killed at any moment, the same command 
 from __future__ import annotations
 
 import math
-import os
 import time
 from pathlib import Path
 
@@ -142,24 +141,6 @@ def score_images(rows: list[dict], prompts: dict[int, dict], train, clip, args, 
                 saved = time.monotonic()
 
 
-def write_scores(path: Path, rows: list[dict], scores: dict[str, dict]) -> None:
-    """scores.csv, in the order of `rows`; those without a score yet are left out."""
-    tables.write_scores(
-        path,
-        (
-            {
-                "file_name": row["file_name"],
-                "text_score": f"{entry['text_score']:.6f}",
-                "image_score": f"{entry['image_score']:.6f}",
-                "kept": int(entry["kept"]),
-                "reason": entry["reason"],
-            }
-            for row in rows
-            if (entry := scores.get(row["file_name"]))
-        ),
-    )
-
-
 def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict[str, dict]:
     """The scores of scores.csv that are still valid: by the same CLIP against the same text.
 
@@ -176,13 +157,12 @@ def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict
             return {}
     before, now = note.get("score_prompts", {}), made_by["score_prompts"]
     same = {int(label) for label in now if before.get(label) == now[label]}
-    return {
-        row["file_name"]: scores[row["file_name"]]
-        for row in rows
-        if row["label"] in same
-        and row["file_name"] in scores
-        and not math.isnan(scores[row["file_name"]]["text_score"])
-    }
+    valid = {}
+    for row in rows:
+        entry = scores.get(row["file_name"])
+        if entry and row["label"] in same and not math.isnan(entry["text_score"]):
+            valid[row["file_name"]] = entry
+    return valid
 
 
 def read_note(path: Path) -> dict:
@@ -222,7 +202,7 @@ def gather_scores(rows: list[dict], settings: dict, note: dict, made_by: dict, a
                 scores[row["file_name"]] = pair | {"kept": False, "reason": ""}
     drawn = len(scores) - before
     # Mark the images that are gone. One listing a folder: asking for each file takes minutes on a network disk.
-    there = {f"{shard.name}/{file.name}" for shard in args.spectrum.glob("shard-*") for file in os.scandir(shard)}
+    there = spectrum_folder.image_names(args.spectrum)
     for row in rows:
         if row["file_name"] not in there:
             scores[row["file_name"]] = no_score("missing")
@@ -388,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
     # Score the new images, and decide which are kept.
     def save() -> None:
         acceptance.decide_kept(rows, scores, args.threshold, args.keep_share, args.share_of)
-        write_scores(args.spectrum / "scores.csv", rows, scores)
+        tables.write_scores(args.spectrum / "scores.csv", (row["file_name"] for row in rows), scores)
         files.write_json(note_path, note)
 
     if new or args.distance:

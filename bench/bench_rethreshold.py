@@ -56,7 +56,7 @@ def make_spectrum(folder: Path, rows: int) -> None:
     files.write_json(folder / "prompts.json", prompts)
     made_by = {"clip": clip.name, "clip_digest": files.digest_files(sorted(clip.glob("*"))), "score_prompts": texts}
     files.write_json(folder / "scores.json", made_by | {"groups": dict.fromkeys(labels, "few"), "rounds": 0})
-    scores = []
+    scores = {}
     with (shard / "metadata.jsonl").open("w") as table:
         for number in range(rows):
             source, place = divmod(number, len(LEVELS) * SEEDS)
@@ -83,16 +83,13 @@ def make_spectrum(folder: Path, rows: int) -> None:
             }
             table.write(json.dumps(row) + "\n")
             (shard / unit.file_name).touch()
-            scores.append(
-                {
-                    "file_name": f"{shard.name}/{unit.file_name}",
-                    "text_score": f"{rng.gauss(0.29, 0.03):.6f}",
-                    "image_score": f"{rng.gauss(0.8, 0.05):.6f}",
-                    "kept": 0,
-                    "reason": "low text score",
-                }
-            )
-    tables.write_scores(folder / "scores.csv", scores)
+            scores[f"{shard.name}/{unit.file_name}"] = {
+                "text_score": rng.gauss(0.29, 0.03),
+                "image_score": rng.gauss(0.8, 0.05),
+                "kept": False,
+                "reason": "low text score",
+            }
+    tables.write_scores(folder / "scores.csv", scores, scores)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -143,14 +143,22 @@ def remove_unfinished(folder: Path, name: str = "") -> None:
 
 
 def write_csv(path: Path, columns: list[str], rows: Iterable[dict]) -> None:
-    """`write_text` of a CSV file."""
+    """`write_text` of a CSV file, from a dictionary for each row."""
+
+    def values_of(row: dict) -> list:
+        if len(row) != len(columns):
+            raise ValueError(f"{path}: a row has {sorted(row)}; expected {columns}")
+        return [row[column] for column in columns]
+
+    write_rows(path, columns, map(values_of, rows))
+
+
+def write_rows(path: Path, columns: list[str], rows: Iterable[Sequence]) -> None:
+    """As `write_csv`, from a row's values in the order of `columns`: for tables of 100,000s of rows."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    for row in rows:
-        if len(row) != len(columns):
-            raise ValueError(f"{path}: a row has {sorted(row)}; expected {columns}")
-        writer.writerow([row[column] for column in columns])
+    writer.writerows(rows)
     write_text(path, text.getvalue())
 
 

@@ -7,8 +7,11 @@ import io
 import json
 import unicodedata
 from collections.abc import Iterable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
+
+import orjson
 
 from runtime.retry import read_bytes
 
@@ -69,23 +72,46 @@ def read_csv(path: Path, columns: Iterable[str], hint: str = "") -> Iterator[tup
     Raises:
         UserError: as `read_text`; a column missing or there twice; a row with more or fewer values than the header.
     """
-    reader = csv.reader(io.StringIO(read_text(path, hint), newline=""))
-    try:
-        rows = [row for row in reader if row]
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: not a readable CSV file ({error})") from None
-    header = rows[0] if rows else []
+    header, rows = _read_table(path, columns, hint)
+    for number, row in rows:
+        yield number, dict(zip(header, row))  # noqa: B905  (as long as each other; strict costs a third more)
+
+
+def read_columns(path: Path, columns: list[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """As `read_csv`, but of two or more columns alone, in their order: for tables of 100,000s of rows."""
+    header, rows = _read_table(path, columns)
+    values_of = itemgetter(*(header.index(column) for column in columns))
+    for number, row in rows:
+        yield number, values_of(row)
+
+
+def _read_table(path: Path, columns: Iterable[str], hint: str = "") -> tuple[list[str], Iterator[tuple[int, list]]]:
+    """The header of a CSV file, checked, and its rows by number, which are checked when they are asked for."""
+    rows = filter(None, _read_records(path, hint))
+    header = next(rows, [])
     missing = [column for column in columns if column not in header]
     if missing:
         raise UserError(f"{path}: no column {', '.join(missing)}; {hint or 'expected ' + ','.join(columns)}")
     doubled = next((name for name in header if header.count(name) > 1), None)
     if doubled is not None:
         raise UserError(f"{path}: column {doubled!r} is there twice; expected each once")
-    for number, row in enumerate(rows[1:], 2):
-        if len(row) != len(header):
-            quotes = '; a text that holds a comma needs "quotes"' if len(row) > len(header) else ""
-            raise UserError(f"{path} row {number}: {len(row)} values; expected {len(header)} values{quotes}")
-        yield number, dict(zip(header, row))  # noqa: B905  (as long as each other; strict costs a third more)
+    return header, _check_lengths(path, len(header), rows)
+
+
+def _read_records(path: Path, hint: str) -> Iterator[list[str]]:
+    reader = csv.reader(io.StringIO(read_text(path, hint), newline=""))
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num}: not a readable CSV file ({error})") from None
+
+
+def _check_lengths(path: Path, length: int, rows: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    for number, row in enumerate(rows, 2):
+        if len(row) != length:
+            quotes = '; a text that holds a comma needs "quotes"' if len(row) > length else ""
+            raise UserError(f"{path} row {number}: {len(row)} values; expected {length} values{quotes}")
+        yield number, row
 
 
 def parse_json(text: str, where: object) -> Any:
@@ -101,6 +127,22 @@ def parse_json(text: str, where: object) -> Any:
     except ValueError as error:  # also a number of thousands of digits
         reason = str(error) if isinstance(error, json.JSONDecodeError) else "a number has too many digits"
         raise UserError(f"{where}: not valid JSON ({reason})") from None
+
+
+def parse_row(line: bytes) -> dict | None:
+    """The object on a line of JSON; None where the line holds none: a killed process leaves half a line.
+
+    Three times as fast as json.loads, with the same result, but for whole numbers of more than 64 bits, which no row
+    has: they become floats, and are refused where a whole number is expected.
+    """
+    try:
+        row = orjson.loads(line)
+    except ValueError:  # also of what only Python's reader takes: NaN, Infinity, half a surrogate pair
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            return None
+    return row if type(row) is dict else None
 
 
 def parse_whole(text: str) -> int | None:

@@ -49,11 +49,8 @@ def decide_kept(
 
 def count_kept(rows: list[dict], scores: dict[str, dict]) -> tuple[Counter, Counter]:
     """Images made and kept, by (label, level)."""
-    made, kept = Counter(), Counter()
-    for row in rows:
-        key = row["label"], row["level"]
-        made[key] += 1
-        kept[key] += scores[row["file_name"]]["kept"]
+    made = Counter((row["label"], row["level"]) for row in rows)
+    kept = Counter((row["label"], row["level"]) for row in rows if scores[row["file_name"]]["kept"])
     return made, kept
 
 

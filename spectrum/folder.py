@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 import sys
@@ -34,7 +33,7 @@ from runtime.files import (
     take_lock,
     without_garbage_collection,
 )
-from runtime.text import parse_whole, read_csv
+from runtime.text import parse_row, parse_whole, read_csv
 from spectrum.edits import EDITS, kept_edits
 from spectrum.tables import read_extra, read_scores
 from spectrum.units import ROW_FIELDS, SCORED_FIELDS, Unit
@@ -89,7 +88,7 @@ def read_rows(folder: Path, decode: bool = False) -> list[dict]:
     Rows whose image is missing (or, with `decode`, damaged) and lines that a kill left unfinished are left out. A unit
     that is in two shards counts once.
     """
-    rows, seen, there = [], set(), _image_names(folder)
+    rows, seen, there = [], set(), image_names(folder)
     for _, _, row in _read_lines(folder):
         if row and row["file_name"] in there and _unit_key(row) not in seen:
             if not (decode and not decodes(folder / row["file_name"])):
@@ -104,9 +103,10 @@ def _unit_key(row: dict) -> tuple | str:
     return row["file_name"] if None in unit else unit
 
 
-def _image_names(folder: Path) -> set[str]:
+def image_names(folder: Path) -> set[str]:
     """The files of all shards, relative to `folder`: a network disk lists a shard sooner than it finds each file."""
-    return {f"{shard.name}/{name}" for shard in folder.glob("shard-*/") for name in os.listdir(shard)}
+    listings = ((shard.name, os.listdir(shard)) for shard in folder.glob("shard-*/"))
+    return {f"{shard}/{name}" for shard, names in listings for name in names}
 
 
 def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
@@ -117,11 +117,8 @@ def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
     for path in sorted(folder.glob("shard-*/metadata.jsonl")):
         with path.open("rb") as file:  # bytes, for a name may hold other line ends
             for number, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line.decode())
-                except ValueError:  # half a line, which may end within a letter
-                    row = None
-                if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                row = parse_row(line)
+                if row is None or not isinstance(row.get("file_name"), str):
                     yield path, number, None
                 else:
                     name = f"{path.parent.name}/{Path(row['file_name']).name}"
@@ -130,7 +127,7 @@ def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
 
 def drawn_units(folder: Path, wanted: Collection[Unit]) -> dict[Unit, str]:
     """The wanted units that any shard has drawn, and the image of each, which is not decoded (`done_units` does)."""
-    found, there = {}, _image_names(folder)
+    found, there = {}, image_names(folder)
     for _, _, row in _read_lines(folder):
         unit = Unit(row.get("source"), row.get("level"), row.get("seed")) if row else None
         if unit in wanted and row["file_name"] in there:
@@ -244,7 +241,7 @@ def read_frozen_sizes(folder: Path) -> list[dict[str, tuple[int, int]]]:
 
 def read_source_digests(folder: Path, sources: Collection[str]) -> dict[str, str]:
     """The sha256 of each source that has images in the folder, as it was when they were drawn."""
-    there = _image_names(folder)
+    there = image_names(folder)
     return {
         row["source"]: row["source_sha256"]
         for _, _, row in _read_lines(folder)
@@ -320,62 +317,62 @@ def read_made(folder: Path) -> list[dict]:
         UserError: a row lacks one of these, or two rows of one file disagree on them.
     """
     fields = ("source", "label", "class_name", "level", "seed", "prompt")
-    values_of, kinds = itemgetter(*fields), [ROW_FIELDS[field] for field in fields]
+    values_of, intern = itemgetter(*fields), sys.intern
     made: dict[str, dict] = {}
-    decoder = json.JSONDecoder()
     for shard in sorted(folder.glob("shard-*/metadata.jsonl")):
-        for number, line in enumerate(shard.read_bytes().split(b"\n"), 1):
-            # Read the line, unless it is none, as read_rows does.
-            try:
-                line = line.decode()
-                row, end = decoder.raw_decode(line)  # twice as fast as json.loads
-            except ValueError:
-                continue
-            if end != len(line.rstrip()) or not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                continue
-            # Check its fields.
-            name = f"{shard.parent.name}/{os.path.basename(row['file_name'])}"
-            try:
-                source, label, class_name, level, seed, prompt = values = values_of(row)
-            except KeyError as error:
-                raise UserError(
-                    f"{shard} row {number}: has no {error.args[0]}; expected a spectrum of this version"
-                ) from None
-            if list(map(type, values)) != kinds:
-                wrong = next(field for field, kind in zip(fields, kinds, strict=True) if type(row[field]) is not kind)
-                raise UserError(
-                    f"{shard} row {number}: {wrong} is {row[wrong]!r}; expected a {ROW_FIELDS[wrong].__name__}, as in "
-                    "a spectrum of this version"
-                )
-            # Keep one row a file.
-            first = made.get(name)
-            if first is None:
-                made[name] = {
-                    "file_name": name,
-                    "source": sys.intern(source),  # 200,000 rows share few sources, names and prompts
-                    "label": label,
-                    "class_name": sys.intern(class_name),
-                    "level": level,
-                    "seed": seed,
-                    "prompt": sys.intern(prompt),
-                }
-                if "text_score" in row:
-                    made[name] |= {field: _score(shard, number, row, field) for field in SCORED_FIELDS}
-            elif any(first[field] != row[field] for field in ("source", "label", "level", "seed")):
-                raise UserError(
-                    f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level or "
-                    "seed; expected one row a file"
-                )
+        beginning = f"{shard.parent.name}/"
+        with shard.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                # Read the line, unless it is none, as read_rows does.
+                row = parse_row(line)
+                if row is None or not isinstance(row.get("file_name"), str):
+                    continue
+                # Check its fields.
+                name = beginning + row["file_name"].rpartition("/")[2]
+                try:
+                    source, label, class_name, level, seed, prompt = values_of(row)
+                except KeyError as error:
+                    raise UserError(
+                        f"{shard} row {number}: has no {error.args[0]}; expected a spectrum of this version"
+                    ) from None
+                texts = type(source) is type(class_name) is type(prompt) is str
+                if not texts or not type(label) is type(level) is type(seed) is int:
+                    wrong = next(field for field in fields if type(row[field]) is not ROW_FIELDS[field])
+                    raise UserError(
+                        f"{shard} row {number}: {wrong} is {row[wrong]!r}; expected a {ROW_FIELDS[wrong].__name__}, "
+                        "as in a spectrum of this version"
+                    )
+                # Keep one row a file.
+                first = made.get(name)
+                if first is None:
+                    made[name] = {
+                        "file_name": name,
+                        "source": intern(source),  # 200,000 rows share few sources, names and prompts
+                        "label": label,
+                        "class_name": intern(class_name),
+                        "level": level,
+                        "seed": seed,
+                        "prompt": intern(prompt),
+                    }
+                    if "text_score" in row:
+                        made[name] |= {field: _score(shard, number, row, field) for field in SCORED_FIELDS}
+                elif any(first[field] != row[field] for field in ("source", "label", "level", "seed")):
+                    raise UserError(
+                        f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level or "
+                        "seed; expected one row a file"
+                    )
     return _one_row_a_unit(folder, made.values())
 
 
 def _one_row_a_unit(folder: Path, rows: Iterable[dict]) -> list[dict]:
     """The rows, less the second one of each unit that is in two shards; the one whose image exists stays."""
-    there, units = _image_names(folder), {}
+    units, there = {}, None
     for row in rows:
-        unit = row["source"], row["level"], row["seed"]
-        if unit not in units or (units[unit]["file_name"] not in there and row["file_name"] in there):
-            units[unit] = row
+        first = units.setdefault((row["source"], row["level"], row["seed"]), row)
+        if first is not row:
+            there = image_names(folder) if there is None else there
+            if first["file_name"] not in there and row["file_name"] in there:
+                units[row["source"], row["level"], row["seed"]] = row
     return list(units.values())
 
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.cli import UserError
-from runtime.files import read_json, without_garbage_collection, write_csv
+from runtime.files import read_json, without_garbage_collection, write_csv, write_rows
 from runtime.retry import append_bytes, read_bytes
-from runtime.text import MALFORMED, parse_whole, read_csv
+from runtime.text import MALFORMED, parse_whole, read_columns, read_csv
 from spectrum.units import Unit
 
 SHORT_COLUMNS = ["label", "class_name", "level", "made", "kept", "short"]
@@ -207,9 +207,17 @@ def write_distances(path: Path, rows: Iterable[dict]) -> None:
     write_csv(path, DISTANCE_COLUMNS, rows)
 
 
-def write_scores(path: Path, rows: Iterable[dict]) -> None:
-    """Write scores.csv from dictionaries with SCORE_COLUMNS."""
-    write_csv(path, SCORE_COLUMNS, rows)
+def write_scores(path: Path, names: Iterable[str], scores: dict[str, dict]) -> None:
+    """Write scores.csv of these files, in their order, from what `read_scores` gives; those without are left out."""
+    write_rows(
+        path,
+        SCORE_COLUMNS,
+        (
+            (name, f"{entry['text_score']:.6f}", f"{entry['image_score']:.6f}", int(entry["kept"]), entry["reason"])
+            for name in names
+            if (entry := scores.get(name))
+        ),
+    )
 
 
 @without_garbage_collection()
@@ -220,12 +228,11 @@ def read_scores(path: Path) -> dict[str, dict]:
         UserError: missing, a value that is no score, a kept image without a score, or a file named twice.
     """
     scores: dict[str, dict] = {}
-    for number, row in read_csv(path, SCORE_COLUMNS):
-        name, kept, reason = row["file_name"], row["kept"], row["reason"]
+    for number, (name, text, image, kept, reason) in read_columns(path, SCORE_COLUMNS):
         if name in scores:
             raise UserError(f"{path} row {number}: {name} is there twice; expected one row a file")
         try:
-            text, image = float(row["text_score"]), float(row["image_score"])
+            text, image = float(text), float(image)
         except ValueError:
             raise UserError(f"{path} row {number}: expected numbers in text_score and image_score") from None
         if kept not in ("0", "1"):

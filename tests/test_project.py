@@ -297,6 +297,7 @@ PACKAGES = {
     "matplotlib": "matplotlib",
     "tqdm": "tqdm",
     "safetensors": "safetensors",
+    "orjson": "orjson",
 }
 
 
@@ -321,8 +322,9 @@ def test_every_module_imports_from_another_folder_and_does_nothing(tmp_path):
 
 
 def test_scripts_import_torch_only_once_they_need_it():
-    slow = ("torch", "diffusers", "transformers", "open_clip", "sklearn", "matplotlib")
-    lines = ["import sys", *(f"import {name}" for name in SCRIPTS), f"print(*(set({slow!r}) & set(sys.modules)))"]
+    slow = ("torch", "torchvision", "diffusers", "transformers", "open_clip", "timm", "sklearn", "scipy", "matplotlib")
+    lines = ["import sys", *(f"import {name}; {name}.build_parser().format_help()" for name in SCRIPTS)]
+    lines += [f"print(*(set({slow!r}) & set(sys.modules)))"]
     done, _ = answer(ROOT, "-c", "\n".join(lines))
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 

@@ -128,12 +128,14 @@ def test_bad_prompts_are_refused(tmp_path, content, message):
 
 def test_scores_are_read_by_file_name(tmp_path):
     path = tmp_path / "scores.csv"
-    row = {"file_name": "a.png", "text_score": "0.25", "image_score": "-1", "kept": 1, "reason": ""}
-    tables.write_scores(path, [row, row | {"file_name": "b.png", "kept": 0, "reason": "low, very"}])
-    assert tables.read_scores(path) == {
+    scores = {
         "a.png": {"text_score": 0.25, "image_score": -1.0, "kept": True, "reason": ""},
-        "b.png": {"text_score": 0.25, "image_score": -1.0, "kept": False, "reason": "low, very"},
+        "b.png": {"text_score": 0.0000004, "image_score": -1.0, "kept": False, "reason": "low, very"},
     }
+    tables.write_scores(path, ["b.png", "none.png", "a.png"], scores)
+    assert path.read_text() == SCORE_HEADER + 'b.png,0.000000,-1.000000,0,"low, very"\na.png,0.250000,-1.000000,1,\n'
+    scores["b.png"]["text_score"] = 0.0
+    assert tables.read_scores(path) == scores
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,15 @@ def test_ones_own_prompts_are_never_cut_and_names_match_in_either_form(tmp_path)
     assert write_prompts.read_own(path, {4: "caf\u00e9"}) == {4: ["a café, by night"]}
     (tmp_path / "own.json").write_text(json.dumps({"9" * 5000: ["a"]}), encoding="utf-8")
     assert write_prompts.read_own(tmp_path / "own.json", {0: "dog"}) == {}
+
+
+def test_a_row_is_what_pythons_own_reader_reads():
+    lines = ['{"a": NaN, "b": -Infinity}', '{"a": 1e400}', '{"a": "\\ud800", "a": 1}', '{"a": "\\ud83d\\ude00"}']
+    lines += [' {"a": 0.290001, "b": 12, "c": -0} \n', f'{{"a": {2**64 - 1}, "b": {-(2**63)}}}', '{"a": [true, null]}']
+    for line in lines:
+        assert repr(text.parse_row(line.encode())) == repr(json.loads(line))
+    assert text.parse_row(b'{"seed": 18446744073709551616}') == {"seed": 2.0**64}  # no whole number of a row: refused
+    for line in (b"[1]", b'"a"', b'{"a": 1}{', b'{"a": "', '{"\u00e9'.encode()[:-1], b"", b'{"a": 1,}', b"{'a': 1}"):
+        assert text.parse_row(line) is None
+    for line in ('\ufeff{"a": 1}', '{"a": "\n"}', '{"a": %s}' % ("9" * 5000), '{"a":' * 5000 + "1" + "}" * 5000):
+        assert text.parse_row(line.encode()) is None

@@ -239,10 +239,8 @@ def test_a_spectrum_made_for_other_data_is_refused(road, tmp_path):
 def test_a_level_without_an_accepted_image_is_named(road, tmp_path):
     shutil.copytree(road.spectrum, tmp_path / "s")
     scores = tables.read_scores(tmp_path / "s/scores.csv")
-    tables.write_scores(
-        tmp_path / "s/scores.csv",
-        ({"file_name": name, **score, "kept": int("level050" not in name)} for name, score in scores.items()),
-    )
+    scores = {name: score | {"kept": "level050" not in name} for name, score in scores.items()}
+    tables.write_scores(tmp_path / "s/scores.csv", scores, scores)
     with pytest.raises(UserError, match="--levels 50: .* no accepted image of this level"):
         train_lt.main(["--spectrum", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *SHORT, "--curriculum", "d2s"])
 
@@ -251,13 +249,9 @@ def test_a_class_without_an_accepted_image_at_a_level_is_named(road, tmp_path, c
     shutil.copytree(road.spectrum, tmp_path / "s")
     rows = {row["file_name"]: row for row in spectrum_folder.read_rows(tmp_path / "s")}
     scores = tables.read_scores(tmp_path / "s/scores.csv")
-    tables.write_scores(
-        tmp_path / "s/scores.csv",
-        (
-            {"file_name": name, **score, "kept": int((rows[name]["label"], rows[name]["level"]) != (9, 50))}
-            for name, score in scores.items()
-        ),
-    )
+    for name, score in scores.items():
+        score["kept"] = (rows[name]["label"], rows[name]["level"]) != (9, 50)
+    tables.write_scores(tmp_path / "s/scores.csv", scores, scores)
     train_lt.main(["--spectrum", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *SHORT, "--curriculum", "d2s"])
     said = capsys.readouterr().out
     assert "1 of 21 hard classes and levels have no accepted image, the first nine at level 50" in said
