@@ -6,6 +6,7 @@ import importlib
 import json
 
 import numpy as np
+import pytest
 
 from bench import bench_tune as bench
 
@@ -26,6 +27,7 @@ def run_here(script: str, *words) -> np.ndarray:
     return np.array([1.0, 2.0])
 
 
+@pytest.mark.slow
 def test_both_ways_make_the_same_adapters_and_images(tmp_path, monkeypatch):
     monkeypatch.setitem(bench.CONFIGS, "small", TINY)
     monkeypatch.setattr(bench, "run", run_here)

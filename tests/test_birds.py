@@ -132,6 +132,7 @@ def waterbirds_rows(counts):
                 yield f"{label}.Bird/{number}.jpg", label, split, place
 
 
+@pytest.mark.slow
 def test_waterbirds_biased_has_the_published_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "missing_files", lambda root, names: [])
     write_csv(tmp_path / "metadata.csv", ["img_filename", "y", "split", "place"], waterbirds_rows(WATERBIRDS))

@@ -227,6 +227,7 @@ def test_what_cannot_be_judged_is_named(made, base, tmp_path):
     refused("no plan.json", "--rules", "class", "--clip", CLIP, spectrum=bare)
 
 
+@pytest.mark.slow
 def test_training_adds_edits_to_all_real_images(made, tmp_path):
     root, rows, truth = made
     spectrum = tmp_path / "spectrum"

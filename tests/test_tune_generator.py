@@ -107,6 +107,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tune, tuned, tmp_path, monkeypa
     assert adapters(tmp_path) == adapters(tuned)
 
 
+@pytest.mark.slow
 def test_shards_share_the_classes_and_change_nothing(tune, tuned, tmp_path):
     assert tune(tmp_path, "--shard", "1/3") == 0
     assert len(list(tmp_path.glob(f"*/{tuner.FILE}"))) == 1
@@ -153,6 +154,7 @@ def test_a_class_whose_loss_is_not_finite_stops_and_the_others_go_on(tune, tuned
     assert distance(tuned / "4", tmp_path / "4") < 0.01  # its neighbour in the batch
 
 
+@pytest.mark.slow
 def test_one_adapter_for_all_learns_every_class_and_shows_itself(tune, tmp_path):
     assert tune(tmp_path, "--mode", "dset", "--samples", 2, "--sample-steps", 1, "--lr", 0.01) == 0
     with safe_open(tmp_path / "all" / tuner.FILE, "pt") as file:
@@ -195,6 +197,7 @@ def test_two_classes_of_one_name_are_refused(tune, tmp_path, monkeypatch):
         tune(tmp_path)
 
 
+@pytest.mark.slow
 def test_activations_computed_twice_change_nothing(tune, tuned, tmp_path, monkeypatch):
     from diffusers import UNet2DConditionModel
 

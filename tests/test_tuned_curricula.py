@@ -27,6 +27,7 @@ def results(out) -> tuple[dict, dict, list[dict]]:
     return read[0]["args"], read[1], [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_few_shot_classes_of_a_long_tail_tune_the_generator_of_their_spectrum(tmp_path):
     """From find_hard.py to train_lt.py --curriculum d2s, as recipes/imagenet_lt/r10_bs_d2s_tuned.args."""
     hard, tuned, drawn = tmp_path / "hard.csv", tmp_path / "tuned", tmp_path / "spectrum"
