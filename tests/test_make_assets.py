@@ -97,10 +97,7 @@ def test_the_look_of_web_pictures_is_seen_as_their_captions_say(monkeypatch):
     )
     camera = webs.Toycam(None)
     seen = camera.see(camera.images)
-    assert (
-        np.mean([(look["light"] == "night") == night for look, night in zip(seen, camera.night, strict=True)])
-        > 0.98
-    )
+    assert np.mean([(look["light"] == "night") == night for look, night in zip(seen, camera.night, strict=True)]) > 0.98
     assert np.mean([look["sharpness"] == "sharp" for look in seen]) > 0.98
 
 
