@@ -7,11 +7,11 @@
 #
 # Each stage ends within MINUTES; one that is not done ends with exit code 75: run the same command again to resume.
 # DATASET: cifar100_lt, or cifar100_lt_20 for every fifth class. DATA: CIFAR-100 as train_lt.py reads it. OUT: where
-# everything goes. SIZES: row of make_assets.py's table. SEEDS: images of each source and level.
+# everything goes. SIZES: row of make_assets.py's table. SEEDS: images of each source and level. SHARE_OF: the filter's.
 set -eu
 cd "$(dirname "$0")/../.."
 DATASET=${DATASET:-cifar100_lt} DATA=${DATA:-cifar100.zip} OUT=${OUT:-runs/cifar100} SIZES=${SIZES:-cifar100_lt_gpu} SEEDS=${SEEDS:-8}
-MINUTES=${MINUTES:-9} PYTHON=${PYTHON:-python}
+SHARE_OF=${SHARE_OF:-class-level} MINUTES=${MINUTES:-9} PYTHON=${PYTHON:-python}
 data="--dataset $DATASET --imb-ratio 100 --data-root $DATA"
 
 # timeout leaves with 124 after the SIGTERM that the script has answered with a checkpoint
@@ -29,10 +29,10 @@ spectrum)
     limited $PYTHON generate_spectrum.py $data --hard "$OUT/hard.csv" --prompts "$OUT/prompts.json" --out "$OUT/spectrum" \
         --generator "$OUT/assets/tiny_sd" --levels 0 30 50 70 90 --seeds "$SEEDS" --steps 20 --text-guidance 3 \
         --size source --batch-size 256
-    # The share that the paper's threshold keeps, of each class and level: the threshold itself, 0.3, is of another
-    # CLIP, and this one gives some classes lower scores than others.
+    # The share that the paper's threshold keeps: the threshold itself, 0.3, is of another CLIP. Of each class and level,
+    # because this one gives some classes lower scores than others.
     limited $PYTHON filter_clipscore.py $data --prompts "$OUT/prompts.json" --spectrum "$OUT/spectrum" \
-        --clip "$OUT/assets/tiny_clip" --keep-share 0.312 --distance
+        --clip "$OUT/assets/tiny_clip" --keep-share 0.312 --share-of "$SHARE_OF" --distance
     ;;
 train)
     loss=$2 curriculum=$3 seed=$4
