@@ -184,7 +184,7 @@ def train_decoder(work: Work, vae) -> None:
             latents = vae.encode(images).latent_dist.sample()
         restored = vae.decode(latents).sample.float()
         apart = sum(F.l1_loss(edges(restored, dim), edges(images, dim)) for dim in (2, 3))
-        return F.mse_loss(restored, images) + 0.05 * apart
+        return F.mse_loss(restored, images) + 0.15 * apart
 
     fit(work, "decoder", decoder, draw, loss_of, work.sizes.decoder_steps, 2e-3, 0, 0.05)
     vae.eval()
