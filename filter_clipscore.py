@@ -31,7 +31,8 @@ from spectrum.acceptance import SHOWN, no_score
 from spectrum.flags import add_clip_flag, add_device_flags
 from spectrum.units import SCORED_FIELDS, Unit
 
-SAVE_SECONDS = 30
+SAVE_SECONDS = 30  # between two saves while images are scored; more where a save, which writes all rows, takes long
+SAVE_PAUSE = 20  # times what the save before took, at least: a twentieth of the time at most, however many rows
 
 
 def build_parser() -> cli.Parser:
@@ -96,7 +97,7 @@ def add_rule_flags(group) -> None:
 
 
 def score_images(rows: list[dict], prompts: dict[int, dict], train, clip, args, scores: dict[str, dict], save) -> None:
-    """Score `rows` into `scores`, calling `save` every half minute. Each text and each source is embedded once.
+    """Score `rows` into `scores`, calling `save` now and then. Each text and each source is embedded once.
 
     Raises:
         UserError: a source that cannot be read, or a text or source that the CLIP gives no finite embedding.
@@ -120,7 +121,7 @@ def score_images(rows: list[dict], prompts: dict[int, dict], train, clip, args, 
 
     # Score the images in the order in which they come.
     drawn = [row["file_name"] for row in rows]
-    saved = time.monotonic()
+    saved, pause = time.monotonic(), SAVE_SECONDS
     with cli.progress(len(rows), "scoring", "image") as bar:
         for places, vectors, wrong in clip.images(drawn, read_files(args.spectrum)):
             for place in wrong:  # its row says so, and the step ends in an error, after all others are scored
@@ -136,9 +137,11 @@ def score_images(rows: list[dict], prompts: dict[int, dict], train, clip, args, 
                         else no_score("score not finite")
                     )
             bar.update(len(places) + len(wrong))
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if time.monotonic() - saved > pause:
+                began = time.monotonic()
                 save()
                 saved = time.monotonic()
+                pause = max(SAVE_SECONDS, SAVE_PAUSE * (saved - began))
 
 
 def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict[str, dict]:

@@ -311,8 +311,6 @@ class Trainer(loop.Trainer):
         Args:
             logits: of the last weights on both test sets, by domain, float32 (N, C).
         """
-        import torch
-
         from training import clip as clip_tuning
         from training import evaluation
 
@@ -320,7 +318,7 @@ class Trainer(loop.Trainer):
         args, data = self.args, self.data
         labels = {"ood": data.test.labels, "id": data.id_test.labels}
         results["last"]["per_class"] = evaluation.accuracies(  # of the OOD test set
-            torch.from_numpy(logits["ood"]), labels["ood"], {}
+            logits["ood"].argmax(1), labels["ood"], len(data.class_names), {}
         )["per_class"]
         arrays = {f"{domain}_logits": logits[domain] for domain in labels}
         files.write_arrays(

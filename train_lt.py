@@ -6,7 +6,7 @@ curriculum names; the epochs after it train on all real images (DisCL; curricula
 Reads:  the data set, a filtered spectrum folder (none is needed for --curriculum none; digits' default one is made
         first if it is missing)
 Writes: OUT/args.json, checkpoint.pt and the one before it, TensorBoard events, history.jsonl, predictions.npz,
-        confusion.png, results.json, and subset.csv where a data set was made long-tailed
+        confusion.png (of up to 1,000 classes), results.json, and subset.csv where a data set was made long-tailed
 
 After a kill, the same command resumes after the last finished epoch, to the same result; SIGTERM and SIGUSR2
 are answered by a checkpoint within the epoch and exit code 75. The best epoch is chosen by the mean of the classes'
@@ -41,6 +41,7 @@ from training.pool import build_pool, check_files, describe_splits, method_of, p
 
 # Data sets that --imb-ratio draws a part of.
 DRAWN = ("cifar10_lt", "cifar100_lt", "cifar100_lt_20", "cifar100_lt_20_plus_web", "imagefolder")
+MOST_CONFUSED = 1000  # classes that confusion.png is drawn for: of more, columns are narrower than a pixel
 
 
 def build_parser() -> cli.Parser:
@@ -282,14 +283,22 @@ class Trainer(loop.Trainer):
             rng,
         )
 
-    def predict(self, store, places: np.ndarray):
-        """Logits, float (N, C), of the evaluated model."""
+    def predict(self, store, places: np.ndarray, **kept):
+        """Logits, float (N, C), of the evaluated model, or what is kept of them (`evaluation.predict`)."""
         from training import evaluation
 
         distributed.same_buffers(self.evaluated)
         return evaluation.predict(
-            self.evaluated, store, places, self.data, self.device, self.args.precision, between=self.stop_on_signal
-        )
+            self.evaluated, store, places, self.data, self.device, self.args.precision, between=self.stop_on_signal,
+            **kept,
+        )  # fmt: skip
+
+    def predict_classes(self, store, images: int) -> np.ndarray:
+        """The class of each of the first images of a store, int (N,): the logits of iNaturalist's take gigabytes."""
+        from training import evaluation
+
+        kept = self.predict(store, np.arange(images), keep=evaluation.top_class, width=1)
+        return kept[:, 0].numpy().astype(np.int64)
 
     def validate(self) -> dict[str, float | None]:
         """Accuracies in percent: overall, of each group of classes, and the mean over classes (macro), which epochs are
@@ -297,21 +306,22 @@ class Trainer(loop.Trainer):
         from training import evaluation
 
         val, groups = self.data.val, self.data.groups
-        logits = self.predict(self.val, np.arange(len(val)))
-        found = evaluation.accuracies(logits, val.labels, groups)
+        predicted = self.predict_classes(self.val, len(val))
+        found = evaluation.accuracies(predicted, val.labels, len(self.data.class_names), groups)
         figures = {name: found[name] for name in ("overall", *groups)}
-        by_domain = additions.group_figures(self.data, val, logits)
+        by_domain = additions.group_figures(self.data, val, predicted)
         figures |= {name: by_domain[name] for name in ("id", "ood", "balanced", "worst_group") if name in by_domain}
         return figures | {"macro": evaluation.macro_accuracy(found["per_class"])}
 
     def finish(self, state: dict, writer) -> None:
         """Test the last and the best-by-validation weights, and write what the run leaves."""
         args, data = self.args, self.data
-        test, places = build_store(args, [data.test], self.device), np.arange(len(data.test))
-        logits = self.predict(test, places)
-        last = additions.test_figures(data, logits)
+        test = build_store(args, [data.test], self.device)
+        logits = self.predict(test, np.arange(len(data.test)))
+        predicted = logits.argmax(1).numpy()
+        last = additions.test_figures(data, predicted)
         self.evaluated.load_state_dict(state["best"]["model"])
-        best = additions.test_figures(data, self.predict(test, places))
+        best = additions.test_figures(data, self.predict_classes(test, len(data.test)))
         if not writer:
             return
         results = {
@@ -324,23 +334,24 @@ class Trainer(loop.Trainer):
         }
         additions.say_untested_groups(data, last)
         files.write_arrays(args.out / "predictions.npz", logits=logits.numpy(), labels=data.test.labels)
-        if len(data.groups["few"]):
+        if len(data.groups["few"]) and len(data.class_names) <= MOST_CONFUSED:
             with log.decoration("confusion.png"):
-                self.show_confusion(logits, writer)
+                self.show_confusion(predicted, writer)
         named = ("overall", *data.groups, "macro_f1", "id", "ood", "balanced", "worst_group")
         metrics = {f"test/{name}": last[name] for name in named if last.get(name) is not None}
         epochs.write_results(self, state, writer, results, metrics)
         shown = ", ".join(f"{name.removeprefix('test/')} {value:.1f}" for name, value in metrics.items())
         print(f"{args.out}: test accuracy % after the last epoch: {shown}")
 
-    def show_confusion(self, logits, writer) -> None:
+    def show_confusion(self, predicted: np.ndarray, writer) -> None:
         """confusion.png, which TensorBoard shows too: what the few-shot classes' test images are taken for."""
         from reporting import figures
         from training import evaluation
 
         path = self.args.out / "confusion.png"
-        counts = evaluation.confusion(logits, self.data.test.labels)
-        figures.draw_confusion(counts, self.data.groups["few"], self.data.class_names, path)
+        few, names = self.data.groups["few"], self.data.class_names
+        counts = evaluation.confusion(predicted, self.data.test.labels, len(names), few)
+        figures.draw_confusion(counts, few, names, path)
         writer.add_image("test/confusion", np.asarray(read_image(path)), self.args.epochs - 1, dataformats="HWC")
 
 

@@ -41,12 +41,18 @@ def build_parser() -> cli.Parser:
     return parser
 
 
-def make_spectrum(folder: Path, rows: int) -> None:
-    """A spectrum of empty image files that looks scored, as of ImageNet-LT's size and names."""
+def source_name(source: int) -> str:
+    """The name of a hard image by its number."""
+    label = source % CLASSES
+    return f"train/n{label:08d}/n{label:08d}_{source}.JPEG"
+
+
+def make_spectrum(folder: Path, rows: int, dataset: str = "digits", image: Path | None = None) -> None:
+    """A spectrum that looks scored, as of ImageNet-LT's size and names; its image files are empty, or links to one."""
     rng, clip, shard = random.Random(0), ROOT / "assets/tiny_clip", folder / "shard-00000"
     shard.mkdir(parents=True)
     labels = [str(label) for label in range(CLASSES)]
-    plan = {"dataset": "digits", "imb_ratio": 30.0, "data_seed": 0}
+    plan = {"dataset": dataset, "imb_ratio": 30.0 if dataset == "digits" else None, "data_seed": 0}
     plan |= {"hard_classes": list(range(CLASSES)), "levels": LEVELS}
     files.write_json(folder / "plan.json", plan)
     texts = {label: f"a photo of a class {label}" for label in labels}
@@ -61,7 +67,7 @@ def make_spectrum(folder: Path, rows: int) -> None:
         for number in range(rows):
             source, place = divmod(number, len(LEVELS) * SEEDS)
             label = source % CLASSES
-            unit = Unit(f"train/n{label:08d}/n{label:08d}_{source}.JPEG", LEVELS[place // SEEDS], place % SEEDS)
+            unit = Unit(source_name(source), LEVELS[place // SEEDS], place % SEEDS)
             row = {
                 "file_name": unit.file_name,
                 "source": unit.source,
@@ -82,7 +88,10 @@ def make_spectrum(folder: Path, rows: int) -> None:
                 "scheduler": "EulerDiscreteScheduler",
             }
             table.write(json.dumps(row) + "\n")
-            (shard / unit.file_name).touch()
+            if image:
+                (shard / unit.file_name).symlink_to(image)
+            else:
+                (shard / unit.file_name).touch()
             scores[f"{shard.name}/{unit.file_name}"] = {
                 "text_score": rng.gauss(0.29, 0.03),
                 "image_score": rng.gauss(0.8, 0.05),

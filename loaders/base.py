@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from curricula import places_by_label
 from loaders.pictures import header_error, read_image_file, sha256_pixels
 from runtime import cli
 from runtime.retry import read_bytes
@@ -247,8 +248,7 @@ def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     Of each class one image in 20 is held out, and one of a class with 5 to 19 images; smaller classes keep all.
     """
     held = []
-    for label in range(int(labels.max()) + 1):
-        indices = np.flatnonzero(labels == label)
+    for label, indices in enumerate(places_by_label(labels, int(labels.max()) + 1)):
         count = max(len(indices) // 20, 1 if len(indices) >= 5 else 0)
         held.append(np.random.default_rng([seed, label]).permutation(indices)[:count])
     held = np.sort(np.concatenate(held))

@@ -150,11 +150,11 @@ def draw_confusion(counts: np.ndarray, hard: np.ndarray, class_names: list[str],
     """Write a PNG of what the test images of the hard classes were taken for, in shares of each class.
 
     Args:
-        counts: int (C, C), of evaluation.confusion.
+        counts: int (H, C), of evaluation.confusion.
         hard: class indices of the rows, (H,).
     """
     classes = counts.shape[1]
-    rows = counts[hard] / np.maximum(1, counts[hard].sum(1, keepdims=True))
+    rows = counts / np.maximum(1, counts.sum(1, keepdims=True))
     figure, axes = new_figure(figsize=(min(20, 2 + 0.2 * classes), min(20, 1.5 + 0.22 * len(hard))))
     drawn = axes.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     if classes <= 100:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import multiprocessing.util  # its own handler at exit, which waits, is registered here: before ours, so run after it
 import signal
@@ -38,7 +39,7 @@ class StopSignals:
 def hold_signals() -> Iterator[None]:
     """Within it StopSignals' signals wait, and processes that are started within it never see them.
 
-    A DataLoader's worker that is ended between its start and `leave_signals` would end the main process too.
+    A DataLoader's worker that is ended between its start and `begin_worker` would end the main process too.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
     try:
@@ -47,10 +48,12 @@ def hold_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_signals(worker: int = 0) -> None:
+def begin_worker(worker: int = 0) -> None:
     """For a DataLoader's `worker_init_fn`: StopSignals' signals, which a whole process group may get, are for the main
-    process; a worker that one of them ends would end it too, in the middle of a step.
+    process; a worker that one of them ends would end it too, in the middle of a step. And a worker looks for no garbage
+    among what it shares with the main process: each object that is looked at would be copied.
     """
+    gc.freeze()
     for number in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
@@ -60,7 +63,7 @@ def end_children() -> None:
     """Kill the processes that this one started and still has, before the interpreter waits for them.
 
     After an error a DataLoader's workers are still there, and their signals are left to the main process
-    (`leave_signals`): the interpreter, which sends SIGTERM and waits, would wait for ever.
+    (`begin_worker`): the interpreter, which sends SIGTERM and waits, would wait for ever.
     """
     for child in multiprocessing.active_children():
         child.kill()

@@ -22,7 +22,7 @@ from loaders.sources import read_sources
 from runtime import cli
 from runtime.cli import UserError
 from runtime.device import Fitting
-from runtime.signals import hold_signals, leave_signals
+from runtime.signals import begin_worker, hold_signals
 
 # What yields, for each name, its RGB image, or a line that says why there is none.
 Reader = Callable[[list[str]], Iterator[Image.Image | str]]
@@ -102,7 +102,7 @@ def batches(
         num_workers=min(workers, len(names)),
         collate_fn=collate,
         pin_memory=cuda,
-        worker_init_fn=leave_signals,
+        worker_init_fn=begin_worker,
     )
     with hold_signals():
         batches = iter(loader)

@@ -549,7 +549,7 @@ def test_class_names_are_drawn_as_they_are(tmp_path, capsys, drawn):
     """Two `$` are no formula; a character that no installed font has is said in one line."""
     made = np.full((len(NAMES), 2), 4)
     report.figures.draw_acceptance(NAMES, [0, 50], made, made - 1, tmp_path / "a.png")
-    report.figures.draw_confusion(np.ones((len(NAMES),) * 2, int), np.arange(3), NAMES, tmp_path / "b.png")
+    report.figures.draw_confusion(np.ones((3, len(NAMES)), int), np.arange(3), NAMES, tmp_path / "b.png")
     assert min(Image.open(tmp_path / "a.png").size) > 100 and (tmp_path / "b.png").is_file()
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: a.png: no installed")]
     from matplotlib import font_manager

@@ -157,25 +157,33 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
     return np.array(labels, dtype=int)
 
 
-def test_figures(data: DataSet, logits) -> dict:
-    """Accuracies in percent; where images have domains also by group, in and out of distribution, and macro-F1."""
+def test_figures(data: DataSet, predicted: np.ndarray) -> dict:
+    """Accuracies in percent; where images have domains also by group, in and out of distribution, and macro-F1.
+
+    Args:
+        predicted: class of each test image, int (N,).
+    """
     from training import evaluation
 
-    found = evaluation.accuracies(logits, data.test.labels, data.groups)
-    if groups := group_figures(data, data.test, logits):
-        found |= groups | {"macro_f1": evaluation.macro_f1(logits.argmax(1).numpy(), data.test.labels)}
+    found = evaluation.accuracies(predicted, data.test.labels, len(data.class_names), data.groups)
+    if groups := group_figures(data, data.test, predicted):
+        found |= groups | {"macro_f1": evaluation.macro_f1(predicted, data.test.labels)}
     return found
 
 
-def group_figures(data: DataSet, images: ImageSet, logits) -> dict:
-    """Figures by group of some images of a data set, in percent; empty where they have no domains."""
+def group_figures(data: DataSet, images: ImageSet, predicted: np.ndarray) -> dict:
+    """Figures by group of some images of a data set, in percent; empty where they have no domains.
+
+    Args:
+        predicted: class of each image, int (N,).
+    """
     from training import domain_groups
 
     if not data.domain_names or images.domains is None:
         return {}
     train = data.train
     seen = domain_groups.seen_groups(train.labels, train.domains, len(data.class_names), len(data.domain_names))
-    groups = domain_groups.group_accuracies(logits.argmax(1).numpy(), images.labels, images.domains, seen)
+    groups = domain_groups.group_accuracies(predicted, images.labels, images.domains, seen)
     label, domain = groups["worst_group_name"]
     groups["worst_group_name"] = f"{data.class_names[label]}, {data.domain_names[domain]}"
     return groups | {"seen_groups": seen.tolist()}

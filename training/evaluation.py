@@ -54,7 +54,7 @@ def predict(
         chosen, keys, strengths = split
         batches = store.training(chosen, keys, augmentation[1], strengths)
     # Evaluate it batch by batch, and gather the shares.
-    parts = []
+    done = 0
     together = len(places) // distributed.world() // batch_size  # batches that every process has
     with (
         closing(batches),
@@ -62,11 +62,11 @@ def predict(
         torch.autocast(device.split(":")[0], torch.bfloat16, precision == "bf16"),
     ):
         for number, images in enumerate(batches):
-            parts.append(forward(model, store, images, data, keep))
+            found = forward(model, store, images, data, keep)
+            logits[mine[done : done + len(found)]] = found
+            done += len(found)
             if between and number < together:
                 between()
-    if parts:
-        logits[mine] = torch.cat(parts)
     return distributed.total(logits, device).cpu()
 
 
@@ -80,11 +80,20 @@ def forward(model, store, images: torch.Tensor, data, keep: Callable | None = No
     return torch.cat(store.fitting.run(len(images), score))
 
 
-def accuracies(logits, labels: np.ndarray, groups: dict[str, np.ndarray]) -> dict:
-    """Accuracy in percent: overall, of each group of classes, and per class; None where there is no such image."""
-    classes = logits.shape[1]
+def top_class(logits: torch.Tensor) -> torch.Tensor:
+    """The class of the largest logit, (n, 1): what `predict` may keep of thousands of classes."""
+    return logits.cpu().argmax(1, keepdim=True)
+
+
+def accuracies(predicted: np.ndarray, labels: np.ndarray, classes: int, groups: dict[str, np.ndarray]) -> dict:
+    """Accuracy in percent: overall, of each group of classes, and per class; None where there is no such image.
+
+    Args:
+        predicted, labels: class of each image, int (N,).
+        classes: how many there are.
+    """
     count = np.bincount(labels, minlength=classes)
-    right = np.bincount(labels[logits.argmax(1).numpy() == labels], minlength=classes)
+    right = np.bincount(labels[predicted == labels], minlength=classes)
 
     def share(chosen: np.ndarray) -> float | None:
         total = int(count[chosen].sum())
@@ -125,10 +134,13 @@ def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
     return 100 * float(f1_score(labels, predicted, average="macro", labels=np.unique(labels), zero_division=0))
 
 
-def confusion(logits, labels: np.ndarray) -> np.ndarray:
-    """How many images of each class (rows) were taken for each class (columns), int (C, C)."""
-    classes = logits.shape[1]
-    return np.bincount(labels * classes + logits.argmax(1).numpy(), minlength=classes**2).reshape(classes, classes)
+def confusion(predicted: np.ndarray, labels: np.ndarray, classes: int, rows: np.ndarray) -> np.ndarray:
+    """How many images of some classes, `rows` (R,), were taken for each class (columns), int (R, C)."""
+    row_of = np.full(classes, -1)
+    row_of[rows] = np.arange(len(rows))
+    row = row_of[labels]
+    cells = (row * classes + predicted)[row >= 0]
+    return np.bincount(cells, minlength=len(rows) * classes).reshape(len(rows), classes)
 
 
 def write_tables(folder: Path, data: DataSet, predicted: dict[str, np.ndarray]) -> None:

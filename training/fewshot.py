@@ -141,7 +141,8 @@ class Trainer(loop.Trainer):
 
         labels = getattr(self.data, split).labels
         logits = self.predict(self.stores[split], np.arange(len(labels)))
-        return evaluation.accuracies(logits, labels, {}), logits.numpy()
+        classes = len(self.data.class_names)
+        return evaluation.accuracies(logits.argmax(1).numpy(), labels, classes, {}), logits.numpy()
 
     def validate(self) -> dict[str, float | None]:
         """Accuracy in percent on the validation set."""

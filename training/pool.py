@@ -126,8 +126,8 @@ def method_of(args) -> str:
 
 def print_gaps(hard_classes: list[int], synthetic: dict[int, ImageSet], class_names: list[str]) -> None:
     """Say which hard classes the filter left without an image at a level, and what training does there."""
-    gaps = [(label, level) for level in sorted(synthetic) for label in hard_classes
-            if label not in synthetic[level].labels]  # fmt: skip
+    there = {level: set(synthetic[level].labels.tolist()) for level in sorted(synthetic)}
+    gaps = [(label, level) for level, labels in there.items() for label in hard_classes if label not in labels]
     if gaps and distributed.rank() == 0:
         print(
             f"{len(gaps)} of {len(hard_classes) * len(synthetic)} hard classes and levels have no accepted image, the "

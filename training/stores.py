@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from loaders.base import ImageSet
 from runtime.cli import UserError
 from runtime.device import Fitting
 from runtime.retry import read_bytes
-from runtime.signals import hold_signals, leave_signals
+from runtime.signals import begin_worker, hold_signals
 from training.class_augmentation import augmented
 
 
@@ -129,6 +130,8 @@ class Decoded:
     ):
         self.fitting = Fitting()
         self.paths, self.device, self.image_size, self.workers = paths, device, image_size, workers
+        # Workers are forks, and copy the memory of each Path that they look at: theirs are one array of bytes.
+        self.packed = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.randaugment, self.crop, self.skip_unreadable = randaugment, crop, skip_unreadable
         self.side = image_size
         self.unreadable: dict[int, str] = {}
@@ -142,24 +145,24 @@ class Decoded:
     ) -> Iterator[torch.Tensor]:
         """As InMemory's; each image is a random crop, drawn from the seed and the image's number in the epoch."""
         strengths = strengths or [torch.zeros_like(places) for places in batches]
-        jobs = [
+        jobs = (
             [
                 (place, (seed, number), strength)
                 for place, number, strength in zip(*map(torch.Tensor.tolist, row), strict=True)
             ]
             for row in zip(batches, keys, strengths, strict=True)
-        ]
+        )
         yield from self._load(jobs)
 
     def evaluation(self, places: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
         """As InMemory's; each image is the centre crop."""
-        jobs = [
+        jobs = (
             [(place, None, 0) for place in places[start : start + batch_size].tolist()]
             for start in range(0, len(places), batch_size)
-        ]
+        )
         yield from self._load(jobs)
 
-    def _load(self, jobs: list[list[tuple]]) -> Iterator[torch.Tensor]:
+    def _load(self, jobs: Iterable[list[tuple]]) -> Iterator[torch.Tensor]:
         pinned = str(self.device).startswith("cuda")
         loader = torch.utils.data.DataLoader(
             _Files(self),
@@ -167,7 +170,7 @@ class Decoded:
             num_workers=self.workers,
             collate_fn=_stack,
             generator=torch.Generator(),  # its draws are not the training's
-            worker_init_fn=leave_signals,
+            worker_init_fn=begin_worker,
             pin_memory=pinned,
             prefetch_factor=4 if self.workers else None,
         )
@@ -187,17 +190,17 @@ class Decoded:
 
 class _Files(torch.utils.data.Dataset):
     def __init__(self, store: Decoded):
-        self.paths, self.image_size, self.randaugment = store.paths, store.image_size, store.randaugment
+        self.packed, self.image_size, self.randaugment = store.packed, store.image_size, store.randaugment
         self.crop, self.skip_unreadable = store.crop, store.skip_unreadable
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.packed)
 
     def __getitem__(self, job: tuple[int, tuple[int, int] | None, int]) -> tuple[np.ndarray, dict[int, str]]:
         place, key, strength = job
         rng = None if key is None else np.random.default_rng(key)
         try:
-            pixels = decode(self.paths[place], self.image_size, rng, self.crop)
+            pixels = decode(Path(os.fsdecode(self.packed[place])), self.image_size, rng, self.crop)
         except UserError as error:
             if not self.skip_unreadable:
                 raise
