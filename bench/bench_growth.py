@@ -320,8 +320,47 @@ def measure(command: list) -> dict:
     return found if code == 0 else found | {"error": said[-300:], "code": os.waitstatus_to_exitcode(code)}
 
 
+def draw_figure(records: list[dict], path: Path) -> None:
+    """CPU seconds and memory of each part by its units, both axes logarithmic, from the last record of each point."""
+    import math
+
+    from reporting import figures
+
+    points = {(row["part"], row["units"]): row for row in records if "error" not in row}
+    lines = {part: sorted(units for one, units in points if one == part) for part in PARTS}
+    lines = {part: units for part, units in lines.items() if units}
+    styles = figures.style_of(list(lines))
+    figure, axes = figures.new_figure(1, 2, figsize=(11, 4.5))
+    for axis, name, title in zip(
+        axes, ("cpu_seconds", "peak_memory_mb"), ("CPU seconds of one busy core", "memory (MB)"), strict=True
+    ):
+        axis.set(xscale="log", yscale="log", title=title, xlabel="images, training images or runs")
+        labels = []
+        for part, units in lines.items():
+            values = [points[part, one][name] for one in units]
+            axis.plot(units, values, marker="o", markersize=4, **styles[part])
+            labels.append((values[-1], units[-1], part))
+        # The name of a line stands at its end; names that would cover each other are moved apart.
+        low, high = axis.get_ylim()
+        gap, below = math.log(high / low) / 18, {}
+        for value, end, part in sorted(labels):
+            place = max(math.log(value), below.get(end, -math.inf) + gap)
+            below[end] = place
+            text = part + (f" ({UNITS[part]})" if part in UNITS else "")
+            axis.annotate(
+                text, (end, math.exp(place)), (6, 0), textcoords="offset points", va="center", fontsize=8,
+                color=styles[part]["color"],
+            )  # fmt: skip
+        axis.set_xlim(right=axis.get_xlim()[1] * 60)
+        axis.grid(alpha=0.3)
+    figures.save_figure(figure, path)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.figure:
+        draw_figure(files.read_json_lines(args.out), args.figure)
+        return 0
     for units in args.units:
         for part in args.parts:
             with tempfile.TemporaryDirectory() as name:

@@ -16,6 +16,7 @@ from curricula import (
     long_tail_epoch,
     most_progress,
     needed_levels,
+    places_by_label,
     progress_of,
     replaced_epoch,
     stage_lengths,
@@ -253,6 +254,14 @@ def test_stage_mix_keeps_its_promises(others, hard, synthetic, share, keep_other
         # Whole images: the share is met to within half an image of the wanted count.
         stay = (labels[real] == 0).sum()
         assert abs(hard + len(drawn) - stay * share / (1 - share)) <= 0.5 + 1e-6
+
+
+@given(st.lists(st.integers(0, 5), max_size=40))
+def test_the_places_of_each_class_are_those_that_a_search_finds(labels):
+    found = places_by_label(np.array(labels, dtype=int), 6)
+    assert [places.tolist() for places in found] == [
+        [place for place, other in enumerate(labels) if other == label] for label in range(6)
+    ]
 
 
 def test_balanced_mix_by_hand():

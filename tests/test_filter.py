@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -406,3 +407,32 @@ def test_bad_input_names_the_flag(road, copy, tmp_path):
         run(tmp_path / "empty", road)
     with pytest.raises(UserError, match="--clip"):
         run(copy, road, "--clip", str(tmp_path / "empty"), "--threshold", "0.2")
+
+
+@pytest.mark.parametrize(("takes", "saves"), [(0, 33), (6, 9)])
+def test_saves_take_a_twentieth_of_the_time_at_most(takes, saves, monkeypatch):
+    """A hundred batches of 10.5 s: saves come after three, and after twelve where the last one took 6 s."""
+    now, saved = [0.0], []
+
+    class Clip:
+        def texts(self, texts):
+            return torch.eye(2)[[0] * len(texts)]
+
+        def all_images(self, names, *_):
+            return self.texts(names), {}
+
+        def images(self, names, _):
+            for place in range(len(names)):
+                now[0] += 10.5
+                yield [place], self.texts([""]), {}
+
+    def save() -> None:
+        saved.append(now[0])
+        now[0] += takes
+
+    monkeypatch.setattr(filter_clipscore.time, "monotonic", lambda: now[0])
+    rows = [{"label": 0, "source": "s", "file_name": str(number)} for number in range(100)]
+    args, scores = SimpleNamespace(data_root=None, spectrum="x"), {}
+    filter_clipscore.score_images(rows, {0: {"score_prompt": "p"}}, None, Clip(), args, scores, save)
+    assert len(scores) == 100 and scores["7"]["text_score"] == 1.0
+    assert len(saved) == saves

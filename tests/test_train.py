@@ -122,6 +122,11 @@ def test_accuracies_by_hand():
     assert found["per_class"] == [pytest.approx(200 / 3), pytest.approx(100 / 3), None]
 
 
+def test_what_some_classes_are_taken_for_by_hand():
+    predicted, labels = np.array([0, 2, 1, 2, 2]), np.array([0, 0, 1, 3, 3])
+    assert evaluation.confusion(predicted, labels, 4, np.array([0, 3])).tolist() == [[1, 0, 1, 0], [0, 0, 2, 0]]
+
+
 @pytest.mark.parametrize("kind", ["shift", "crop_flip"])
 def test_augmentation_shifts_each_image_by_at_most_an_eighth(kind):
     images = torch.full((64, 3, 16, 16), 9, dtype=torch.uint8)
