@@ -2,10 +2,11 @@
 
 The plain loop scores one image at a time and embeds its source and its text again each time. Ours is
 filter_clipscore.score_images: each text and each source once, images in batches, decoded by worker processes. Both get
-the same images; neither time holds the loading of the model. The decode rate alone is measured too: it is the
+the same images, in turn; neither time holds the loading of the model. The decode rate alone is measured too: it is the
 limit where the model is faster.
 
-Writes: OUT, a JSON with both rates, the largest difference between the scores, and the machine
+Writes: OUT, a JSON with the medians of both rates in images a second, the largest difference between the scores, and
+        the machine
 
     python bench/bench_filter.py --images 16 --size 256 --out bench/results/filter_cpu.json
     python bench/bench_filter.py --images 20000 --plain-images 500 --batch-size 512 --out bench/results/filter_cuda.json
@@ -18,12 +19,12 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from timing import compare, rate
 
 import datasets
 import filter_clipscore
@@ -44,6 +45,7 @@ def build_parser() -> cli.Parser:
     parser.add_argument(
         "--workers", type=cli.whole(0), metavar="N", help="processes that decode (default: the script's)"
     )
+    parser.add_argument("--rounds", type=cli.whole(1), default=3, metavar="N", help="measurements; the median counts")
     cli.add_device_flag(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("bench/results/filter_cpu.json"), metavar="FILE", help="the file to write"
@@ -113,51 +115,35 @@ def plain_loop(rows: list[dict], folder: Path, prompts: dict, clip) -> dict[str,
     return scores
 
 
-def seconds(what: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the clock, and of this process on all cores, which other work on the machine changes less."""
-    began = time.perf_counter(), time.process_time()
-    what()
-    return time.perf_counter() - began[0], time.process_time() - began[1]
-
-
-def compare(args, rows: list[dict], folder: Path, prompts: dict[int, dict], clip) -> dict:
+def measure(args, rows: list[dict], folder: Path, prompts: dict[int, dict], clip) -> dict:
     """Score the images both ways, and decode them alone: rates, and the largest difference of two scores."""
     from spectrum import embeddings
 
-    train = datasets.load("digits", 30).train
+    train, some, found = datasets.load("digits", 30).train, rows[: args.plain_images], {}
 
-    def ours(some: list[dict]) -> dict:
-        scores: dict[str, dict] = {}
+    def ours() -> None:
+        found["ours"] = {}
         arguments = Namespace(clip="random", spectrum=folder, data_root=folder)
-        filter_clipscore.score_images(some, prompts, train, clip, arguments, scores, save=lambda: None)
-        return scores
+        filter_clipscore.score_images(rows, prompts, train, clip, arguments, found["ours"], save=lambda: None)
 
-    # Warm up (threads, CUDA kernels), then time the plain loop on some of the images and ours on all.
-    some = rows[: args.plain_images]
-    plain_loop(rows[:2], folder, prompts, clip)
-    ours(rows[:2])
-    found: list = []
-    plain, plain_cpu = (
-        taken / len(some) for taken in seconds(lambda: found.append(plain_loop(some, folder, prompts, clip)))
-    )
-    fast, fast_cpu = (taken / len(rows) for taken in seconds(lambda: found.append(ours(rows))))
+    def theirs() -> None:
+        found["theirs"] = plain_loop(some, folder, prompts, clip)
+
+    rates = compare(ours, theirs, len(rows), args.rounds, len(some))
     # Time the decoding alone, and compare the scores.
-    names = [row["file_name"] for row in rows]
     read = embeddings.read_files(folder)
-    decoded = embeddings.batches(names, read, clip.preprocess, args.batch_size, clip.workers, "cpu")
-    decode = seconds(lambda: sum(1 for _ in decoded))[0] / len(rows)
+
+    def decode() -> None:
+        names = [row["file_name"] for row in rows]
+        sum(1 for _ in embeddings.batches(names, read, clip.preprocess, args.batch_size, clip.workers, "cpu"))
+
     difference = max(
-        abs(one - found[1][name][key])
-        for name, pair in found[0].items()
+        abs(one - found["ours"][name][key])
+        for name, pair in found["theirs"].items()
         for one, key in zip(pair, ("text_score", "image_score"), strict=True)
     )
-    return {
-        "plain_images_per_second": round(1 / plain, 2),
-        "ours_images_per_second": round(1 / fast, 2),
-        "decode_only_images_per_second": round(1 / decode, 2),
-        "times_faster": round(plain / fast, 2),
-        "plain_cpu_seconds_per_image": round(plain_cpu, 3),
-        "ours_cpu_seconds_per_image": round(fast_cpu, 3),
+    return rates | {
+        "decode_only": rate(decode, len(rows), args.rounds)["ours"],
         "load_average": round(os.getloadavg()[0], 1),
         "largest_difference": difference,
     }
@@ -179,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         clip = embeddings.Clip(loaded, device, args.batch_size, args.workers)
         rows = make_images(folder, args.images, args.size)
         prompts = {label: {"score_prompt": f"a photo of a {name}"} for label, name in enumerate(digits.NAMES)}
-        figures = compare(args, rows, folder, prompts, clip)
+        figures = measure(args, rows, folder, prompts, clip)
     # Write the result, and stop where the scores differ.
     result = {
         "images": len(rows),

@@ -3,6 +3,8 @@
 Ours is train_iwildcam.py's pass: images decoded at the size that is needed, each caption of a batch read once by the
 text tower, bf16 autocast on a GPU. Theirs is FLYP's step as its code describes it, over open_clip: Pillow and
 open_clip's transform in a DataLoader of as many workers, a caption read for each image, fp32, the loss read each step.
+Random crops are drawn differently on each side: losses and features are compared after two steps of ours and of a plain
+loop on the batches that ours was given.
 
 Reads:  nothing: 480x270 JPEGs are drawn from noise, and the weights are random (or a CLIP's: --clip)
 Writes: a line of JSON to --out
@@ -13,6 +15,7 @@ Writes: a line of JSON to --out
 
 from __future__ import annotations
 
+import copy
 import platform
 import sys
 import tempfile
@@ -87,14 +90,44 @@ def random_clip(architecture: str, folder: Path) -> str:
     return f"{architecture}:{folder / 'clip.safetensors'}"
 
 
-def make_ours(args, data, order: np.ndarray, clip: str, device: str):
-    """A pass of train_iwildcam.py over the images in their order, as a function, and the run's flags."""
+def make_ours(args, data, order: np.ndarray, clip: str, device: str, *more):
+    """A pass of train_iwildcam.py over the images in their order, as a function, the run's flags, and its trainer."""
     flags = ["--dataset", "iwildcam", "--clip", clip, "--batch-size", args.batch_size, "--device", device]
     flags += ["--workers", args.workers, "--precision", "bf16" if device.startswith("cuda") else "fp32"]
-    flags += ["--curriculum", "none", "--out", "no_such_run"]
+    flags += ["--curriculum", "none", "--out", "no_such_run", *more]
     own = train_iwildcam.build_parser().parse_args([str(flag) for flag in flags])
     trainer, _ = train_iwildcam.prepare(own, data, {}, [], set(), StopSignals())
-    return lambda: trainer.train(0, order), own
+    return lambda: trainer.train(0, order), own, trainer
+
+
+def compare_steps(args, data, order: np.ndarray, clip: str, device: str) -> dict:
+    """How far ours and a plain loop are apart after two steps on the same images and captions."""
+    import torch
+
+    from training.augmentations import normalise
+
+    run, _, trainer = make_ours(args, data, order[: 2 * args.batch_size], clip, device, "--templates", "a photo of {}.")
+    model, step, given = copy.deepcopy(trainer.model.clip), trainer.step, []
+
+    def keep(batch, rate: float):
+        given.append((normalise(batch.images, trainer.data.mean, trainer.data.std), batch.labels.clone(), rate))
+        return step(batch, rate)
+
+    trainer.step, decay = keep, trainer.optimizer.param_groups[0]["weight_decay"]
+    optimizer, theirs = torch.optim.AdamW(model.parameters(), weight_decay=decay), []
+    ours = run()["loss"]
+    for pixels, labels, rate in given:
+        optimizer.param_groups[0]["lr"] = rate
+        theirs.append(losses.contrastive(*model(pixels, trainer.tokens[labels])[:3]))
+        optimizer.zero_grad()
+        theirs[-1].backward()
+        optimizer.step()
+    with torch.inference_mode():
+        features = [torch.nn.functional.normalize(one.encode_image(given[0][0])) for one in (trainer.model.clip, model)]
+    return {
+        "largest_difference_of_losses": abs(ours - float(np.mean([loss.item() for loss in theirs]))),
+        "largest_difference_of_features": (features[0] - features[1]).abs().max().item(),
+    }
 
 
 def make_theirs(args, data, order: np.ndarray, clip: str, device: str, captions: list[str]):
@@ -145,12 +178,13 @@ def main(argv: list[str] | None = None) -> int:
         data = draw_data(root, args.jpegs or images)
         order = np.resize(np.arange(len(data.train)), images)
         clip = random_clip(args.architecture, Path(folder)) if args.architecture else args.clip
-        ours, own = make_ours(args, data, order, clip, device)
+        ours, own, _ = make_ours(args, data, order, clip, device)
         captions = [
             own.templates[i % len(own.templates)].replace("{}", data.class_names[label])
             for i, label in enumerate(data.train.labels[order])
         ]
         found = compare(ours, make_theirs(args, data, order, clip, device, captions), images, args.rounds)
+        found |= compare_steps(args, data, order, clip, device)
     distinct = np.mean([len(set(captions[i : i + args.batch_size])) for i in range(0, images, args.batch_size)])
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()}-core CPU"
     row = {"part": "flyp", "model": args.architecture or args.clip, "batch_size": args.batch_size, **found}

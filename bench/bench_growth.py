@@ -46,7 +46,6 @@ INAT = {"train": 437_513, "test": 24_426, "classes": 8142, "kept": 75_234}
 TABLE_RUNS, RUN_SEEDS, EPOCHS = 100, 5, 65
 # Commands that end where they would compute, or that compute nothing.
 INSIDE = "import sys; sys.path[:0] = [{root!r}, {bench!r}]; import bench_growth; bench_growth.{call}"
-UNITS = {"report": "runs", "epoch": "training images", "evaluate": "training images"}
 
 
 def build_parser() -> cli.Parser:
@@ -161,8 +160,9 @@ def score_for_nothing(words: list[str]) -> None:
 
 
 def gallery(folder: Path, units: int) -> list:
-    splits = [f"{split}/n{label:08d}/0.JPEG" for split in ("val", "test") for label in range(136)]
-    image = link_images(folder, [*map(source_name, range(-(-units // 32))), *splits], (512, 512))
+    sources = -(-units // 32)  # of 4 levels and 8 seeds
+    splits = [f"{split}/n{label:08d}/0.JPEG" for split in ("val", "test") for label in range(min(136, sources))]
+    image = link_images(folder, [*map(source_name, range(sources)), *splits], (512, 512))
     make_spectrum(folder / "spectrum", units, "imagefolder", image)
     words = ["--spectrum", folder / "spectrum", "--data-root", folder, "--gallery", "--out", folder / "report"]
     return [ROOT / "report.py", *words]
@@ -317,12 +317,16 @@ def measure(command: list) -> dict:
     found |= {"peak_memory_mb": usage.ru_maxrss / (1024 if sys.platform != "darwin" else 2**20)}
     last = said.strip().splitlines()[-1] if said.strip() else ""
     found |= json.loads(last) if last.startswith("{") else {}
-    return found if code == 0 else found | {"error": said[-300:], "code": os.waitstatus_to_exitcode(code)}
+    if code or "warning:" in said:  # a figure that was not drawn
+        found |= {"error": said[-300:], "code": os.waitstatus_to_exitcode(code)}
+    return found
 
 
 def draw_figure(records: list[dict], path: Path) -> None:
     """CPU seconds and memory of each part by its units, both axes logarithmic, from the last record of each point."""
     import math
+
+    from matplotlib import ticker
 
     from reporting import figures
 
@@ -330,11 +334,11 @@ def draw_figure(records: list[dict], path: Path) -> None:
     lines = {part: sorted(units for one, units in points if one == part) for part in PARTS}
     lines = {part: units for part, units in lines.items() if units}
     styles = figures.style_of(list(lines))
-    figure, axes = figures.new_figure(1, 2, figsize=(11, 4.5))
+    figure, axes = figures.new_figure(1, 2, figsize=(11, 4.8))
     for axis, name, title in zip(
         axes, ("cpu_seconds", "peak_memory_mb"), ("CPU seconds of one busy core", "memory (MB)"), strict=True
     ):
-        axis.set(xscale="log", yscale="log", title=title, xlabel="images, training images or runs")
+        axis.set(xscale="log", yscale="log", title=title, xlabel="images (report: runs; epoch, evaluate: for training)")
         labels = []
         for part, units in lines.items():
             values = [points[part, one][name] for one in units]
@@ -344,14 +348,15 @@ def draw_figure(records: list[dict], path: Path) -> None:
         low, high = axis.get_ylim()
         gap, below = math.log(high / low) / 18, {}
         for value, end, part in sorted(labels):
-            place = max(math.log(value), below.get(end, -math.inf) + gap)
-            below[end] = place
-            text = part + (f" ({UNITS[part]})" if part in UNITS else "")
+            near = round(math.log10(end))
+            place = below[near] = max(math.log(value), below.get(near, -math.inf) + gap)
             axis.annotate(
-                text, (end, math.exp(place)), (6, 0), textcoords="offset points", va="center", fontsize=8,
+                part, (end, math.exp(place)), (6, 0), textcoords="offset points", va="center", fontsize=8,
                 color=styles[part]["color"],
             )  # fmt: skip
-        axis.set_xlim(right=axis.get_xlim()[1] * 60)
+        axis.set_xlim(right=axis.get_xlim()[1] * 8)
+        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        axis.yaxis.set_major_formatter("{x:,g}")
         axis.grid(alpha=0.3)
     figures.save_figure(figure, path)
 

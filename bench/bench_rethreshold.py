@@ -61,7 +61,9 @@ def make_spectrum(folder: Path, rows: int, dataset: str = "digits", image: Path 
     }
     files.write_json(folder / "prompts.json", prompts)
     made_by = {"clip": clip.name, "clip_digest": files.digest_files(sorted(clip.glob("*"))), "score_prompts": texts}
-    files.write_json(folder / "scores.json", made_by | {"groups": dict.fromkeys(labels, "few"), "rounds": 0})
+    files.write_json(
+        folder / "scores.json", made_by | {"groups": dict.fromkeys(labels, "few"), "rounds": 0, "threshold": 0.25}
+    )
     scores = {}
     with (shard / "metadata.jsonl").open("w") as table:
         for number in range(rows):

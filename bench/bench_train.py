@@ -11,6 +11,10 @@
               are bytes that the device flips and normalises, against torchvision's ImageFolder with its PIL transforms;
               as many worker processes on each side. A second line includes that work of the device, a third jitter
 
+Augmentations are drawn differently on each side, so that results are compared without any: of cifar the losses and
+logits after two equal steps on the same batches (at a rate of 0.01: at 0.1 on noise, rounding grows tenfold a step), of
+the loaders the pixels of test images.
+
 On a GPU ours is bf16 in channels_last; the peers' loops are fp32, as theirs are, with TF32 convolutions.
 
 Reads:  nothing: images are drawn from noise
@@ -21,6 +25,8 @@ Writes: a line of JSON to --out for each part, as soon as it is measured
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
 import os
 import platform
@@ -142,7 +148,37 @@ def make_theirs(args, device: str, v2: bool):
 
 def bench_cifar(args, device: str, v2: bool = False) -> dict:
     """Training steps of ResNet-32 in batches of 128."""
-    return compare(make_ours(args, device), make_theirs(args, device, v2), 128 * args.steps, args.rounds)
+    found = compare(make_ours(args, device), make_theirs(args, device, v2), 128 * args.steps, args.rounds)
+    return found if v2 else found | compare_steps(device)
+
+
+def compare_steps(device: str, steps: int = 2) -> dict:
+    """How far ours and a plain loop are apart after equal steps on the same batches, which are not augmented."""
+    import torch
+    from torch.nn import functional as F
+
+    run = make_ours(argparse.Namespace(steps=steps), device, "--augment", "none", "--lr", "0.01")
+    trainer, data = run.trainer, run.trainer.data.train
+    trainer.order = lambda places, generator: torch.arange(len(places))
+    model, group = copy.deepcopy(trainer.model), trainer.optimizer.param_groups[0]
+    flags = {name: group[name] for name in ("lr", "momentum", "weight_decay")}
+    optimizer, losses = torch.optim.SGD(model.parameters(), **flags), []
+    ours = run()["loss"]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    images = ((torch.from_numpy(data.images).permute(0, 3, 1, 2) / 255 - mean) / std).to(device)
+    model.train()
+    for number, some in enumerate(torch.arange(len(data)).split(128)):
+        optimizer.param_groups[0]["lr"] = trainer.rate(0, "epoch", number, steps)
+        losses.append(F.cross_entropy(model(images[some]), torch.from_numpy(data.labels)[some].to(device)))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    with torch.inference_mode():
+        logits = [one.eval()(images) for one in (trainer.model, model)]
+    return {
+        "largest_difference_of_losses": abs(ours - statistics.mean(loss.item() for loss in losses)),
+        "largest_difference_of_logits": (logits[0] - logits[1]).abs().max().item(),
+    }
 
 
 def bench_graph(args, device: str, *flags: str) -> dict:
@@ -215,8 +251,29 @@ def bench_loader(args, device: str, root: Path, prepare: bool, jitter: float) ->
             images.to(device, non_blocking=True)
 
     size = statistics.mean(path.stat().st_size for path in paths)
-    found = compare(ours, theirs, len(paths), args.rounds)
+    found = compare(ours, theirs, len(paths), args.rounds) | compare_pixels(store, root)
     return found | {"jpeg_bytes": round(size), "device_work": prepare, "color_jitter": jitter}
+
+
+def compare_pixels(store, root: Path) -> dict:
+    """How far test images of ours are from ImageFolder's with the same central part resized to 224, of 255; of 64."""
+    import torch
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import functional
+
+    left, top, right, bottom = map(round, stores.centre_box(500, 375, store.crop.zoom))
+    part = (top, left, bottom - top, right - left)
+    folder_set = ImageFolder(
+        root, lambda image: functional.pil_to_tensor(functional.resized_crop(image, *part, (224,) * 2))
+    )
+    count = min(64, len(folder_set))
+    theirs = torch.stack([folder_set[place][0] for place in range(count)]).int()
+    ours = torch.cat(list(store.evaluation(np.arange(count), count))).cpu().int()
+    apart = (ours - theirs).abs()
+    return {
+        "largest_difference_of_pixels": apart.max().item(),
+        "mean_difference_of_pixels": apart.float().mean().item(),
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,18 +17,23 @@ def spent() -> tuple[float, float]:
     return time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in usage)
 
 
-def compare(ours, theirs, images: int, rounds: int) -> dict:
+def compare(ours, theirs, images: int, rounds: int, their_images: int = 0) -> dict:
     """Medians of images a second of two functions, which are called in turn after a warm-up of each.
 
     By the clock, and by CPU seconds, which other work on the machine disturbs less.
+
+    Args:
+        images: of a call.
+        their_images: of a call of theirs, where those are fewer.
     """
+    counts = {"ours": images, "theirs": their_images or images}
     found: dict[str, list] = {"ours": [], "theirs": []}
     for number in range(rounds + 1):
         for name, run in (("ours", ours), ("theirs", theirs)):
             before = spent()
             run()
             if number:
-                found[name].append([images / (b - a) for a, b in zip(before, spent(), strict=True)])
+                found[name].append([counts[name] / (b - a) for a, b in zip(before, spent(), strict=True)])
     result = {}
     for place, suffix in enumerate(("", "_per_cpu_second")):
         rates = {name: [one[place] for one in values] for name, values in found.items()}
@@ -51,7 +56,7 @@ def rate(ours, images: int, rounds: int) -> dict:
 
 def note(path: Path, row: dict) -> None:
     """Print what was found, and add it to a file as a line of JSON, with the versions that it was found with."""
-    row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+    row = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
     print(json.dumps(row), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
