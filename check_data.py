@@ -26,6 +26,7 @@ import datasets
 from loaders import fewshot
 from loaders.base import DataSet, ImageSet, find_unreadable, name_problems
 from runtime import cli
+from runtime.retry import read_bytes
 
 SHOWN = 50  # problems that are printed one by one
 
@@ -42,7 +43,7 @@ def build_parser() -> cli.Parser:
 
 def git_checksum(path: Path) -> str:
     """What `git hash-object` says of a file: 40 hexadecimal digits."""
-    content = path.read_bytes()
+    content = read_bytes(path)
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

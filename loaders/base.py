@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from PIL import Image
 from curricula import places_by_label
 from loaders.pictures import header_error, read_image_file, sha256_pixels
 from runtime import cli
-from runtime.retry import read_bytes
+from runtime.retry import read_bytes, retry
 from runtime.text import UserError, same_form
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -296,7 +297,7 @@ def missing_files(root: Path, names: list[str]) -> list[str]:
         folder, _, base = name.rpartition("/")
         if folder not in listings:
             try:
-                listings[folder] = set(os.listdir(root / folder))
+                listings[folder] = set(retry(partial(os.listdir, root / folder)))
             except OSError:
                 listings[folder] = set()
         if base not in listings[folder]:

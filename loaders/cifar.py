@@ -14,7 +14,8 @@ import numpy as np
 from loaders.base import CLIP_FILTER, PAPER_SCORE_PROMPT, REFINER, DataSet, Entry, ImageSet, long_tail_counts
 from loaders.folders import class_folders
 from loaders.pictures import open_image, to_rgb
-from runtime.cli import UserError
+from runtime.cli import UserError, first_line
+from runtime.retry import read_bytes, retry
 
 LAYOUT = (
     "expected train/CLASS/* and test/CLASS/* (a folder or a zip of them), Hugging Face's parquet files, or "
@@ -124,7 +125,7 @@ def read_split(name: str, root: Path, part: str) -> Cifar:
 def read_zip(path: Path, part: str) -> Cifar:
     """A split from the images TRAIN_OR_TEST/CLASS/* of a zip file; class indices go by the alphabet."""
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(io.BytesIO(read_bytes(path)))  # whole: a network file system may lose an open file
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"--data-root {path}: not a readable zip file ({error})") from None
     names = sorted(
@@ -172,18 +173,19 @@ def read_parquet(name: str, paths: list[Path]) -> Cifar:
         raise UserError(
             f"{paths[0]}: reading parquet needs pyarrow; expected it installed (pip install pyarrow)"
         ) from None
-    images, labels = [], []
+    images, labels, schemas = [], [], []
     column = {"cifar10_lt": "label", "cifar100_lt": "fine_label"}[name]
     for path in paths:
         try:
-            table = parquet.read_table(path)
+            table = parquet.read_table(io.BytesIO(read_bytes(path)))
         except Exception as error:  # pyarrow has classes of its own for what can be wrong with a file
             raise UserError(f"{path}: not a readable parquet file ({error})") from None
         if "img" not in table.column_names or column not in table.column_names:
             raise UserError(f"{path}: columns {', '.join(table.column_names)}; expected img and {column}")
+        schemas.append(table.schema)
         images += table.column("img").to_pylist()
         labels += table.column(column).to_pylist()
-    meta = parquet.read_schema(paths[0]).metadata or {}
+    meta = schemas[0].metadata or {}
     features = json.loads(meta.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     names = features.get(column, {}).get("names") or [str(label) for label in range(CLASSES[name])]
 
@@ -203,9 +205,9 @@ def read_torchvision(name: str, root: Path, part: str) -> Cifar:
 
     kind = {"cifar10_lt": theirs.CIFAR10, "cifar100_lt": theirs.CIFAR100}[name]
     try:
-        data = kind(root, train=part == "train", download=False)
-    except RuntimeError as error:
-        raise UserError(f"--data-root {root}: {str(error).splitlines()[0]}") from None
+        data = retry(lambda: kind(root, train=part == "train", download=False))
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"--data-root {root}: {first_line(error)}") from None
     return Cifar(
         list(data.classes),
         np.array(data.targets, dtype=np.int64),

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from runtime.retry import append_bytes, retry, write_bytes
+from runtime.retry import append_bytes, read_bytes, retry, write_bytes
 from runtime.text import UserError, parse_json, read_text
 
 
@@ -198,7 +198,7 @@ def add_numbered(folder: Path, stem: str, content: bytes) -> bool:
         written then.
     """
     there = sorted(folder.glob(f"{stem}-*.csv"))
-    if any(other.read_bytes() == content for other in there):
+    if any(read_bytes(other) == content for other in there):
         return True
     tmp, path = folder / f".{stem}.{os.getpid()}.tmp", folder / f"{stem}-{len(there):05d}.csv"
     try:
@@ -206,7 +206,7 @@ def add_numbered(folder: Path, stem: str, content: bytes) -> bool:
         os.link(tmp, path)  # fails where another process has just taken it
         return True
     except FileExistsError:
-        return path.read_bytes() == content
+        return read_bytes(path) == content
     finally:
         tmp.unlink(missing_ok=True)
 
@@ -217,7 +217,7 @@ class RowWriter:
     def __init__(self, folder: Path, name: str = "metadata.jsonl"):
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / name
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        torn = path.exists() and path.stat().st_size > 0 and not read_bytes(path).endswith(b"\n")
         self.file = path.open("ab", buffering=0)
         if torn:  # a killed run left half a line: end it, so that the next row does not join it
             append_bytes(self.file, b"\n")

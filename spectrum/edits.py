@@ -15,6 +15,7 @@ import numpy as np
 
 from runtime.cli import UserError
 from runtime.files import read_json, write_text
+from runtime.text import read_text
 
 EDITS = "edits.csv"
 FINDINGS = ("semantic", "clip_class", "predicted", "confidence", "threshold")  # empty where their rule is not in use
@@ -39,11 +40,8 @@ def read_edits(path: Path) -> dict[str, dict[str, str]]:
         UserError: missing, not such a table, or a file that is there twice.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, restval=""))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run filter_edits.py") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(read_text(path, "run filter_edits.py"), newline=""), restval=""))
+    except csv.Error as error:
         raise UserError(f"{path}: not a readable CSV file ({error})") from None
     found: dict[str, dict[str, str]] = {}
     for number, row in enumerate(rows, 2):

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from runtime.files import (
     take_lock,
     without_garbage_collection,
 )
+from runtime.retry import read_bytes, retry
 from runtime.text import parse_row, parse_whole, read_csv
 from spectrum.edits import EDITS, kept_edits
 from spectrum.tables import read_extra, read_scores
@@ -105,8 +107,8 @@ def _unit_key(row: dict) -> tuple | str:
 
 def image_names(folder: Path) -> set[str]:
     """The files of all shards, relative to `folder`: a network disk lists a shard sooner than it finds each file."""
-    listings = ((shard.name, os.listdir(shard)) for shard in folder.glob("shard-*/"))
-    return {f"{shard}/{name}" for shard, names in listings for name in names}
+    shards = folder.glob("shard-*/")
+    return {f"{shard.name}/{name}" for shard in shards for name in retry(partial(os.listdir, shard))}
 
 
 def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
@@ -115,14 +117,13 @@ def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
     The row is None where the line is none.
     """
     for path in sorted(folder.glob("shard-*/metadata.jsonl")):
-        with path.open("rb") as file:  # bytes, for a name may hold other line ends
-            for number, line in enumerate(file, 1):
-                row = parse_row(line)
-                if row is None or not isinstance(row.get("file_name"), str):
-                    yield path, number, None
-                else:
-                    name = f"{path.parent.name}/{Path(row['file_name']).name}"
-                    yield path, number, row | {"file_name": name}
+        for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):  # bytes, for a name may hold other line ends
+            row = parse_row(line)
+            if row is None or not isinstance(row.get("file_name"), str):
+                yield path, number, None
+            else:
+                name = f"{path.parent.name}/{Path(row['file_name']).name}"
+                yield path, number, row | {"file_name": name}
 
 
 def drawn_units(folder: Path, wanted: Collection[Unit]) -> dict[Unit, str]:
@@ -205,7 +206,7 @@ def add_extra(folder: Path, path: Path, known: Collection[str]) -> None:
         UserError: as `read_extra`.
     """
     read_extra([path], known)
-    while not add_numbered(folder, "extra", path.read_bytes()):
+    while not add_numbered(folder, "extra", read_bytes(path)):
         pass  # another process has just taken the number
 
 
@@ -321,46 +322,45 @@ def read_made(folder: Path) -> list[dict]:
     made: dict[str, dict] = {}
     for shard in sorted(folder.glob("shard-*/metadata.jsonl")):
         beginning = f"{shard.parent.name}/"
-        with shard.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                # Read the line, unless it is none, as read_rows does.
-                row = parse_row(line)
-                if row is None or not isinstance(row.get("file_name"), str):
-                    continue
-                # Check its fields.
-                name = beginning + row["file_name"].rpartition("/")[2]
-                try:
-                    source, label, class_name, level, seed, prompt = values_of(row)
-                except KeyError as error:
-                    raise UserError(
-                        f"{shard} row {number}: has no {error.args[0]}; expected a spectrum of this version"
-                    ) from None
-                texts = type(source) is type(class_name) is type(prompt) is str
-                if not texts or not type(label) is type(level) is type(seed) is int:
-                    wrong = next(field for field in fields if type(row[field]) is not ROW_FIELDS[field])
-                    raise UserError(
-                        f"{shard} row {number}: {wrong} is {row[wrong]!r}; expected a {ROW_FIELDS[wrong].__name__}, "
-                        "as in a spectrum of this version"
-                    )
-                # Keep one row a file.
-                first = made.get(name)
-                if first is None:
-                    made[name] = {
-                        "file_name": name,
-                        "source": intern(source),  # 200,000 rows share few sources, names and prompts
-                        "label": label,
-                        "class_name": intern(class_name),
-                        "level": level,
-                        "seed": seed,
-                        "prompt": intern(prompt),
-                    }
-                    if "text_score" in row:
-                        made[name] |= {field: _score(shard, number, row, field) for field in SCORED_FIELDS}
-                elif any(first[field] != row[field] for field in ("source", "label", "level", "seed")):
-                    raise UserError(
-                        f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level or "
-                        "seed; expected one row a file"
-                    )
+        for number, line in enumerate(io.BytesIO(read_bytes(shard)), 1):
+            # Read the line, unless it is none, as read_rows does.
+            row = parse_row(line)
+            if row is None or not isinstance(row.get("file_name"), str):
+                continue
+            # Check its fields.
+            name = beginning + row["file_name"].rpartition("/")[2]
+            try:
+                source, label, class_name, level, seed, prompt = values_of(row)
+            except KeyError as error:
+                raise UserError(
+                    f"{shard} row {number}: has no {error.args[0]}; expected a spectrum of this version"
+                ) from None
+            texts = type(source) is type(class_name) is type(prompt) is str
+            if not texts or not type(label) is type(level) is type(seed) is int:
+                wrong = next(field for field in fields if type(row[field]) is not ROW_FIELDS[field])
+                raise UserError(
+                    f"{shard} row {number}: {wrong} is {row[wrong]!r}; expected a {ROW_FIELDS[wrong].__name__}, "
+                    "as in a spectrum of this version"
+                )
+            # Keep one row a file.
+            first = made.get(name)
+            if first is None:
+                made[name] = {
+                    "file_name": name,
+                    "source": intern(source),  # 200,000 rows share few sources, names and prompts
+                    "label": label,
+                    "class_name": intern(class_name),
+                    "level": level,
+                    "seed": seed,
+                    "prompt": intern(prompt),
+                }
+                if "text_score" in row:
+                    made[name] |= {field: _score(shard, number, row, field) for field in SCORED_FIELDS}
+            elif any(first[field] != row[field] for field in ("source", "label", "level", "seed")):
+                raise UserError(
+                    f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level or "
+                    "seed; expected one row a file"
+                )
     return _one_row_a_unit(folder, made.values())
 
 

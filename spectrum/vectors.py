@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from runtime import files
 from runtime.cli import UserError, first_line
+from runtime.retry import read_bytes
 
 SAVE_SECONDS = 30
 
@@ -25,7 +27,7 @@ class VectorCache:
         self.path, self.vectors = path, {}
         if path.is_file():
             try:
-                with np.load(path, allow_pickle=False) as file:
+                with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
                     self.vectors = dict(zip(file["names"].tolist(), file["vectors"], strict=True))
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(f"{path}: not readable ({first_line(error)}); delete it") from None
