@@ -30,20 +30,19 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 import datasets
 from loaders.pictures import read_image
 from loaders.sources import read_sources
 from reporting import figures, gallery, names, overview, page, recipes, render, tables
 from reporting.curves import comparative_figures
 from runtime import cli, files, runs
-from spectrum import edits
+from spectrum import acceptance, edits
 from spectrum import folder as spectrum_folder
 from spectrum.edits import EDITS, read_edits
 from spectrum.tables import read_scores
 
 TRAINERS = ("train_lt", "train_iwildcam", "train_fewshot")  # the scripts whose runs make tables
+MOST_CLASSES = 150  # that a figure shows one by one: thousands would make it taller than an image can be
 INTRODUCTION = (
     "Every number is from a run's own test figures after its last epoch: mean and, in brackets, standard deviation "
     "over seeds. Many-, medium- and few-shot are classes by their training images. Published figures are quoted "
@@ -175,16 +174,14 @@ def copy_figure(folder: Path, copy: Path) -> None:
 
 
 def draw_acceptance(folder: Path, path: Path) -> None:
-    """The kept share of each class and level, with the number kept."""
+    """The kept share of each class, group of classes and level, with the number kept."""
     rows, scores = spectrum_folder.read_rows(folder), read_scores(folder / "scores.csv")
-    labels, levels = sorted({row["label"] for row in rows}), sorted({row["level"] for row in rows})
+    scores = {row["file_name"]: scores.get(row["file_name"], {"kept": False}) for row in rows}
+    note = files.read_object(folder / "scores.json") if (folder / "scores.json").is_file() else {}
     names = {row["label"]: row["class_name"] for row in rows}
-    made, kept = np.zeros((len(labels), len(levels)), int), np.zeros((len(labels), len(levels)), int)
-    for row in rows:
-        place = labels.index(row["label"]), levels.index(row["level"])
-        made[place] += 1
-        kept[place] += scores.get(row["file_name"], {}).get("kept", False)
-    figures.draw_acceptance([names[label] for label in labels], levels, made, kept, path)
+    groups = {int(label): group for label, group in note.get("groups", {}).items()}
+    table = acceptance.tabulate(*acceptance.count_kept(rows, scores), names, groups, MOST_CLASSES)
+    figures.draw_acceptance(*table, path)
 
 
 def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:

@@ -55,7 +55,7 @@ def count_kept(rows: list[dict], scores: dict[str, dict]) -> tuple[Counter, Coun
 
 
 def tabulate(
-    made: Counter, kept: Counter, names: dict[int, str], groups: dict[int, str]
+    made: Counter, kept: Counter, names: dict[int, str], groups: dict[int, str], shown: int = SHOWN
 ) -> tuple[list[str], list[int], np.ndarray, np.ndarray]:
     """The acceptance table: a row for each class (where they are few), for each class group, and for all.
 
@@ -63,12 +63,13 @@ def tabulate(
         made: images by (label, level); `kept` likewise.
         names: class name by label.
         groups: many, medium or few, by label.
+        shown: classes that are listed one by one, at most; of more there are the groups alone.
 
     Returns:
         The rows' names, the levels, and images made and kept: int (rows, levels).
     """
     levels = sorted({level for _, level in made})
-    lines = {names[label]: [label] for label in sorted(names)} if len(names) <= SHOWN else {}
+    lines = {names[label]: [label] for label in sorted(names)} if len(names) <= shown else {}
     if len(set(names.values())) < len(names):  # names may repeat: tell the classes apart by index
         lines = {f"{names[label]} ({label})": [label] for label in sorted(names)} if lines else {}
     for group in ("many", "medium", "few"):

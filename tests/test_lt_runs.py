@@ -527,7 +527,7 @@ def test_a_signal_in_the_real_pass_or_in_validation_loses_nothing(road, tmp_path
         calls.clear()
         monkeypatch.setattr(
             train_lt.Trainer, "predict",
-            lambda self, store, places, at=at: stop_at(self, store, places, at, calls, predict),
+            lambda self, store, places, at=at, **kept: stop_at(self, store, places, at, calls, predict, **kept),
         )  # fmt: skip
         assert train(road, tmp_path / name, *extra) == runs.RESUMABLE
         state = checkpoints.load_checkpoint(tmp_path / name / "checkpoint.pt", "cpu")
@@ -537,13 +537,13 @@ def test_a_signal_in_the_real_pass_or_in_validation_loses_nothing(road, tmp_path
         assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / name))
 
 
-def stop_at(trainer, store, places, at, calls, predict):
+def stop_at(trainer, store, places, at, calls, predict, **kept):
     """Stop before the `at`-th evaluation of the process."""
     calls.append(1)
     if len(calls) == at:
         trainer.signals.received = "SIGTERM"
         trainer.stop_on_signal()
-    return predict(trainer, store, places)
+    return predict(trainer, store, places, **kept)
 
 
 def test_large_images_train_the_same_with_any_number_of_workers_and_after_a_signal(photographs, tmp_path, monkeypatch):

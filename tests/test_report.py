@@ -542,6 +542,25 @@ def test_the_spectrum_sheet_and_the_acceptance_map_are_drawn(road, tmp_path, dra
     assert len(Page((tmp_path / "report.html").read_text()).pictures) == 2
 
 
+def test_the_acceptance_of_thousands_of_classes_is_drawn_by_group(tmp_path, monkeypatch):
+    """A row for each would be taller than an image can be."""
+    rows = [{"file_name": f"shard-00000/{n}.png", "source": str(n), "label": n, "class_name": f"species {n}",
+             "level": n % 2, "seed": 0} for n in range(8000)]  # fmt: skip
+    scores = {row["file_name"]: {"kept": row["label"] % 4 == 0} for row in rows[:-1]}  # the last has no score
+    monkeypatch.setattr(report.spectrum_folder, "read_rows", lambda folder: rows)
+    monkeypatch.setattr(report, "read_scores", lambda path: scores)
+    files.write_json(
+        tmp_path / "scores.json", {"groups": {str(n): "few" if n < 100 else "medium" for n in range(8000)}}
+    )
+    drawn = {}
+    monkeypatch.setattr(report.figures, "draw_acceptance", lambda *args: drawn.update(table=args))
+    report.draw_acceptance(tmp_path, tmp_path / "acceptance.png")
+    names, levels, made, kept, _ = drawn["table"]
+    assert names == ["all medium-shot", "all few-shot", "all"] and levels == [0, 1]
+    assert made.tolist() == [[3950, 3950], [50, 50], [4000, 4000]]
+    assert kept.tolist() == [[1975, 0], [25, 0], [2000, 0]]
+
+
 NAMES = ["a $ and $ b", r"\frac{1}{2}$", "狐狸", "キツネ", "x_{1}^2", "&<b>", "\u202eright to left", ""]
 
 

@@ -108,7 +108,11 @@ def test_evaluation_changes_nothing():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     data = datasets.load("digits", 30)
     store = stores.build([data.val], "cpu", 16, 0, "contiguous")
-    evaluation.predict(model, store, np.arange(9), data, "cpu")
+    whole = evaluation.predict(model, store, np.arange(9), data, "cpu")
+    parts = evaluation.predict(model, store, np.arange(9), data, "cpu", batch_size=4)
+    assert torch.allclose(whole, parts, atol=1e-5) and len(whole.unique(dim=0)) == 9
+    kept = evaluation.predict(model, store, np.arange(9), data, "cpu", batch_size=4, keep=evaluation.top_class, width=1)
+    assert kept[:, 0].tolist() == whole.argmax(1).tolist()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
