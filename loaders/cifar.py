@@ -16,6 +16,7 @@ from loaders.folders import class_folders
 from loaders.pictures import open_image, to_rgb
 from runtime.cli import UserError, first_line
 from runtime.retry import read_bytes, retry
+from runtime.text import MALFORMED
 
 LAYOUT = (
     "expected train/CLASS/* and test/CLASS/* (a folder or a zip of them), Hugging Face's parquet files, or "
@@ -116,7 +117,7 @@ def read_split(name: str, root: Path, part: str) -> Cifar:
         return read_folder(root, part)
     parquet = sorted([*root.glob(f"**/{part}-*.parquet"), *root.glob(f"**/{part}.parquet")])
     if parquet:
-        return read_parquet(name, parquet)
+        return read_parquet(name, part, parquet)
     if (root / {"cifar10_lt": "cifar-10-batches-py", "cifar100_lt": "cifar-100-python"}[name]).is_dir():
         return read_torchvision(name, root, part)
     raise UserError(f"--data-root {root}: no {part} images there; {LAYOUT}")
@@ -154,18 +155,34 @@ def read_images(root: Path, part: str, names: list[str], place) -> Cifar:
             what = f"--data-root {root}: {names[i]}"
             try:
                 file = place(names[i])
-            except (OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            except (
+                OSError,
+                EOFError,
+                KeyError,
+                RuntimeError,
+                zipfile.BadZipFile,
+                zlib.error,
+            ) as error:  # also encrypted
                 raise UserError(f"{what}: not a readable image ({error})") from None
-            with open_image(file, what) as image:
-                if image.size != (32, 32):
-                    raise UserError(f"{what}: is {image.width}x{image.height}; expected 32x32")
-                pixels[at] = np.asarray(to_rgb(image))
+            pixels[at] = read_pixels(file, what)
         return pixels
 
     return Cifar(classes, np.array([index[name.split("/")[1]] for name in names]), names, decode)
 
 
-def read_parquet(name: str, paths: list[Path]) -> Cifar:
+def read_pixels(file, what: str) -> np.ndarray:
+    """An image of CIFAR, uint8 (32, 32, 3).
+
+    Raises:
+        UserError: it is none, or of another size.
+    """
+    with open_image(file, what) as image:
+        if image.size != (32, 32):
+            raise UserError(f"{what}: is {image.width}x{image.height}; expected 32x32")
+        return np.asarray(to_rgb(image))
+
+
+def read_parquet(name: str, part: str, paths: list[Path]) -> Cifar:
     """A split from Hugging Face's parquet files: a column of PNGs (img) and one of labels (fine_label, or label)."""
     try:
         from pyarrow import parquet
@@ -186,17 +203,25 @@ def read_parquet(name: str, paths: list[Path]) -> Cifar:
         images += table.column("img").to_pylist()
         labels += table.column(column).to_pylist()
     meta = schemas[0].metadata or {}
-    features = json.loads(meta.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    names = features.get(column, {}).get("names") or [str(label) for label in range(CLASSES[name])]
+    try:
+        features = json.loads(meta.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        names = features.get(column, {}).get("names") or [str(label) for label in range(CLASSES[name])]
+    except MALFORMED:
+        raise UserError(f"{paths[0]}: its metadata huggingface are not readable; expected the classes' names") from None
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        if label not in range(CLASSES[name]) or not (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
+            raise UserError(
+                f"{paths[0].parent}: {part} image {i}, of {column} {label!r}: expected bytes in img and a class below "
+                f"{CLASSES[name]}"
+            )
 
     def decode(indices: np.ndarray) -> np.ndarray:
         pixels = np.empty((len(indices), 32, 32, 3), dtype=np.uint8)
         for at, i in enumerate(indices):
-            with open_image(io.BytesIO(images[i]["bytes"]), f"{paths[0].parent}: image {i}") as image:
-                pixels[at] = np.asarray(to_rgb(image))
+            pixels[at] = read_pixels(io.BytesIO(images[i]["bytes"]), f"{paths[0].parent}: {part} image {i}")
         return pixels
 
-    return Cifar(names, np.array(labels), [f"index:{i}" for i in range(len(labels))], decode)
+    return Cifar(names, np.array(labels, dtype=np.int64), [f"index:{i}" for i in range(len(labels))], decode)
 
 
 def read_torchvision(name: str, root: Path, part: str) -> Cifar:

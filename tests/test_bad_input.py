@@ -123,6 +123,35 @@ def png(side: int = 8) -> bytes:
     return file.getvalue()
 
 
+def zip_with(at: int, value: int) -> Callable:
+    """A zip of CIFAR's form in whose members' headers, here and at the end, a byte is `value`."""
+
+    def write(path: Path) -> None:
+        names = [f"{part}__c{k}__{i}.png" for part in ("train", "test") for k in range(10) for i in range(3)]
+        zip_of(**dict.fromkeys(names, png(32)))(path)
+        content = bytearray(path.read_bytes())
+        for sign, further in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
+            for found in re.finditer(re.escape(sign), bytes(content)):
+                content[found.start() + at + further] = value
+        path.write_bytes(content)
+
+    return write
+
+
+def parquet(metadata: str = "{}", **first) -> dict[str, Callable]:
+    """Hugging Face's files of CIFAR, 40 images each, with values of the first image changed."""
+
+    def write(path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow.parquet import write_table
+
+        rows = {"img": [{"bytes": png(32)}] * 40, "label": [i % 10 for i in range(40)]}
+        rows = {name: [first.get(name, values[0]), *values[1:]] for name, values in rows.items()}
+        write_table(pyarrow.table(rows).replace_schema_metadata({"huggingface": metadata}), path)
+
+    return {"d/train-0.parquet": write, "d/test-0.parquet": write}
+
+
 METADATA = "split,y,filename,location_remapped\n"
 TRAPS = {"d/class_names.txt": "empty\nfox\n", "d/train/a.jpg": picture}
 COOP = {"d/images/a/1.jpg": picture}
@@ -153,6 +182,16 @@ ROWS = [
     Row("check_data", "zip of one class", "--dataset cifar10_lt --data-root c.zip", "1 classes in train, 1 in test; expected the same 10", {"c.zip": zip_of(train__a__1=png(), test__a__1=png())}),
     Row("check_data", "zip of images of another size", "--dataset cifar10_lt --imb-ratio 2 --data-root c.zip", "is 8x8; expected 32x32", {"c.zip": zip_of(**{f"{part}__{name}__{i}": png() for part in ("train", "test") for name in "abcdefghij" for i in range(2)})}),
     Row("check_data", "parquet is none", "--dataset cifar10_lt --data-root d", "not a readable parquet file|needs pyarrow", {"d/train-0.parquet": b"PAR1no", "d/test-0.parquet": b"PAR1no"}),
+    Row("check_data", "zip with a password", "--dataset cifar10_lt --imb-ratio 2 --data-root c.zip", "c0/0.png: not a readable image ", {"c.zip": zip_with(6, 1)}),
+    Row("check_data", "zip packed by an unknown method", "--dataset cifar10_lt --imb-ratio 2 --data-root c.zip", "not a readable image", {"c.zip": zip_with(8, 97)}),
+    Row("check_data", "parquet with a class too high", "--dataset cifar10_lt --imb-ratio 2 --data-root d", "d: train image 0, of label 10: expected bytes in img and a class below 10", parquet(label=10)),
+    Row("check_data", "parquet with a negative class", "--dataset cifar10_lt --imb-ratio 2 --data-root d", "d: train image 0, of label -1: expected", parquet(label=-1)),
+    Row("check_data", "parquet without a class", "--dataset cifar10_lt --imb-ratio 2 --data-root d", "d: train image 0, of label None: expected", parquet(label=None)),
+    Row("check_data", "parquet without an image", "--dataset cifar10_lt --imb-ratio 2 --data-root d", "d: train image 0, of label 0: expected bytes in img", parquet(img=None)),
+    Row("check_data", "parquet with an image of another size", "--dataset cifar10_lt --imb-ratio 2 --data-root d", "image 0: is 8x8; expected 32x32", parquet(img={"bytes": png()})),
+    Row("check_data", "parquet whose metadata are torn", "--dataset cifar10_lt --imb-ratio 2 --data-root d", "train-0.parquet: its metadata huggingface are not readable", parquet("{")),
+    Row("check_data", "parquet whose metadata are a list", "--dataset cifar10_lt --imb-ratio 2 --data-root d", "train-0.parquet: its metadata huggingface are not readable", parquet("[]")),
+    Row("check_data", "parquet with a name for one class", "--dataset cifar10_lt --imb-ratio 2 --data-root d", "1 classes in train, 1 in test; expected the same 10", parquet('{"info": {"features": {"label": {"names": ["a"]}}}}')),
     Row("check_data", "damaged torchvision folder", "--dataset cifar10_lt --data-root d", "--data-root d: Dataset not found or corrupted", {"d/cifar-10-batches-py/data_batch_1": garbage_checkpoint}),
     Row("check_data", "split file is a list", "--dataset dtd --data-root d", "not a CoOp split", COOP | {"d/split_zhou_DescribableTextures.json": "[1, 2]"}),
     Row("check_data", "split file with short rows", "--dataset dtd --data-root d", "not a CoOp split", COOP | {"d/split_zhou_DescribableTextures.json": json.dumps({"train": [["a/1.jpg", 0]], "val": [], "test": []})}),
