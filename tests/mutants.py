@@ -140,6 +140,27 @@ FAULTS = [
 ]  # fmt: skip
 FAULTS += [Fault(*row) for row in mutants_draw.FAULTS]
 
+# What a run takes up again, left out; the run of each trainer in which it decides anything is to notice it.
+LT, TRAPS, FEWSHOT = ALL = ("train_lt", "train_iwildcam", "train_fewshot")
+LEFT_OUT = [
+    ("optimiser", ALL, "training/epochs.py", 'optimizer.load_state_dict(state["optimizer"])', "pass"),
+    ("weights", ALL, "training/epochs.py", 'model.load_state_dict(state["model"])', "pass"),
+    ("average", (LT,), "training/epochs.py", 'average.load_state_dict(state["average"])', "pass"),
+    ("best weights", ALL, "training/epochs.py", "state = {name: saved.pop(name) for name in state} | saved",
+     'state = {name: saved.pop(name) for name in state} | saved | {"best": state["best"]}'),
+    ("place in the schedule", ALL, "training/loop.py", "enumerate(batches, done)", "enumerate(batches)"),
+    ("loss so far", ALL, "training/loop.py", 'done, total = start["batches"], start["total"].to(self.device)',
+     'done = start["batches"]'),
+    ("torch's random state", (LT, FEWSHOT), "training/loop.py", 'torch.set_rng_state(state["rng"].cpu())', "pass"),
+    ("pass's random state", (TRAPS, FEWSHOT), "training/loop.py", 'generator.set_state(state["generator"].cpu())',
+     "pass"),
+]  # fmt: skip
+FAULTS += [
+    Fault(f"{script} resumes without its {what}", *change, f"tests/test_resume.py -k {script}")
+    for what, scripts, *change in LEFT_OUT
+    for script in scripts
+]
+
 
 def notices(folder: Path, fault: Fault) -> bool:
     """Whether the tests that a fault names fail with it, in a copy of the tree.
