@@ -46,9 +46,9 @@ FAULTS = [
           "return self.average.module if self.average else self.model", "return self.model",
           f"{VALUES} -k averaged"),
     Fault("the best epoch is chosen on the test set", "train_lt.py",
-          "        logits = self.predict(self.val, np.arange(len(val)))\n        found",
+          "        predicted = self.predict_classes(self.val, len(val))\n        found",
           "        val = self.data.test\n        test = build_store(self.args, [val], self.device)\n"
-          "        logits = self.predict(test, np.arange(len(val)))\n        found",
+          "        predicted = self.predict_classes(test, len(val))\n        found",
           f"{VALUES} -k averaged"),
     Fault("CIFAR-100 is normalised with CIFAR-10's statistics", "loaders/cifar.py",
           '"cifar100_lt": ((0.5071, 0.4865, 0.4409)', '"cifar100_lt": ((0.4914, 0.4822, 0.4465)',

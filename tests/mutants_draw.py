@@ -45,7 +45,7 @@ FAULTS = [
     ("the share keeps the worst", "spectrum/acceptance.py",
      'append((-entry["text_score"], ', 'append((entry["text_score"], ', f"{FILTER} share_keeps"),
     ("all made images count as kept", "spectrum/acceptance.py",
-     'kept[key] += scores[row["file_name"]]["kept"]', "kept[key] += 1", f"{FILTER} by_hand"),
+     'for row in rows if scores[row["file_name"]]["kept"]', "for row in rows", f"{FILTER} by_hand"),
     ("acceptance over all levels is the mean of theirs", "spectrum/acceptance.py",
      "{some.sum() / max(1, of.sum()):10.1%}", "{(some / np.maximum(1, of)).mean():10.1%}", f"{FILTER} by_hand"),
     ("a quota that is reached counts as short", "spectrum/quotas.py",

@@ -171,7 +171,8 @@ def step(request, road, images, traps, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_step_killed_at_any_moment_leaves_what_an_undisturbed_run_leaves(step, tmp_path, monkeypatch):
     main, flags, begin, content = step
-    monkeypatch.setattr(filter_clipscore, "SAVE_SECONDS", 0)  # else only the end of such a short run is saved
+    for name in ("SAVE_SECONDS", "SAVE_PAUSE"):  # else only the end of such a short run is saved
+        monkeypatch.setattr(filter_clipscore, name, 0)
     log, rng = tmp_path / "log.txt", random.Random(files.digest_int(main.__module__))
     random.seed(0)
     begin(tmp_path / "whole")
