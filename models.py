@@ -161,6 +161,10 @@ SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", {}),
     "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
 }
+# Pipelines of these families draw from a text, or from an image by strength, or fill a mask: none is an editor.
+FAMILIES = re.compile(
+    "(StableDiffusion|StableDiffusionXL|StableDiffusion3|Flux|QwenImage|ZImage)(Img2Img|Inpaint)?Pipeline"
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -197,15 +201,19 @@ def load_generator(
     # Whether a pipeline knows these two depends on its class; from_pretrained warns of what it does not know, once.
     options = {"add_watermarker": False, "safety_checker": None, "requires_safety_checker": False}
     config = pipeline_config(name_or_path, revision)
+    kind = config["_class_name"]
     try:
         wanted = {"StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInstructPix2PixPipeline"}
-        names = ["safety_checker", "requires_safety_checker"] if config["_class_name"] in wanted else []
-        names += ["add_watermarker"] if "StableDiffusionXL" in config["_class_name"] else []
-        loader = diffusers.AutoPipelineForImage2Image
-        if "InstructPix2Pix" in config["_class_name"]:  # which the automatic pipelines do not know
+        names = ["safety_checker", "requires_safety_checker"] if kind in wanted else []
+        names += ["add_watermarker"] if "StableDiffusionXL" in kind else []
+        if family := FAMILIES.fullmatch(kind):  # by name: the automatic pipelines import every pipeline that there is
+            loader = getattr(diffusers, f"{family[1]}{'Inpaint' if masked else 'Img2Img'}Pipeline")
+        elif "InstructPix2Pix" in kind:  # which the automatic pipelines do not know
             loader = diffusers.DiffusionPipeline
         elif masked and not editor_kind(name_or_path, revision):
             loader = diffusers.AutoPipelineForInpainting
+        else:
+            loader = diffusers.AutoPipelineForImage2Image
         pipe = loader.from_pretrained(
             name_or_path,
             dtype=DTYPES[generator_dtype(dtype, device)],
@@ -232,10 +240,13 @@ def pipeline_config(name_or_path: str, revision: str | None = None) -> dict:
     Raises:
         UserError: nothing of that name can be loaded, or it is no pipeline's.
     """
-    import diffusers
-
     try:
-        config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
+        if Path(name_or_path).is_dir():
+            config = read_json(Path(name_or_path) / "model_index.json")
+        else:
+            import diffusers  # takes seconds
+
+            config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
     except (OSError, ValueError) as error:
         raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
@@ -251,11 +262,13 @@ def editor_kind(name_or_path: str, revision: str | None = None) -> str:
     """
     import inspect
 
-    import diffusers
-
     if name_or_path in GENERATORS and not GENERATORS[name_or_path].editor:
         return ""
     kind = pipeline_config(name_or_path, revision)["_class_name"]
+    if FAMILIES.fullmatch(kind):
+        return ""
+    import diffusers  # takes seconds
+
     parameters = inspect.signature(getattr(diffusers, kind).__call__).parameters if hasattr(diffusers, kind) else {}
     return kind if "image" in parameters and "strength" not in parameters else ""
 

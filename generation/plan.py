@@ -152,7 +152,11 @@ def order_planned(
     """Every unit of a plan, in its order, or those of the sources `among` all."""
     own = read_own_domains(args, hard, prompts)
     seeds = {name: count for name, count in count_seeds(args, hard, prompts).items() if among is None or name in among}
-    for unit in worklist.order_units(seeds, settings["levels"]):
+    units = worklist.order_units(seeds, settings["levels"])
+    if not own:
+        yield from units
+        return
+    for unit in units:
         if is_planned(unit, args, prompts[hard[unit.source].label], own.get(unit.source, "")):
             yield unit
 
@@ -272,6 +276,8 @@ class DrawPlan:
         Adapters of single sources are mixed, `source_A+source_B` (LoFT): the source's own with that of another one of
         its class, the same for MIXED seeds.
         """
+        if not self.adapters:
+            return None
         label, own = self.hard[unit.source].label, f"source_{short_name(unit.source)}"
         if own not in self.adapters:
             name = f"class_{label}"
