@@ -324,6 +324,7 @@ ROWS = [
     Row("train_lt", "arguments' file is not there", "@a.args", "a.args: no such file"),
     Row("train_lt", "part of none", "--curriculum none --leave-out 3/2", "--leave-out"),
     Row("train_lt", "additions like no file", "--curriculum all --spectrum $ROAD/spectrum --add like:no.csv --out r", "no.csv"),
+    Row("train_lt", "additions like a table without a row", "--curriculum all --spectrum $ROAD/spectrum --add like:a.csv --out r", "a.csv", {"a.csv": "label\n"}),
     Row("train_lt", "additions like a table with labels of 5000 digits", "--curriculum all --spectrum $ROAD/spectrum --add like:a.csv --out r", "a.csv", {"a.csv": f"label\n{HUGE}\n"}),
     Row("train_lt", "a test image is a text", "--dataset imagefolder --data-root d --curriculum none --model resnet10 --batch-size 4 --out r", "1 image cannot be used: test: d/test/cat/0.png", classes("d", train=6, test=2) | {"d/test/cat/0.png": "no image"}),
     Row("train_lt", "scores keep an image twice", "--curriculum d2s --spectrum s --out r", "scores.csv", spectrum() | {"s/scores.csv": edited("scores.csv", lambda text: text + text.splitlines()[1] + "\n")}),

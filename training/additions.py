@@ -154,6 +154,8 @@ def read_labels(path: Path, classes: int) -> np.ndarray:
         if label is None or label >= classes:
             raise cli.UserError(f"{path} row {number}: label {row['label'][:40]!r}: expected a class below {classes}")
         labels.append(label)
+    if not labels:
+        raise cli.UserError(f"{path}: no row; expected a label for each image that --add adds")
     return np.array(labels, dtype=int)
 
 
