@@ -7,7 +7,6 @@ the libraries imported already; its loading processes are forks of it.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import multiprocessing
@@ -24,7 +23,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from forks import LIMIT
-from PIL import Image
+from small_data import draw_cats_and_dogs, draw_toycam
 
 import filter_clipscore
 import generate_spectrum
@@ -115,28 +114,13 @@ def trained(folder: Path) -> dict:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """Two classes of images in files."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for part, count in (("train", 9), ("val", 2), ("test", 3)):
-        for label, name in enumerate(("cat", "dog")):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 90, (32, 32, 3)) + 120 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.png")
-    return root
+    return draw_cats_and_dogs(tmp_path_factory.mktemp("images"), 9, 32, "png")
 
 
 @pytest.fixture(scope="module")
 def traps(tmp_path_factory) -> Path:
     """A camera-trap data set of a few of toycam's images."""
-    root = tmp_path_factory.mktemp("traps") / "toycam"
-    toycam.draw(root)
-    with (root / "metadata.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    kept = [row for split in {row["split"]: 0 for row in rows} for row in [r for r in rows if r["split"] == split][:9]]
-    with (root / "metadata.csv").open("w") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(kept)
+    root = draw_toycam(tmp_path_factory.mktemp("traps") / "toycam", 9, 9)
     (root / "class_names.txt").write_text("\n".join(toycam.CLASSES))
     return root
 

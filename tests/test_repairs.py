@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
+from small_data import draw_cats_and_dogs, draw_toycam
 
 import train_fewshot
 import train_iwildcam
@@ -28,23 +28,13 @@ SMALL = ["--dataset", "imagefolder", "--model", "resnet8", "--image-size", "32",
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Two classes of JPEGs of 64 pixels, in folders."""
-    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for part, count in (("train", 6), ("val", 2), ("test", 3)):
-        for label, name in enumerate(("cat", "dog")):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 90, (64, 64, 3)) + 120 * label
-                Image.fromarray(pixels.astype(np.uint8)).save(root / part / name / f"{i}.jpg")
-    return root
+    return draw_cats_and_dogs(tmp_path_factory.mktemp("images"), 6, 64, "jpg")
 
 
 @pytest.fixture(scope="module")
 def traps(tmp_path_factory):
     """Camera traps: nine images of each split."""
-    root = tmp_path_factory.mktemp("traps") / "traps"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toycam, "SPLITS", {name: (*where, 9) for name, (*where, _) in toycam.SPLITS.items()})
-        toycam.draw(root)
+    root = draw_toycam(tmp_path_factory.mktemp("traps") / "traps", 9, 9)
     (root / "class_names.txt").write_text("\n".join(toycam.CLASSES), encoding="utf-8")
     return root
 

@@ -6,7 +6,6 @@ in the schedule, both random states, the best weights.
 
 from __future__ import annotations
 
-import csv
 import os
 import signal
 from pathlib import Path
@@ -14,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_data import draw_toycam
 
 import train_fewshot
 import train_iwildcam
 import train_lt
-from loaders import toycam
 from runtime import checkpoints, files, runs
 from training import fewshot, log, loop
 
@@ -41,16 +40,7 @@ STEPS = {
 @pytest.fixture(scope="module")
 def traps(tmp_path_factory) -> Path:
     """The first images of each split of toycam, 24 for training."""
-    root = tmp_path_factory.mktemp("traps") / "toycam"
-    toycam.draw(root)
-    with (root / "metadata.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    with (root / "metadata.csv").open("w") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        for split in {row["split"]: 0 for row in rows}:
-            table.writerows([row for row in rows if row["split"] == split][: 24 if split == "train" else 6])
-    return root
+    return draw_toycam(tmp_path_factory.mktemp("traps") / "toycam", 24, 6)
 
 
 def stop_once(monkeypatch, owner, name: str, at: int) -> None:
