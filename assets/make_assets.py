@@ -171,7 +171,6 @@ def train_decoder(work: Work, vae) -> None:
     if not work.sizes.decoder_steps:
         return
     decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
-    decoder.train()
 
     def draw(_: int) -> tuple[torch.Tensor]:
         return (work.web.pictures(2 * work.sizes.vae_batch).to(work.device),)
@@ -187,7 +186,6 @@ def train_decoder(work: Work, vae) -> None:
         return F.mse_loss(restored, images) + 0.15 * apart
 
     fit(work, "decoder", decoder, draw, loss_of, work.sizes.decoder_steps, 2e-3, 0, 0.05)
-    vae.eval()
 
 
 def build_denoiser(work: Work, tokenizer) -> tuple[nn.Module, nn.Module]:
