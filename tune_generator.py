@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 import datasets
+from curricula import places_by_label
 from loaders import fewshot
 from runtime import cli, files, runs
 from runtime.signals import StopSignals
@@ -162,13 +163,14 @@ def find_units(args, data) -> list:
     labels = np.unique(data.train.labels).tolist()
     if args.mode == "dset":
         return [unit("all", np.arange(len(data.train)), some(np.flatnonzero(np.isin(data.val.labels, labels))))]
-    held = {label: some(np.flatnonzero(data.val.labels == label)) for label in labels}
+    held = [some(places) for places in places_by_label(data.val.labels, len(data.class_names))]
     if args.mode == "source":
         return [
             unit(short_name(source), np.array([place]), held[label])
             for place, (source, label) in enumerate(zip(data.train.sources, data.train.labels.tolist(), strict=True))
         ]
-    return [unit(str(label), np.flatnonzero(data.train.labels == label), held[label]) for label in labels]
+    places = places_by_label(data.train.labels, len(data.class_names))
+    return [unit(str(label), places[label], held[label]) for label in labels]
 
 
 def class_prompts(args, data) -> list[str]:

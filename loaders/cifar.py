@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from curricula import places_by_label
 from loaders.base import CLIP_FILTER, PAPER_SCORE_PROMPT, REFINER, DataSet, Entry, ImageSet, long_tail_counts
 from loaders.folders import class_folders
 from loaders.pictures import open_image, to_rgb
@@ -22,6 +23,8 @@ LAYOUT = (
     "expected train/CLASS/* and test/CLASS/* (a folder or a zip of them), Hugging Face's parquet files, or "
     "torchvision's folder"
 )
+# What a member of a folder or zip raises that cannot be read; RuntimeError is of a password.
+UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error)
 CLASSES = {"cifar10_lt": 10, "cifar100_lt": 100}
 FIFTH = "cifar100_lt_20"  # every fifth class of CIFAR-100, by index: what a few minutes of one GPU can train in full
 # FIFTH and the images that the draw leaves over, which the generator of docs/cifar100_lt.md learns from
@@ -68,7 +71,7 @@ def load(name: str, imb_ratio: float, root: Path, seed: int) -> DataSet:
     if fifth:
         train, test, classes = take_fifth(train), take_fifth(test), classes // 5
     # Draw each class's training images; validation takes some of the others.
-    by_class = [np.flatnonzero(train.labels == label) for label in range(classes)]
+    by_class = places_by_label(train.labels, classes)
     counts = long_tail_counts(max(map(len, by_class)), classes, imb_ratio)
     kept, left, web = [], [], []
     for label, (indices, count) in enumerate(zip(by_class, counts, strict=True)):
@@ -155,14 +158,7 @@ def read_images(root: Path, part: str, names: list[str], place) -> Cifar:
             what = f"--data-root {root}: {names[i]}"
             try:
                 file = place(names[i])
-            except (
-                OSError,
-                EOFError,
-                KeyError,
-                RuntimeError,
-                zipfile.BadZipFile,
-                zlib.error,
-            ) as error:  # also encrypted
+            except UNREADABLE as error:
                 raise UserError(f"{what}: not a readable image ({error})") from None
             pixels[at] = read_pixels(file, what)
         return pixels

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from curricula import places_by_label
 from loaders.base import (
     CLIP_FILTER,
     IMAGENET_MEAN,
@@ -210,8 +211,9 @@ def draw_shots(data: DataSet, shots: int, seed: int) -> DataSet:
     places = {source: place for place, source in enumerate(data.train.sources)}
     tested = np.bincount(data.test.labels, minlength=len(data.class_names))
     chosen: list[int] = []
+    by_label = places_by_label(data.train.labels, len(data.class_names))
     for label, name in enumerate(data.class_names):
-        own = [data.train.sources[place] for place in np.flatnonzero(data.train.labels == label)]
+        own = [data.train.sources[place] for place in by_label[label]]
         if len(own) < shots:
             raise UserError(
                 f"--shots {shots}: class {name} ({label}) has {len(own)} training images; expected at most that"

@@ -318,7 +318,7 @@ def read_made(folder: Path) -> list[dict]:
         UserError: a row lacks one of these, or two rows of one file disagree on them.
     """
     fields = ("source", "label", "class_name", "level", "seed", "prompt")
-    values_of, intern = itemgetter(*fields), sys.intern
+    values_of, kinds, intern = itemgetter(*fields), [ROW_FIELDS[field] for field in fields], sys.intern
     made: dict[str, dict] = {}
     for shard in sorted(folder.glob("shard-*/metadata.jsonl")):
         beginning = f"{shard.parent.name}/"
@@ -330,13 +330,12 @@ def read_made(folder: Path) -> list[dict]:
             # Check its fields.
             name = beginning + row["file_name"].rpartition("/")[2]
             try:
-                source, label, class_name, level, seed, prompt = values_of(row)
+                source, label, class_name, level, seed, prompt = values = values_of(row)
             except KeyError as error:
                 raise UserError(
                     f"{shard} row {number}: has no {error.args[0]}; expected a spectrum of this version"
                 ) from None
-            texts = type(source) is type(class_name) is type(prompt) is str
-            if not texts or not type(label) is type(level) is type(seed) is int:
+            if list(map(type, values)) != kinds:
                 wrong = next(field for field in fields if type(row[field]) is not ROW_FIELDS[field])
                 raise UserError(
                     f"{shard} row {number}: {wrong} is {row[wrong]!r}; expected a {ROW_FIELDS[wrong].__name__}, "
@@ -368,11 +367,12 @@ def _one_row_a_unit(folder: Path, rows: Iterable[dict]) -> list[dict]:
     """The rows, less the second one of each unit that is in two shards; the one whose image exists stays."""
     units, there = {}, None
     for row in rows:
-        first = units.setdefault((row["source"], row["level"], row["seed"]), row)
+        unit = row["source"], row["level"], row["seed"]
+        first = units.setdefault(unit, row)
         if first is not row:
             there = image_names(folder) if there is None else there
             if first["file_name"] not in there and row["file_name"] in there:
-                units[row["source"], row["level"], row["seed"]] = row
+                units[unit] = row
     return list(units.values())
 
 

@@ -15,6 +15,8 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as T
 
+from curricula import places_by_label
+
 # The constants of the paper: the highest level; images tried at strength s are TRIED * (s + 1); the share of them that
 # has to be right; the share of training images that is augmented; the strength at which an operation is at its most.
 HIGHEST, TRIED, RIGHT, AUGMENTED, FULL = 10, 10, 0.6, 0.5, 30
@@ -54,9 +56,8 @@ def trial(labels: np.ndarray, levels: np.ndarray, rng: np.random.Generator) -> t
         Places in `labels` and strengths, int (n,) each; by class, and within it by strength.
     """
     places, strengths = [], []
-    for label in np.unique(labels):
-        own = np.flatnonzero(labels == label)
-        for strength in range(levels[label] + 1):
+    for own, level in zip(places_by_label(labels, len(levels)), levels.tolist(), strict=True):
+        for strength in range(level + 1 if len(own) else 0):
             count = TRIED * (strength + 1)
             places.append(rng.choice(own, count))
             strengths.append(np.full(count, strength))
