@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 demo: .venv/installed
-	$(BIN)/python demo.py --out runs/demo
+	$(BIN)/python demo.py
 
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

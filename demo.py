@@ -14,10 +14,10 @@ Reads:  nothing but the project and scikit-learn's digits (toycam draws its own 
 Writes: OUT/hard.csv, prompts.json, spectrum/, train/ (a run folder each, TensorBoard logs inside), demo.md (the table
         that is printed at the end), and what report.py writes: report.html, table.md, table.csv, table.tex, pictures
 
-    python demo.py --out runs/demo
-    python demo.py --dataset toycam --out runs/demo_toycam
-    python demo.py --dataset fewshot_digits --out runs/demo_fewshot
-    python demo.py --dataset biased_digits --out runs/demo_biased
+    python demo.py
+    python demo.py --dataset toycam
+    python demo.py --dataset fewshot_digits
+    python demo.py --dataset biased_digits
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ ROWS = {
     "toycam": [("--loss", "flyp", "--curriculum", name) for name in ("none", "all", "e2h", "adaptive")],
 }
 SCRIPTS = {"digits": "train_lt", "toycam": "train_iwildcam"}
+# Where each goes without --out: the steps of one refuse the files of another.
+FOLDERS = {
+    "digits": "runs/demo",
+    "toycam": "runs/demo_toycam",
+    "fewshot_digits": "runs/demo_fewshot",
+    "biased_digits": "runs/demo_biased",
+}
 # The figures of results.json in the table: key -> heading. The first one is compared between rows.
 FIGURES = {
     "digits": {"few": "few-shot", "overall": "all classes"},
@@ -56,10 +63,12 @@ FIGURES = {
 
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "demo")
-    choices = [*ROWS, "fewshot_digits", "biased_digits"]
-    parser.add_argument("--dataset", choices=choices, default="digits", help="the benchmark")
+    parser.add_argument("--dataset", choices=list(FOLDERS), default="digits", help="the benchmark")
     parser.add_argument(
-        "--out", type=cli.new_folder, default=Path("runs/demo"), metavar="FOLDER", help="where everything goes"
+        "--out",
+        type=cli.new_folder,
+        metavar="FOLDER",
+        help="where everything goes (default: runs/demo for digits, runs/demo_toycam and so on for the others)",
     )
     parser.add_argument(
         "--train-seeds",
@@ -275,6 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if len(set(args.train_seeds)) < len(args.train_seeds):
         raise cli.UserError("--train-seeds: a seed is there twice; expected each once, as its run is the same")
+    args.out = args.out or Path(FOLDERS[args.dataset])
     if args.dataset == "biased_digits":
         return run_biased(args)
     if args.dataset == "fewshot_digits":

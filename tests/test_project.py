@@ -19,6 +19,7 @@ import forks
 import pytest
 from conftest import ROOT
 
+import demo
 import find_hard
 import write_prompts
 from runtime import cli, files
@@ -117,6 +118,18 @@ def answer(cwd: Path, *arguments) -> tuple[subprocess.CompletedProcess, float]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # flags
+
+
+def test_the_demos_go_to_folders_of_their_own(monkeypatch):
+    """One after another, as the README has them: the steps refuse a folder that holds another data set's files."""
+    folders = []
+    monkeypatch.setattr(demo.steps, "make_spectrum", lambda out, *_: folders.append(out) or sys.exit())
+    for name in ("run_fewshot", "run_biased"):
+        monkeypatch.setattr(demo, name, lambda args: folders.append(args.out) or sys.exit())
+    for dataset in ("digits", "toycam", "fewshot_digits", "biased_digits"):
+        with pytest.raises(SystemExit):
+            demo.main(["--dataset", dataset])
+    assert folders[0] == Path("runs/demo") and len(set(folders)) == 4
 
 
 def test_every_step_and_the_demo_is_a_script():
