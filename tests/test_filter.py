@@ -214,11 +214,14 @@ def test_the_acceptance_table_by_hand():
     acceptance.decide_kept(rows, scores, 0.3)
     names = {row["label"]: row["class_name"] for row in rows}
     counted = acceptance.count_kept(rows, scores)
-    table = acceptance.tabulate(*counted, names, {1: "few", 2: "few", 3: "medium"})
+    groups = {1: "few", 2: "few", 3: "medium"}
+    table = acceptance.tabulate(*counted, names, groups)
     assert table[0] == ["class 1", "class 2", "class 3", "all medium-shot", "all few-shot", "all"]
     assert table[1] == [0, 50]
     assert table[2].tolist() == [[2, 1], [1, 1], [0, 1], [0, 1], [3, 2], [3, 3]]
     assert table[3].tolist() == [[1, 1], [0, 1], [0, 0], [0, 0], [1, 2], [1, 2]]
+    assert acceptance.tabulate(*counted, names, groups, 3)[0] == table[0]
+    assert acceptance.tabulate(*counted, names, groups, 2)[0] == table[0][3:]  # of more classes the groups alone
     lines = acceptance.format_table(*table).splitlines()
     assert lines[1].split() == ["class", "1", "1/2", "1/1", "66.7%"]  # 2 of 3 images
     last = lines[-1].split()

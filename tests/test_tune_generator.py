@@ -41,6 +41,18 @@ def tune(tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize(("mode", "count"), [("cls", 10), ("source", 20)])
+def test_an_adapter_sees_its_own_classes_images_alone(mode, count):
+    args = tune_generator.build_parser().parse_args([*SHORT, "--mode", mode, "--template", "a {}"])
+    data = datasets.load_shots(args)
+    units = tune_generator.find_units(args, data)
+    assert sorted(place for unit in units for place in unit.places) == list(range(20)) and len(units) == count
+    for unit in units:
+        (label,) = {int(label) for label in data.train.labels[unit.places]}
+        assert mode == "source" or unit.name == str(label)
+        assert len(unit.val) and set(data.val.labels[unit.val]) == {label}
+
+
 def adapters(out: Path) -> dict[str, bytes]:
     """Every adapter and history of a folder, by name."""
     names = (tuner.FILE, "history.jsonl")
