@@ -36,12 +36,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import datasets
-from generation import loras, texts, worklist
+from generation import loras, texts
 from generation.guidance import image_guidance_by_level
 from generation.job import Job
 from generation.known import GENERATORS, UNKNOWN_GENERATOR
 from generation.masks import Paster, check_masks
-from generation.plan import DrawPlan, count_seeds, make_settings, order_planned
+from generation.plan import DrawPlan, check_levels, count_seeds, make_settings, order_planned
 from generation.prefetch import Prefetcher
 from generation.writer import SAVE_OPTIONS
 from loaders.sources import Sources
@@ -156,6 +156,13 @@ def add_level_flags(group) -> None:
         type=cli.whole(1),
         metavar="N",
         help="denoising steps at level 0; level L runs the last N * (100 - L) / 100 of them, at least 1",
+    )
+    group.add_argument(
+        "--levels-by",
+        choices=["steps", "noise"],
+        default="steps",
+        help="where level L begins: at the nearest of --steps, or at the very noise of L percent, in as many steps as "
+        "keep --steps' length; for models of a few steps, where levels would coincide",
     )
     group.add_argument(
         "--image-guidance",
@@ -436,8 +443,7 @@ def main(argv: list[str] | None = None) -> int:
     adapters = loras.find_asked(args, hard, generator)
     editor = models.editor_kind(args.generator, args.revision)
     image_guidance_by_level(editor, args.levels, args.image_guidance)
-    if not editor:
-        worklist.check_steps(args.levels, args.steps)
+    check_levels(args, editor, hard)
     settings = make_settings(args, hard, prompts, generator, dtype, adapters, editor)
     keep_branch(args, settings)
     stop_on_other_settings(args.out, settings)

@@ -15,7 +15,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from generation.worklist import Batch, steps_at
+from generation.worklist import Batch, noise_at, steps_at
 from runtime.cli import UserError, first_line
 
 # Pipelines that take latents for the image, and what their encode_prompt gives in turn, by the names that their call
@@ -98,10 +98,18 @@ class Generator:
             trace (its brightness, mostly).
         cache_mb: memory in MiB for encoded sources and texts.
         adapters: a loras.Adapters, where batches name adapters.
+        by_noise: a level begins at its own noise (worklist.noise_at), not at the nearest of the generator's steps.
     """
 
     def __init__(
-        self, pipe, steps: int, text_guidance: float, pure_noise: bool = False, cache_mb: int = 4096, adapters=None
+        self,
+        pipe,
+        steps: int,
+        text_guidance: float,
+        pure_noise: bool = False,
+        cache_mb: int = 4096,
+        adapters=None,
+        by_noise: bool = False,
     ):
         self.pipe, self.steps, self.text_guidance, self.pure_noise = pipe, steps, text_guidance, pure_noise
         self.cache = Cache(cache_mb)
@@ -132,7 +140,10 @@ class Generator:
                 f"--pure-noise: not possible with {type(pipe).__name__} as this generator has it; expected a Stable "
                 "Diffusion pipeline for image-to-image, with latents of four channels"
             )
-        self.started: dict[tuple, int] = {}  # the timestep that denoising started at, by steps and size
+        self.by_noise = by_noise
+        if by_noise:
+            self.check_schedule()
+        self.started: dict[tuple, int] = {}  # the timestep that denoising started at, by level and size
         if self.by_latents:
             self.prepare_vae()
 
@@ -165,7 +176,27 @@ class Generator:
 
     def start_timestep(self, level: int, size: tuple[int, int]) -> int:
         """The timestep at which a level's denoising started at a size, -1 where the pipeline does not say."""
-        return self.started.get((steps_at(level, self.steps), size), -1)
+        return self.started.get((level, size), -1)
+
+    def check_schedule(self) -> None:
+        """Raise UserError where the pipeline cannot be given the steps of levels by noise."""
+        name, scheduler = "sigmas" if self.flow else "timesteps", self.pipe.scheduler
+        if name not in self.accepted or name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise UserError(
+                f"--levels-by noise: {type(self.pipe).__name__} with {type(scheduler).__name__} takes no {name}; "
+                "expected --scheduler euler, or another generator"
+            )
+
+    def schedule_of(self, level: int) -> dict:
+        """The steps of a level as the pipeline's call takes them."""
+        if not self.by_noise:
+            return {"strength": self.strength_of(steps_at(level, self.steps)), "num_inference_steps": self.steps}
+        noise = noise_at(level, self.steps)
+        call = {"strength": 1.0, "num_inference_steps": len(noise)}
+        if self.flow:  # the scheduler shifts them, as it does its own
+            return call | {"sigmas": noise}
+        last = self.pipe.scheduler.config.num_train_timesteps
+        return call | {"timesteps": [max(0, round(last * share) - 1) for share in noise]}
 
     def strength_of(self, run: int) -> float:
         """The strength at which the pipeline runs so many of its steps."""
@@ -181,7 +212,7 @@ class Generator:
             strengths[0],
         )
 
-    def _run(self, run: int, size: tuple[int, int], **call):
+    def _run(self, level: int, size: tuple[int, int], **call):
         """Call the pipeline, and make sure that it runs the steps that are recorded.
 
         Raises:
@@ -191,8 +222,8 @@ class Generator:
         ran = []
 
         def count(pipe, step, timestep, state: dict) -> dict:
-            if not ran and (run, size) not in self.started:
-                self.started[run, size] = round(float(timestep))
+            if not ran and (level, size) not in self.started:
+                self.started[level, size] = round(float(timestep))
             ran.append(step)
             if self.stop is not None and self.stop.received:
                 raise Interrupted
@@ -201,9 +232,9 @@ class Generator:
         if "callback_on_step_end" in self.accepted:
             call["callback_on_step_end"] = count
         drawn = self.call_pipeline(**call)
-        scheduler = self.pipe.scheduler
+        scheduler, run = self.pipe.scheduler, steps_at(level, self.steps, self.by_noise)
         # PNDM, which Stable Diffusion 1.5 and 2.1-base ship with, takes one timestep twice.
-        repeated = max(0, len(scheduler.timesteps) - self.steps)
+        repeated = max(0, len(scheduler.timesteps) - call["num_inference_steps"])
         if ran and len(ran) != run + repeated and getattr(scheduler, "order", 1) == 1:
             raise UserError(
                 f"--generator: {type(self.pipe).__name__} ran {len(ran)} denoising steps where {run} were asked for; "
@@ -263,19 +294,14 @@ class Generator:
             self.adapter = batch.adapter
         # Draw from latents and embeddings where the pipeline takes them, else from images and texts.
         generators = [torch.Generator().manual_seed(unit.noise_seed(redraw)) for unit in units]
-        run = steps_at(batch.level, self.steps)
-        call = {
-            "strength": self.strength_of(run),
-            "num_inference_steps": self.steps,
-            "generator": generators,
-        }
+        call = self.schedule_of(batch.level) | {"generator": generators}
         if self.by_latents:
             if not self._is_pure(batch):
                 self._encode_sources(batch, images)
             self._encode_texts(texts, batch.adapter)
             guidance = {name: value for name, value in self.guidance(len(units)).items() if name != "negative_prompt"}
             latents = self._run(
-                run,
+                batch.level,
                 batch.size,
                 image=self._noised_from(batch, generators),
                 output_type="latent",
@@ -297,7 +323,7 @@ class Generator:
                 for key in self._source_keys(batch)
             ]
             call |= self.guidance(len(units)) | self._sides(batch) | self.more_inputs(batch)
-            drawn = self._run(run, batch.size, prompt=texts, image=pictures, output_type="pt", **call).images
+            drawn = self._run(batch.level, batch.size, prompt=texts, image=pictures, output_type="pt", **call).images
         if drawn.shape[-2:] != (batch.size[1], batch.size[0]):
             raise UserError(
                 f"--size: {type(self.pipe).__name__} drew {drawn.shape[-1]}x{drawn.shape[-2]}, not "

@@ -99,7 +99,8 @@ class Job:
             return Editor(pipe, args.steps, args.text_guidance, scales, args.cache_mb, adapters)
         if self.plan.masks:
             return Inpainter(pipe, args.steps, args.text_guidance, self.plan.masks, args.cache_mb, adapters)
-        return Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb, adapters)
+        by_noise = args.levels_by == "noise"
+        return Generator(pipe, args.steps, args.text_guidance, args.pure_noise, args.cache_mb, adapters, by_noise)
 
     def draw_batch(self, batch: Batch, following: Batch | None, redraw: int, done: set, writer) -> None:
         """Draw a batch, while the sources of the following one are being read."""

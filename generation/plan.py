@@ -27,6 +27,19 @@ from spectrum.units import Unit, short_name
 MIXED = 8  # seeds of a source whose adapter is mixed with one and the same other
 
 
+def check_levels(args, editor: str, hard: dict[str, tables.Hard]) -> None:
+    """Raise UserError where the levels cannot be drawn as --levels-by says.
+
+    Args:
+        editor: class of the pipeline where it is an editor, else empty.
+    """
+    if args.levels_by == "noise" and (editor or find_masks(args.hard, hard)):
+        what = f"{editor} has no strength" if editor else "inpainting begins at the generator's own steps"
+        raise UserError(f"--levels-by noise: {what}; expected --levels-by steps")
+    if not editor and args.levels_by == "steps":
+        worklist.check_steps(args.levels, args.steps)
+
+
 def make_settings(
     args,
     hard: dict[str, tables.Hard],
@@ -90,6 +103,8 @@ def optional_settings(
         added["units"] = sum(1 for _ in order_planned(args, settings, hard, prompts))
     if args.skip_own_domain:
         added["skip_own_domain"] = files.digest_files([args.skip_own_domain])
+    if args.levels_by == "noise":
+        added["levels_by"] = "noise"
     if editor:
         added["editor"] = editor
     if args.image_guidance:
@@ -259,7 +274,9 @@ class DrawPlan:
 
     def steps_of(self, level: int) -> int:
         """Denoising steps of a level; editors run all of them."""
-        return self.args.steps if self.settings.get("editor") else steps_at(level, self.args.steps)
+        if self.settings.get("editor"):
+            return self.args.steps
+        return steps_at(level, self.args.steps, self.args.levels_by == "noise")
 
     def draw_size_of(self, source: str) -> tuple[int, int]:
         """Width and height at which a source is drawn."""
@@ -302,7 +319,7 @@ class DrawPlan:
         lists += [sorted(unit for unit in units if unit.source in group) for units in self.extra for group in groups]
         shard, mine = self.args.shard, []
         for units in lists:
-            mine += worklist.share_out(self.make_batches(units), self.args.steps, shard.count)[shard.index]
+            mine += worklist.share_out(self.make_batches(units), self.steps_of, shard.count)[shard.index]
         return mine
 
     def texts(self) -> list[str]:

@@ -31,9 +31,23 @@ class Batch(NamedTuple):
     units: list[Unit]
 
 
-def steps_at(level: int, steps: int) -> int:
-    """Denoising steps that a level runs: round(steps * (100 - level) / 100), at least 1."""
-    return max(1, (2 * steps * (100 - level) + 100) // 200)  # whole numbers: int(50 * (1 - 0.9)) would be 4
+def steps_at(level: int, steps: int, by_noise: bool = False) -> int:
+    """Denoising steps that a level runs: round(steps * (100 - level) / 100), at least 1.
+
+    Args:
+        by_noise: round up instead, for levels by noise (`noise_at`): no step is longer than those of level 0.
+    """
+    # Whole numbers: int(50 * (1 - 0.9)) would be 4.
+    return -(-steps * (100 - level) // 100) if by_noise else max(1, (2 * steps * (100 - level) + 100) // 200)
+
+
+def noise_at(level: int, steps: int) -> list[float]:
+    """Where each step of a level by noise begins, as a share of the noise schedule: from (100 - level) / 100, evenly.
+
+    A model of 4 steps denoises level 0 from 1, 0.75, 0.5 and 0.25, level 70 from 0.3 and 0.15.
+    """
+    run = steps_at(level, steps, by_noise=True)
+    return [(100 - level) * (run - step) / (100 * run) for step in range(run)]
 
 
 def check_steps(levels: Iterable[int], steps: int) -> None:
@@ -44,7 +58,7 @@ def check_steps(levels: Iterable[int], steps: int) -> None:
         if other != level:
             raise UserError(
                 f"--levels {other} {level}: both are {steps_at(level, steps)} of --steps {steps}; expected levels that "
-                "differ, or more steps"
+                "differ, more steps, or --levels-by noise"
             )
 
 
@@ -88,21 +102,25 @@ def make_batches(
 
 
 def cost(batch: Batch, steps: int) -> int:
-    """UNet work of a batch: steps times images times pixels."""
-    return steps_at(batch.level, steps) * len(batch.units) * batch.size[0] * batch.size[1]
+    """UNet work of a batch whose images take so many steps: steps times images times pixels."""
+    return steps * len(batch.units) * batch.size[0] * batch.size[1]
 
 
-def share_out(batches: list[Batch], steps: int, shards: int) -> list[list[Batch]]:
+def share_out(batches: list[Batch], steps_of: Callable[[int], int], shards: int) -> list[list[Batch]]:
     """The batches of each shard, in their own order: the costliest first, each to the shard with the least work.
 
     The shares differ by no more than the costliest batch, and whatever the number of shards, together they hold every
     batch once.
+
+    Args:
+        steps_of: denoising steps of a level.
     """
     work = [(0, shard) for shard in range(shards)]
     owner = [0] * len(batches)
-    for place in sorted(range(len(batches)), key=lambda place: (-cost(batches[place], steps), place)):
+    costs = [cost(batch, steps_of(batch.level)) for batch in batches]
+    for place in sorted(range(len(batches)), key=lambda place: (-costs[place], place)):
         done, owner[place] = work[0]
-        heapq.heapreplace(work, (done + cost(batches[place], steps), owner[place]))
+        heapq.heapreplace(work, (done + costs[place], owner[place]))
     shares: list[list[Batch]] = [[] for _ in range(shards)]
     for batch, shard in zip(batches, owner, strict=True):
         shares[shard].append(batch)

@@ -117,6 +117,26 @@ def test_by_latents_comes_what_a_plain_call_of_the_pipeline_draws(pipes, family,
         assert fast.start_timestep(level, SIZE) == round(EXPECTED[family])
 
 
+@pytest.mark.parametrize("family", ["sd3", "flux", "z_image", "qwen_image"])
+def test_levels_by_noise_begin_at_their_share_of_the_noise(pipes, family, monkeypatch):
+    """Level 70 of four steps: two, from a share of 0.3, which is shifted as the family's own steps are."""
+    pipe, calls = pipes(family), []
+    shift = {"sd3": 1, "z_image": 3}.get(family, 2.718281828**MU)
+    batch, prompts, images = two_images(70)
+    fast = generators.Generator(pipe, steps=4, text_guidance=3.0, by_noise=True)
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(0))
+    together = fast.draw(batch, 0, list(prompts), images)
+    hook.remove()
+    assert len(calls) == (4 if family == "qwen_image" else 2)  # with and without the text, one after the other
+    assert fast.start_timestep(70, SIZE) == round(1000 * shift * 0.3 / (1 + (shift - 1) * 0.3))
+    # The pipeline called with images draws the same.
+    monkeypatch.setattr(generators, "LATENT_PIPELINES", {})
+    plain = generators.Generator(pipe, steps=4, text_guidance=3.0, by_noise=True)
+    for place, (unit, text) in enumerate(zip(batch.units, prompts, strict=True)):
+        alone = plain.draw(batch._replace(units=[unit]), 0, [text], images)
+        assert (together[place] - alone[0]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("by_latents", [True, False])
 @pytest.mark.parametrize("family", ["sd3", "flux", "z_image", "qwen_image"])
 def test_the_text_and_its_guidance_reach_the_image(pipes, family, by_latents, monkeypatch):

@@ -98,6 +98,72 @@ def test_every_scheduler_draws_what_a_plain_call_draws(scheduler, level):
         assert (drawn - originals).abs().mean() < 0.12
 
 
+@torch.inference_mode()
+def euler_from(pipe, unit: Unit, source, text: str, timesteps: list[int]) -> torch.Tensor:
+    """The noised source, denoised by Euler's method at these timesteps, by the formulas alone: float (3, H, W)."""
+    kept = pipe.scheduler.alphas_cumprod[timesteps]
+    sigmas = [*((1 - kept) / kept).sqrt().tolist(), 0.0]
+    generator = torch.Generator().manual_seed(unit.noise_seed())
+    pixels = pipe.image_processor.preprocess(source)
+    latent = pipe.vae.encode(pixels).latent_dist.sample(generator) * pipe.vae.config.scaling_factor
+    noised = latent + sigmas[0] * torch.randn(latent.shape, generator=generator)
+    tokens = pipe.tokenizer([text, ""], padding="max_length", truncation=True, return_tensors="pt").input_ids
+    texts = pipe.text_encoder(tokens[:, : pipe.tokenizer.model_max_length])[0]
+    for timestep, sigma, following in zip(timesteps, sigmas, sigmas[1:], strict=False):
+        seen = (noised / (sigma**2 + 1) ** 0.5).repeat(2, 1, 1, 1)
+        led, unled = pipe.unet(seen, timestep, texts)[0]
+        noised = noised + (following - sigma) * (unled + 3.0 * (led - unled))
+    return (pipe.vae.decode(noised / pipe.vae.config.scaling_factor)[0][0] / 2 + 0.5).clamp(0, 1)
+
+
+# Of 1000 timesteps the last of the share that a level leaves, then evenly to 0, in no longer steps than level 0.
+FOUR_STEPS = {0: [999, 749, 499, 249], 10: [899, 674, 449, 224], 30: [699, 466, 232], 50: [499, 249], 70: [299, 149],
+              90: [99]}  # fmt: skip
+
+
+@pytest.mark.parametrize("level", FOUR_STEPS)
+def test_levels_by_noise_begin_at_their_own_noise_whatever_the_steps(level):
+    pipe = models.load_generator(TINY, "cpu", scheduler="euler")
+    generator = generators.Generator(pipe, steps=4, text_guidance=3.0, by_noise=True)
+    data = datasets.load("digits", 30).train
+    unit, source, text = Unit(data.sources[-1], level, 1), Image.fromarray(data.images[-1]), "a nine in red ink"
+    [drawn] = generator.draw(worklist.Batch(level, (16, 16), None, [unit]), 0, [text], {unit.source: source})
+    assert generator.start_timestep(level, (16, 16)) == FOUR_STEPS[level][0]
+    assert worklist.steps_at(level, 4, by_noise=True) == len(FOUR_STEPS[level])
+    assert (drawn - euler_from(pipe, unit, source, text, FOUR_STEPS[level])).abs().max() < 1e-4
+
+
+def test_a_four_step_spectrum_by_noise_has_six_levels(road, tmp_path, capsys):
+    command = [*road.inputs, "--out", str(tmp_path / "s"), "--levels", "0", "10", "30", "50", "70", "90"]
+    command += ["--seeds", "1", "--steps", "4"]
+    with pytest.raises(UserError, match="--levels 0 10: both are 4 of --steps 4; .* or --levels-by noise"):
+        generate_spectrum.main(command)
+    assert generate_spectrum.main([*command, "--levels-by", "noise"]) == 0
+    rows = spectrum_folder.read_rows(tmp_path / "s", decode=True)
+    starts = {row["level"]: (row["start_timestep"], row["steps"]) for row in rows}
+    assert starts == {level: (steps[0], len(steps)) for level, steps in FOUR_STEPS.items()}
+    # Nearer to the source by each level.
+    data = datasets.load("digits", 30).train
+    sources = dict(zip(data.sources, data.images, strict=True))
+    far = {level: [] for level in FOUR_STEPS}
+    for row in rows:
+        drawn = np.asarray(Image.open(tmp_path / "s" / row["file_name"])).astype(float)
+        far[row["level"]].append(abs(drawn - sources[row["source"]]).mean())
+    means = [np.mean(far[level]) for level in FOUR_STEPS]
+    assert means == sorted(means, reverse=True)
+    # A folder by steps is another spectrum.
+    with pytest.raises(UserError, match="levels_by"):
+        generate_spectrum.main([*command, "--levels", "0", "50"])
+
+
+def test_levels_by_noise_want_a_scheduler_that_takes_timesteps():
+    pipe = models.load_generator(TINY, "cpu", scheduler="ddim")
+    with pytest.raises(
+        UserError, match=r"--levels-by noise: .* with DDIMScheduler takes no timesteps; expected .*euler"
+    ):
+        generators.Generator(pipe, steps=4, text_guidance=3.0, by_noise=True)
+
+
 def test_the_batch_size_does_not_change_the_images(road, tmp_path):
     some = ["--levels", "50", "90", "--seeds", "1", "--steps", "4", "--batch-size", "7"]
     generate_spectrum.main([*road.inputs, "--out", str(tmp_path / "s"), *some])

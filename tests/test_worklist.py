@@ -46,21 +46,25 @@ def test_every_unit_is_drawn_once_in_batches_of_one_shape_and_few_are_short(plan
     assert len(short) == len(set(short)), "two short batches of one shape should be one"
 
 
+def steps_of(level: int) -> int:
+    return worklist.steps_at(level, 50)
+
+
 @given(plans)
 def test_shards_hold_every_batch_once_and_differ_by_no_more_than_one_batch(plan):
     names = [str(number) for number in range(plan["sources"])]
     units = worklist.order_units(dict.fromkeys(names, plan["seeds"]), plan["levels"])
     batches = worklist.make_batches(units, size_of, plan["batch_size"])
-    shares = worklist.share_out(batches, 50, plan["shards"])
+    shares = worklist.share_out(batches, steps_of, plan["shards"])
     assert len(shares) == plan["shards"]
     assert sorted(batch.units for share in shares for batch in share) == sorted(batch.units for batch in batches)
-    work = [sum(worklist.cost(batch, 50) for batch in share) for share in shares]
-    assert max(work) - min(work) <= max(worklist.cost(batch, 50) for batch in batches)
+    work = [sum(worklist.cost(batch, steps_of(batch.level)) for batch in share) for share in shares]
+    assert max(work) - min(work) <= max(worklist.cost(batch, steps_of(batch.level)) for batch in batches)
 
 
 def test_the_cost_of_a_batch_is_steps_times_images_times_pixels():
     units = [worklist.Unit("a", 90, seed) for seed in range(3)]
-    assert worklist.cost(worklist.Batch(90, (32, 16), None, units), 50) == 5 * 3 * 32 * 16
+    assert worklist.cost(worklist.Batch(90, (32, 16), None, units), 5) == 5 * 3 * 32 * 16
 
 
 @pytest.mark.parametrize(
@@ -85,7 +89,7 @@ began = time.monotonic()
 names = [f"n0{number % 1000}/image_{number}.JPEG" for number in range(25_000)]
 units = worklist.order_units(dict.fromkeys(names, 8), [0, 10, 30, 50, 70])
 batches = worklist.make_batches(units, lambda name: (480, 272), 32)
-mine = worklist.share_out(batches, 50, 16)[3]
+mine = worklist.share_out(batches, lambda level: worklist.steps_at(level, 50), 16)[3]
 wanted = {unit for batch in batches for unit in batch.units}
 assert len(wanted) == 1_000_000
 peak = re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())  # of this process, not of its parent
