@@ -366,11 +366,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.figure:
         draw_figure(files.read_json_lines(args.out), args.figure)
         return 0
+    # One part that fails costs no other its result.
+    failed = 0
     for units in args.units:
         for part in args.parts:
             with tempfile.TemporaryDirectory() as name:
-                note(args.out, {"part": part, "units": units, **measure(PARTS[part](Path(name), units))})
-    return 0
+                try:
+                    found = measure(PARTS[part](Path(name), units))
+                except Exception as error:  # its inputs could not be made
+                    found = {"error": cli.first_line(error)}
+            failed += "error" in found
+            note(args.out, {"part": part, "units": units, **found})
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

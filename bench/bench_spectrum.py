@@ -8,6 +8,8 @@ Weights are random, for speed does not depend on them. The shapes are those publ
 `small` is the refiner's in small. On a GPU the denoiser's floating-point rate is set beside that of a large bfloat16
 matrix product, timed in the same run.
 
+All sides are called in turn, --rounds times: a figure is the median, a ratio the median of the rounds' ratios.
+
 Prints what was measured and, with --out, writes it as JSON, after each part anew.
 
     python bench/bench_spectrum.py --model small --size 64x64 --sources 16 --steps 20
@@ -20,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import sys
 import tempfile
 import time
@@ -37,6 +40,7 @@ from PIL import Image  # noqa: E402
 
 import generate_spectrum  # noqa: E402
 import models  # noqa: E402
+from bench.timing import compare_rates, rates_of  # noqa: E402
 from generation import generator as generators  # noqa: E402
 from generation.sizes import round_size  # noqa: E402
 from generation.worklist import steps_at  # noqa: E402
@@ -335,11 +339,9 @@ def shape_of(pipe, size: tuple[int, int]) -> dict:
     return {"width": size[0], "height": size[1]} if hasattr(pipe, "transformer") else {}
 
 
-def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], steps: int, scale: float) -> tuple:
-    """One call of the pipeline an image: seconds for all of them, and the images as float (3, H, W) in [0, 1]."""
+def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], steps: int, scale: float) -> list:
+    """One call of the pipeline an image: the images as float (3, H, W) in [0, 1]."""
     drawn = []
-    (folder / "plain").mkdir()
-    began = time.perf_counter()
     for number, row in enumerate(rows):
         unit = Unit(row["source"], row["level"], row["seed"])
         image = Image.open(folder / unit.source).convert("RGB").resize(size, Image.Resampling.LANCZOS)
@@ -355,13 +357,12 @@ def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], step
         ).images[0]
         drawn.append(image.float().cpu())
         pixels = drawn[-1].mul(255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(folder / "plain" / f"{number}.png")
-    return time.perf_counter() - began, drawn
+        Image.fromarray(pixels).save(folder / f"plain-{number}.png")
+    return drawn
 
 
-def batched_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], steps: int, scale: float) -> float:
-    """One call of the pipeline for all rows, which are of one level: seconds."""
-    began = time.perf_counter()
+def batched_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], steps: int, scale: float) -> None:
+    """One call of the pipeline for all rows, which are of one level."""
     images = [Image.open(folder / row["source"]).convert("RGB").resize(size, Image.Resampling.LANCZOS) for row in rows]
     units = [Unit(row["source"], row["level"], row["seed"]) for row in rows]
     drawn = pipe(
@@ -375,7 +376,6 @@ def batched_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], st
     ).images
     for number, image in enumerate(drawn):
         image.save(folder / f"batched-{number}.png")
-    return time.perf_counter() - began
 
 
 def count_flops(denoiser, call: tuple, images: int) -> float:
@@ -412,6 +412,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text-guidance", type=float, default=10.0, help="classifier-free guidance scale")
     parser.add_argument("--batch-size", type=int, default=32, help="of generate_spectrum.py")
     parser.add_argument("--compile", action="store_true", help="of generate_spectrum.py")
+    parser.add_argument("--rounds", type=cli.whole(1), default=3, help="measurements; the median counts")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
         "--machine", default="", help="how the results are to name the machine (default: the GPU's name)"
@@ -420,32 +421,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def draw_ours(args, pipe, folder: Path, inputs: list[str], device: str) -> tuple[float, DenoiserTimer, list]:
-    """What generate_spectrum.py draws of all sources and levels: seconds, the denoiser's, and the images, (3, H, W)."""
-    floats: list[torch.Tensor] = []
+def draw_ours(args, pipe, folder: Path, inputs: list[str], device: str, levels: list[int]) -> tuple:
+    """What generate_spectrum.py draws of all sources at some levels: rows, images as float (3, H, W), and the
+    denoiser's timer."""
+    images: list[torch.Tensor] = []
     real = generators.to_host, models.load_generator, models.editor_kind, models.latent_multiple
 
     def to_host(drawn: torch.Tensor) -> tuple:
-        floats.extend(drawn)
+        images.extend(drawn)
         return real[0](drawn)
 
     command = [*inputs, "--generator", CONFIGS[args.model][1], "--steps", args.steps, "--seeds", 1, "--device", device]
-    command += ["--batch-size", args.batch_size, "--text-guidance", args.text_guidance, "--levels", *args.levels]
-    command = [str(word) for word in [*command, *(["--compile"] if args.compile else [])]]
+    command += ["--batch-size", args.batch_size, "--text-guidance", args.text_guidance, "--levels", *levels]
+    command += ["--compile"] if args.compile else []
     try:
         generators.to_host, models.load_generator = to_host, lambda *_: pipe
         models.editor_kind, models.latent_multiple = lambda *_: "", lambda *_: 16 if args.model == "flow" else 8
-        generate_spectrum.main([*command, "--out", str(folder / "warm"), "--levels", str(max(args.levels))])
-        floats.clear()
-        began = time.perf_counter()
         with DenoiserTimer(denoiser_of(pipe)) as timer:
-            code = generate_spectrum.main([*command, "--out", str(folder / "ours")])
-        seconds = time.perf_counter() - began
+            code = generate_spectrum.main([*map(str, command), "--out", str(folder)])
     finally:
         generators.to_host, models.load_generator, models.editor_kind, models.latent_multiple = real
-    count, wrong = spectrum_folder.check(folder / "ours")
-    assert code == 0 and not wrong and count == len(floats), wrong
-    return seconds, timer, floats
+    assert code == 0
+    # A decoder whose encoder ran apart from it is still the pipeline's own, in one type again.
+    pipe.vae.to(denoiser_of(pipe).dtype)
+    # Rows are written in the order in which the images were drawn.
+    rows = [json.loads(line) for line in (folder / "shard-00000/metadata.jsonl").open(encoding="utf-8")]
+    return rows, images, timer
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -458,14 +459,13 @@ def main(argv: list[str] | None = None) -> dict:
     build = {"sd21": build_sd21, "flow": build_flow}.get(args.model, build_refiner)
     print(f"building {args.model}", flush=True)
     pipe = build(CONFIGS[args.model][0], device, models.DTYPES[dtype])
-    denoiser = denoiser_of(pipe)
     result = {
         "machine": args.machine or (torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "model": args.model,
-        "unet_weights": sum(weight.numel() for weight in denoiser.parameters()),
+        "unet_weights": sum(weight.numel() for weight in denoiser_of(pipe).parameters()),
         "dtype": dtype,
         "size": list(round_size(args.size, 8 if args.model != "flow" else 16)),
         "steps": args.steps,
@@ -483,64 +483,103 @@ def main(argv: list[str] | None = None) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         names, inputs = make_inputs(folder, args.sources, args.size)
-        seconds, timer, floats = draw_ours(args, pipe, folder, inputs, device)
-        # Rows are written in the order in which the images were drawn.
-        rows = [json.loads(line) for line in (folder / "ours/shard-00000/metadata.jsonl").open(encoding="utf-8")]
-        steps = sum(steps_at(row["level"], args.steps) for row in rows)
-        note(
-            images_per_second=len(rows) / seconds,
-            image_steps_per_second=steps / seconds,
-            seconds_a_spectrum=seconds / args.sources,
-            unet_share_of_wall_time=timer.seconds / seconds,
-        )
-        # A decoder whose encoder ran apart from it is still the pipeline's own, in one type again.
-        pipe.vae.to(models.DTYPES[dtype])
-        drawn_size = tuple(floats[0].shape[:0:-1])
-        for part in (measure_plain, measure_batched, measure_rate):
-            try:
-                note(**part(args, pipe, folder, names, rows, floats, drawn_size, seconds, timer))
-            except Exception as error:  # costs no other part its result
-                note(**{f"{part.__name__}_error": cli.first_line(error)})
+        draw_ours(args, pipe, folder / "warm", inputs, device, [max(args.levels)])
+        parts, rates = [measure_plain, measure_batched], {"ours": [], "plain": [], "batched": [], "share": []}
+        for number in range(args.rounds):
+            # Ours first: nothing that fails afterwards costs its result.
+            drawn, found = measure_ours(args, pipe, folder / f"ours-{number}", inputs, device, rates)
+            note(**found)
+            for part in list(parts):
+                try:
+                    note(**part(args, pipe, folder, names, *drawn, rates))
+                except Exception as error:  # costs no other part its result
+                    note(**{f"{part.__name__}_error": cli.first_line(error)})
+                    parts.remove(part)
+        try:
+            note(**measure_rate(args, pipe, *drawn))
+        except Exception as error:
+            note(measure_rate_error=cli.first_line(error))
+        count, wrong = spectrum_folder.check(folder / "ours-0")
+        assert not wrong and count == len(drawn[0]), wrong
     return result
 
 
-def measure_plain(args, pipe, folder, names, rows, floats, size, seconds, timer) -> dict:
-    """Ours against one call an image, and how far the images are from each other."""
-    some = set(names[: args.plain_sources or args.sources])
-    chosen = [place for place, row in enumerate(rows) if row["source"] in some]
-    plain, images = plain_loop(pipe, [rows[place] for place in chosen], folder, size, args.steps, args.text_guidance)
-    difference = max(
-        float((floats[place].cpu() - image).abs().max()) for place, image in zip(chosen, images, strict=True)
+def count_steps(args, rows: list[dict]) -> int:
+    return sum(steps_at(row["level"], args.steps) for row in rows)
+
+
+def measure_ours(args, pipe, folder: Path, inputs: list[str], device: str, rates: dict) -> tuple[tuple, dict]:
+    """Draw all sources and levels once more: what was drawn, and the figures of all rounds so far."""
+    drawn: list = []
+    units = args.sources * len(args.levels)
+    rates["ours"].append(
+        rates_of(lambda: drawn.extend(draw_ours(args, pipe, folder, inputs, device, args.levels)), units)
     )
-    rate = len(chosen) / plain
-    return {
-        "plain_images_per_second": rate,
-        "ratio": len(rows) / seconds / rate,
-        "largest_difference": difference,
+    rate = statistics.median(clock for clock, _ in rates["ours"])
+    rates["share"].append(drawn[2].seconds * rates["ours"][-1][0] / units)
+    return tuple(drawn), {
+        "images_per_second": rate,
+        "image_steps_per_second": rate * count_steps(args, drawn[0]) / units,
+        "seconds_a_spectrum": len(args.levels) / rate,
+        "unet_share_of_wall_time": statistics.median(rates["share"]),
     }
 
 
-def measure_batched(args, pipe, folder, names, rows, floats, size, seconds, timer) -> dict:
+def measure_plain(args, pipe, folder, names, rows, images, timer, rates) -> dict:
+    """Ours against one call an image, and how far the images are from each other."""
+    some = set(names[: args.plain_sources or args.sources])
+    chosen = [place for place, row in enumerate(rows) if row["source"] in some]
+    drawn: list[torch.Tensor] = []
+
+    def draw(places: list[int]) -> None:
+        size = tuple(images[0].shape[:0:-1])
+        drawn[:] = plain_loop(pipe, [rows[i] for i in places], folder, size, args.steps, args.text_guidance)
+
+    if not rates["plain"]:  # warm up
+        draw(chosen[:1])
+    rates["plain"].append(rates_of(lambda: draw(chosen), len(chosen)))
+    found = compare_rates(rates["ours"], rates["plain"])
+    apart = [float((images[place].cpu() - image).abs().max()) for place, image in zip(chosen, drawn, strict=True)]
+    return {
+        "plain_images_per_second": found["theirs"],
+        "ratio": found["ratio"],
+        "ratio_per_cpu_second": found["ratio_per_cpu_second"],
+        "largest_difference": max(apart),
+        "rounds": found["rounds"],
+    }
+
+
+def measure_batched(args, pipe, folder, names, rows, images, timer, rates) -> dict:
     """Ours against one call for --plain-batch images of the middle level, by denoising steps a second."""
     if not args.plain_batch:
         return {}
     level = sorted(args.levels)[len(args.levels) // 2]
     some = [row for row in rows if row["level"] == level][: args.plain_batch]
-    took = min(batched_loop(pipe, some, folder, size, args.steps, args.text_guidance) for _ in range(2))
-    rate = len(some) * steps_at(level, args.steps) / took
-    ours = sum(steps_at(row["level"], args.steps) for row in rows) / seconds
-    return {"plain_batch": len(some), "batched_steps_per_second": rate, "ratio_to_batched": ours / rate}
+
+    def draw() -> None:
+        batched_loop(pipe, some, folder, tuple(images[0].shape[:0:-1]), args.steps, args.text_guidance)
+
+    if not rates["batched"]:  # warm up
+        draw()
+    rates["batched"].append(rates_of(draw, len(some) * steps_at(level, args.steps)))
+    steps = count_steps(args, rows) / len(rows)
+    found = compare_rates([(clock * steps, cpu * steps) for clock, cpu in rates["ours"]], rates["batched"])
+    return {
+        "plain_batch": len(some),
+        "batched_steps_per_second": found["theirs"],
+        "ratio_to_batched": found["ratio"],
+        "batched_rounds": found["rounds"],
+    }
 
 
-def measure_rate(args, pipe, folder, names, rows, floats, size, seconds, timer) -> dict:
+def measure_rate(args, pipe, rows, drawn, timer) -> dict:
     """Operations of a denoising step of an image; on a GPU the denoiser's rate beside a matrix product's."""
     images = timer.last[0][0] if timer.last[0] else timer.last[1]["hidden_states"]
     copies = 1 if args.text_guidance <= 1 else 2
     flops = count_flops(denoiser_of(pipe), timer.last, len(images) // copies)
     found = {"unet_gflops_a_step": flops / 1e9}
     if images.is_cuda:
-        steps = sum(steps_at(row["level"], args.steps) for row in rows)
-        rate, matmul = flops * steps / timer.seconds, matmul_rate(str(images.device))
+        rate, matmul = flops * count_steps(args, rows) / timer.seconds, matmul_rate(str(images.device))
         found |= {"unet_tflops": rate / 1e12, "matmul_tflops": matmul / 1e12, "share_of_matmul_rate": rate / matmul}
         found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return found

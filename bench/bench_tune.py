@@ -6,11 +6,12 @@ and prompts. Weights of the generator are random, for speed does not depend on t
 published for Stable Diffusion 2.1-base (866 million weights in the UNet), `small` the same shape with an eighth of its
 widths.
 
+Both sides run in turn, --rounds times: a figure is the median of a side's rounds, a ratio that of the rounds' ratios.
 Rates are those within the loops, of training steps and of images; seconds a class are all of a process's, start and
 loading included, by the clock and of the CPU, which other work disturbs less. `published_length` is a class of 400
 steps and 500 images of 50 steps at these rates.
 
-Writes a JSON file of what was measured, with --out.
+Writes a JSON file of what was measured, with --out, after each round anew.
 
     python bench/bench_tune.py
     python bench/bench_tune.py --model sd21 --resolution 512 --shots 16 --batch-size 8 --epochs 20 --steps 50  # GPU
@@ -34,9 +35,9 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from bench.timing import spent  # noqa: E402
+from bench.timing import medians, spent  # noqa: E402
 from runtime import files  # noqa: E402
-from runtime.cli import UserError  # noqa: E402
+from runtime.cli import UserError, whole  # noqa: E402
 from runtime.device import pick_device  # noqa: E402
 
 # Published with Stable Diffusion 2.1-base.
@@ -155,15 +156,15 @@ def compare_adapters(ours: Path, theirs: Path, labels: range) -> float:
     return max(apart)
 
 
-def compare_images(spectrum: Path, theirs: Path) -> tuple[int, float]:
-    """The number of images, and the largest difference of a pixel, of 255."""
+def compare_images(spectrum: Path, theirs: Path) -> float:
+    """The largest difference of a pixel, of 255."""
     rows = [json.loads(line) for line in (spectrum / "shard-00000/metadata.jsonl").open()]
     apart = []
     for row in rows:
         pair = [spectrum / "shard-00000" / row["file_name"], theirs / str(row["label"]) / Path(row["file_name"]).name]
         first, second = (np.asarray(Image.open(path)).astype(int) for path in pair)
         apart.append(float(np.abs(first - second).max()))
-    return len(rows), max(apart)
+    return max(apart)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -179,15 +180,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--per-class", type=int, default=20, help="images generated a class")
     parser.add_argument("--steps", type=int, default=10, help="denoising steps of an image")
     parser.add_argument("--compile", action="store_true", help="of both scripts")
+    parser.add_argument("--rounds", type=whole(1), default=3, help="measurements; the median counts")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--machine", default="", help="how the results are to name the machine (default: the GPU)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     return parser
 
 
-def run_ours(args, folder: Path, generator: Path, device: str) -> dict:
+def run_ours(args, inputs: Path, folder: Path, device: str) -> dict:
     """Seconds of tuning all classes and of generating for all, in all and in their loops."""
-    data = ["--dataset", "imagefolder", "--data-root", folder / "images", "--generator", generator, "--device", device]
+    data = ["--dataset", "imagefolder", "--data-root", inputs / "images", "--generator", inputs / "generator"]
+    data += ["--device", device]
     data += ["--compile"] if args.compile else []
     tuning = ["--shots", args.shots, "--batch-size", args.batch_size, "--epochs", args.epochs, "--rank", args.rank]
     tuning += ["--resolution", args.resolution, "--together", args.together, "--warmup-steps", 1, "--samples", 0]
@@ -201,14 +204,14 @@ def run_ours(args, folder: Path, generator: Path, device: str) -> dict:
     return result | {"generation_loop": args.classes * args.per_class * args.steps / speed["steps_per_second"]}
 
 
-def run_plain(args, folder: Path, generator: Path, device: str) -> dict:
+def run_plain(args, inputs: Path, folder: Path, device: str) -> dict:
     """The same, with a process a class and step. It generates with our adapters, so that images can be compared."""
-    inputs = ["--generator", generator, "--tuned", folder / "tuned", "--spectrum", folder / "spectrum"]
-    inputs += ["--data-root", folder / "images", "--device", device, "--out", folder / "plain"]
+    words = ["--generator", inputs / "generator", "--tuned", folder / "tuned", "--spectrum", folder / "spectrum"]
+    words += ["--data-root", inputs / "images", "--device", device, "--out", folder / "plain"]
     result = {}
     for name, step in (("tuning", "tune"), ("generation", "generate")):
         labels = range(args.classes)
-        result[name] = sum(run("bench/plain_datadream.py", step, "--label", label, *inputs) for label in labels)
+        result[name] = sum(run("bench/plain_datadream.py", step, "--label", label, *words) for label in labels)
         found = [files.read_json(folder / "plain" / str(label) / f"{step}.json") for label in labels]
         result[f"{name}_loop"] = sum(one["seconds"] for one in found)
     return result
@@ -223,45 +226,61 @@ def main(argv: list[str] | None = None) -> dict:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     dtype = models.generator_dtype("auto", device)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_images(folder / "images", args.classes, args.shots)
+        inputs = Path(name)
+        make_images(inputs / "images", args.classes, args.shots)
         pipe = build_sd21(CONFIGS[args.model], device, models.DTYPES[dtype])
         weights = sum(weight.numel() for weight in pipe.unet.parameters())
-        pipe.save_pretrained(folder / "generator")
+        pipe.save_pretrained(inputs / "generator")
         del pipe
         if device != "cpu":
             torch.cuda.empty_cache()
-        ours, theirs = (side(args, folder, folder / "generator", device) for side in (run_ours, run_plain))
-        distance = compare_adapters(folder / "tuned", folder / "plain", range(args.classes))
-        images, difference = compare_images(folder / "spectrum", folder / "plain")
-    steps = -(-args.epochs * args.shots // min(args.batch_size, args.shots)) * args.classes
-    result = {
-        "machine": args.machine or (torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"),
-        "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "unet_weights": weights,
-        "dtype": dtype,
-        **{name: value for name, value in vars(args).items() if name not in ("out", "machine", "device")},
-    }
-    for what, count in (("tuning", steps), ("generation", images)):
-        unit = {"tuning": "steps", "generation": "images"}[what]
-        result[f"{what}_{unit}_per_second"] = compare(count / ours[f"{what}_loop"], count / theirs[f"{what}_loop"])
-        for place, name in enumerate(("seconds", "cpu_seconds")):
-            both = [float(side[what][place]) / args.classes for side in (ours, theirs)]
-            result[f"{what}_{name}_a_class"] = compare(*both, lower=True)
-    both = [published_seconds(args, side, steps, images) for side in (ours, theirs)]
-    result["published_length_seconds_a_class"] = compare(*both, lower=True)
-    result |= {"largest_difference_of_adapters": distance, "largest_difference_of_pixels": difference}
-    print(json.dumps(result, indent=2))
-    if args.out:
-        files.write_json(args.out, result)
+        result = {
+            "machine": args.machine or (torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"),
+            "threads": int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "unet_weights": weights,
+            "dtype": dtype,
+            **{name: value for name, value in vars(args).items() if name not in ("out", "machine", "device")},
+        }
+        # Both sides in turn; each round is noted as soon as it has ended.
+        rounds: list[list[dict]] = []
+        for number in range(args.rounds):
+            folder = inputs / f"round-{number}"
+            sides = [side(args, inputs, folder, device) for side in (run_ours, run_plain)]
+            rounds.append([figures(args, side) for side in sides])
+            result |= compare_rounds(rounds)
+            result["largest_difference_of_adapters"] = compare_adapters(
+                folder / "tuned", folder / "plain", range(args.classes)
+            )
+            result["largest_difference_of_pixels"] = compare_images(folder / "spectrum", folder / "plain")
+            print(json.dumps(result, indent=2), flush=True)
+            if args.out:
+                files.write_json(args.out, result)
     return result
 
 
-def compare(ours: float, theirs: float, lower: bool = False) -> dict[str, float]:
-    """Two figures, and how many times better ours is."""
-    return {"ours": ours, "theirs": theirs, "ratio": theirs / ours if lower else ours / theirs}
+def figures(args, side: dict) -> dict[str, float]:
+    """Rates and seconds of a side: of its loops, of a class, and of a class of the published length."""
+    steps = -(-args.epochs * args.shots // min(args.batch_size, args.shots)) * args.classes
+    images = args.per_class * args.classes
+    found = {
+        "tuning_steps_per_second": steps / side["tuning_loop"],
+        "generation_images_per_second": images / side["generation_loop"],
+    }
+    for what in ("tuning", "generation"):
+        for name, value in zip(("seconds", "cpu_seconds"), side[what], strict=True):
+            found[f"{what}_{name}_a_class"] = float(value) / args.classes
+    return found | {"published_length_seconds_a_class": published_seconds(args, side, steps, images)}
+
+
+def compare_rounds(rounds: list[list[dict]]) -> dict[str, dict]:
+    """Medians of each figure, of how many times better ours is, and what both sides had in each round."""
+    found = {}
+    for name in rounds[0][0]:
+        pairs = [[ours[name], theirs[name]] for ours, theirs in rounds]
+        found[name] = medians(*zip(*pairs, strict=True), lower=name.endswith("a_class")) | {"rounds": pairs}
+    return found
 
 
 def published_seconds(args, side: dict, steps: int, images: int) -> float:

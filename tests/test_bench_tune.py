@@ -32,12 +32,23 @@ def test_both_ways_make_the_same_adapters_and_images(tmp_path, monkeypatch):
     monkeypatch.setitem(bench.CONFIGS, "small", TINY)
     monkeypatch.setattr(bench, "run", run_here)
     command = ["--device", "cpu", "--resolution", "64", "--classes", "2", "--shots", "2", "--batch-size", "2"]
-    command += ["--epochs", "4", "--rank", "2", "--per-class", "3", "--steps", "2", "--together", "2"]
+    command += ["--epochs", "4", "--rank", "2", "--per-class", "3", "--steps", "2", "--together", "2", "--rounds", "1"]
     result = bench.main([*command, "--out", str(tmp_path / "result.json")])
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert result["largest_difference_of_adapters"] < 0.01 and result["largest_difference_of_pixels"] <= 1
-    assert result["tuning_seconds_a_class"] == {"ours": 0.5, "theirs": 1.0, "ratio": 2.0}
-    assert result["generation_cpu_seconds_a_class"] == {"ours": 1.0, "theirs": 2.0, "ratio": 2.0}
+    seconds, cpu_seconds = result["tuning_seconds_a_class"], result["generation_cpu_seconds_a_class"]
+    assert seconds == {"ours": 0.5, "theirs": 1.0, "ratio": 2.0, "rounds": [[0.5, 1.0]]}
+    assert cpu_seconds == {"ours": 1.0, "theirs": 2.0, "ratio": 2.0, "rounds": [[1.0, 2.0]]}
+
+
+def test_of_three_rounds_the_median_of_the_rounds_ratios_counts():
+    """Seconds 1, 2, 4 against 3, 4, 4: ratios 3, 2, 1; steps a second 4, 2, 9 against 2, 1, 3: ratios 2, 2, 3."""
+    of = lambda seconds, rate: {"tuning_seconds_a_class": seconds, "tuning_steps_per_second": rate}  # noqa: E731
+    rounds = [[of(1.0, 4.0), of(3.0, 2.0)], [of(2.0, 2.0), of(4.0, 1.0)], [of(4.0, 9.0), of(4.0, 3.0)]]
+    found = bench.compare_rounds(rounds)
+    pairs = [[1.0, 3.0], [2.0, 4.0], [4.0, 4.0]]
+    assert found["tuning_seconds_a_class"] == {"ours": 2.0, "theirs": 4.0, "ratio": 2.0, "rounds": pairs}
+    assert found["tuning_steps_per_second"]["ratio"] == 2.0 and found["tuning_steps_per_second"]["ours"] == 4.0
 
 
 def test_sd21_has_the_published_number_of_weights():

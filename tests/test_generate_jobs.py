@@ -819,6 +819,7 @@ def test_each_class_is_drawn_with_its_own_lora(road, tmp_path):
 def test_the_benchmark_compares_the_same_images(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.CONFIGS, "small", (TINY_REFINER, bench.CONFIGS["small"][1]))
     command = ["--sources", "3", "--plain-sources", "2", "--levels", "50", "90", "--steps", "4", "--size", "62x38"]
+    command += ["--rounds", "1"]
     result = bench.main([*command, "--out", str(tmp_path / "result.json")])
     assert json.loads((tmp_path / "result.json").read_text()) == result
     assert result["size"] == [64, 40] and 0 < result["unet_share_of_wall_time"] < 1
