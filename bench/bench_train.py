@@ -5,7 +5,7 @@
               DataLoader, fp32, SGD, loss and top-1 and top-5 accuracy read in each step
     v2        the same against torchvision's v2 transforms on whole uint8 tensors in a DataLoader
     plain     the same without a CUDA graph (on a GPU): what the graph is worth
-    compile   the same with --compile, with a graph and without (on a GPU)
+    compile   cifar with --compile; on a GPU, ours with --compile, with a graph and without
     together  several such runs at once, each in a process of its own, on one device: images a second of all
     loader    500x375 JPEGs, decoded, cropped at random to 224 and put into batches: training/stores.py, whose batches
               are bytes that the device flips and normalises, against torchvision's ImageFolder with its PIL transforms;
@@ -146,18 +146,18 @@ def make_theirs(args, device: str, v2: bool):
     return run
 
 
-def bench_cifar(args, device: str, v2: bool = False) -> dict:
-    """Training steps of ResNet-32 in batches of 128."""
-    found = compare(make_ours(args, device), make_theirs(args, device, v2), 128 * args.steps, args.rounds)
-    return found if v2 else found | compare_steps(device)
+def bench_cifar(args, device: str, *flags: str, v2: bool = False) -> dict:
+    """Training steps of ResNet-32 in batches of 128, ours with further flags."""
+    found = compare(make_ours(args, device, *flags), make_theirs(args, device, v2), 128 * args.steps, args.rounds)
+    return found if v2 else found | compare_steps(device, *flags)
 
 
-def compare_steps(device: str, steps: int = 2) -> dict:
+def compare_steps(device: str, *flags: str, steps: int = 2) -> dict:
     """How far ours and a plain loop are apart after equal steps on the same batches, which are not augmented."""
     import torch
     from torch.nn import functional as F
 
-    run = make_ours(argparse.Namespace(steps=steps), device, "--augment", "none", "--lr", "0.01")
+    run = make_ours(argparse.Namespace(steps=steps), device, "--augment", "none", "--lr", "0.01", *flags)
     trainer, data = run.trainer, run.trainer.data.train
     trainer.order = lambda places, generator: torch.arange(len(places))
     model, group = copy.deepcopy(trainer.model), trainer.optimizer.param_groups[0]
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         "cifar": lambda: bench_cifar(args, device),
         "v2": lambda: bench_cifar(args, device, v2=True),
         "plain": lambda: bench_graph(args, device),
-        "compile": lambda: bench_graph(args, device, "--compile"),
+        "compile": lambda: (bench_graph if device.startswith("cuda") else bench_cifar)(args, device, "--compile"),
         "one": lambda: bench_one(args, device),
         "together": lambda: bench_together(args, device),
     }

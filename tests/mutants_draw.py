@@ -7,7 +7,7 @@ FAULTS = [
      "(2 * steps * (100 - level) + 100) // 200", "(2 * steps * (100 - level)) // 200",
      "tests/test_generate.py -k executed_steps"),
     ("a high level runs no step", "generation/worklist.py",
-     "return max(1, (2 * steps", "return max(0, (2 * steps", "tests/test_generate.py -k executed_steps"),
+     "else max(1, (2 * steps", "else max(0, (2 * steps", "tests/test_generate.py -k executed_steps"),
     ("a redraw has the same noise", "spectrum/units.py",
      "self.level, self.seed, redraw)", "self.level, self.seed, 0)", "tests/test_spectrum.py -k noise_seed"),
     ("all levels have the same noise", "spectrum/units.py",
