@@ -38,6 +38,22 @@ def embedded_images_are_drawn_once():
         yield
 
 
+@pytest.fixture
+def drawn():
+    """Requested by tests that look at a run's pictures, which `no_pictures` leaves out of the others."""
+
+
+@pytest.fixture
+def no_pictures(request, monkeypatch):
+    """Runs draw no pictures: they take a third of a short one."""
+    import train_lt
+    from training import log
+
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(log, "shows_pictures", lambda *_: False)
+        monkeypatch.setattr(train_lt.Trainer, "show_confusion", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def road(tmp_path_factory):
     """hard.csv, prompts.json and a filtered small spectrum, made by the scripts; tests never change it."""

@@ -23,6 +23,8 @@ from runtime.cli import UserError
 from training import losses, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
+ONE_EPOCH = ["--epochs", "1", "--curriculum-epochs", "0"]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def train(road, out, *extra) -> int:
@@ -52,7 +54,11 @@ def count_steps(monkeypatch, at: int, act) -> list[int]:
 @pytest.mark.parametrize(
     ("number", "extra"),
     [
-        pytest.param(signal.SIGTERM, ["--curriculum", "d2s", "--optimizer", "sgd"], marks=pytest.mark.slow),
+        pytest.param(
+            signal.SIGTERM,
+            ["--curriculum", "d2s", "--optimizer", "sgd", "--epochs", "3", "--curriculum-epochs", "2"],
+            marks=pytest.mark.slow,
+        ),
         (signal.SIGUSR2, ["--curriculum", "adaptive", "--ema", "0.9"]),
         (signal.SIGTERM, ["--model", "timm:test_vit", "--randaugment", "--mix", "mixup"]),
     ],
@@ -60,7 +66,7 @@ def count_steps(monkeypatch, at: int, act) -> list[int]:
 def test_a_signal_in_an_epoch_leaves_a_checkpoint_that_goes_on_to_the_same_end(
     road, tmp_path, monkeypatch, capsys, number, extra
 ):
-    extra = [*extra, "--epochs", "3", "--curriculum-epochs", "2", "--levels", "0", "90"]
+    extra = ["--epochs", "2", "--curriculum-epochs", "1", "--levels", "0", "90", *extra]
     train(road, tmp_path / "whole", *extra)
     count_steps(monkeypatch, 20, lambda: os.kill(os.getpid(), number))
     assert train(road, tmp_path / "r", *extra) == runs.RESUMABLE
@@ -208,8 +214,8 @@ def test_looking_changes_no_weight_and_no_statistics(road, tmp_path, monkeypatch
         return found
 
     monkeypatch.setattr(train_lt.Trainer, "look", compare)
-    train(road, tmp_path / "r", "--curriculum", "adaptive")
-    assert states == [True] * 6  # before and after the real pass of each of three epochs
+    train(road, tmp_path / "r", "--curriculum", "adaptive", "--epochs", "3", "--curriculum-epochs", "2")
+    assert states == [True] * 4  # before and after the real pass of each of two epochs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,11 +278,11 @@ def test_bad_flags_are_named(road, tmp_path, extra, message):
 
 
 def test_a_checkpoint_of_another_architecture_is_named_and_one_of_the_same_is_taken(road, tmp_path):
-    train(road, tmp_path / "a")
+    train(road, tmp_path / "a", *ONE_EPOCH)
     checkpoint = str(tmp_path / "a/checkpoint.pt")
     with pytest.raises(UserError, match="--init-checkpoint .*: weights of another model"):
-        train(road, tmp_path / "b", "--model", "resnet14", "--init-checkpoint", checkpoint)
-    train(road, tmp_path / "c", "--init-checkpoint", checkpoint, "--lr", "0")
+        train(road, tmp_path / "b", *ONE_EPOCH, "--model", "resnet14", "--init-checkpoint", checkpoint)
+    train(road, tmp_path / "c", *ONE_EPOCH, "--init-checkpoint", checkpoint, "--lr", "0")
     # A learning rate of 0 leaves the weights, though not BatchNorm's statistics, as they were.
     states = [checkpoints.load_checkpoint(tmp_path / run / "checkpoint.pt", "cpu")["model"] for run in "ac"]
     assert torch.equal(states[0]["head.weight"], states[1]["head.weight"])
@@ -308,11 +314,11 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(road, tmp_path, m
     monkeypatch.setattr(runs, "CLAIM_SECONDS", 1)
     with runs.claim(tmp_path / "r"):
         with pytest.raises(UserError, match="another process is at work there"):
-            train(road, tmp_path / "r")
-    assert train(road, tmp_path / "r") == 0
+            train(road, tmp_path / "r", *ONE_EPOCH)
+    assert train(road, tmp_path / "r", *ONE_EPOCH) == 0
 
 
-def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path):
+def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path, drawn):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(road, tmp_path / "r", "--curriculum", "d2s")
@@ -548,7 +554,7 @@ def stop_at(trainer, store, places, at, calls, predict, **kept):
 
 def test_large_images_train_the_same_with_any_number_of_workers_and_after_a_signal(photographs, tmp_path, monkeypatch):
     flags = ["--dataset", "imagefolder", "--data-root", str(photographs), "--model", "resnet8", "--image-size", "32"]
-    flags += ["--epochs", "3", "--batch-size", "8", "--lr", "0.01"]
+    flags += ["--epochs", "2", "--batch-size", "8", "--lr", "0.01"]
     assert train_lt.main([*flags, "--workers", "0", "--out", str(tmp_path / "a")]) == 0
     count_steps(monkeypatch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert train_lt.main([*flags, "--workers", "0", "--out", str(tmp_path / "b")]) == runs.RESUMABLE

@@ -24,6 +24,7 @@ from training import augmentations, evaluation, log, optimization, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
 D2S = ["--curriculum", "d2s"]
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def train(road, out, *extra) -> int:
@@ -49,12 +50,6 @@ def before_the_end(road, tmp_path_factory):
     return out, np.load(out / "predictions.npz")["logits"]
 
 
-@pytest.fixture(autouse=True)
-def no_confusion(monkeypatch):
-    """A figure that takes a fifth of such a run; test_lt_runs.py has it drawn."""
-    monkeypatch.setattr(train_lt.Trainer, "show_confusion", lambda *_: None)
-
-
 def test_the_same_command_gives_the_same_numbers(road, finished, tmp_path):
     for name, more in (("again", []), ("other", ["--seed", "1"])):
         assert train(road, tmp_path / name, *D2S, *more) == 0
@@ -66,10 +61,17 @@ class Interrupted(Exception):
     pass
 
 
+def interrupt(*_, **__):
+    raise Interrupted
+
+
 @pytest.mark.parametrize("curriculum", [pytest.param("none", marks=pytest.mark.slow), "d2s", "random"])
 def test_interrupted_and_resumed_equals_uninterrupted(road, finished, tmp_path, monkeypatch, curriculum):
     whole = finished if curriculum == "d2s" else tmp_path / "whole"
-    train(road, whole, "--curriculum", curriculum)
+    flags = ["--curriculum", curriculum]
+    if curriculum != "d2s":
+        flags += ["--epochs", "3", "--curriculum-epochs", "2"]
+    train(road, whole, *flags)
     log_epoch, calls = log.log_epoch, []
 
     def stop_in_the_third_epoch(*args):
@@ -80,10 +82,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(road, finished, tmp_path, 
 
     monkeypatch.setattr(log, "log_epoch", stop_in_the_third_epoch)
     with pytest.raises(Interrupted):
-        train(road, tmp_path / "resumed", "--curriculum", curriculum)
+        train(road, tmp_path / "resumed", *flags)
     assert not (tmp_path / "resumed/results.json").exists()
     monkeypatch.setattr(log, "log_epoch", log_epoch)
-    train(road, tmp_path / "resumed", "--curriculum", curriculum)
+    train(road, tmp_path / "resumed", *flags)
     for name in ("model", "best"):
         states = [checkpoints.load_checkpoint(run / "checkpoint.pt", "cpu") for run in (whole, tmp_path / "resumed")]
         states = [state["model"] if name == "model" else state["best"]["model"] for state in states]
@@ -254,14 +256,16 @@ def test_a_level_without_an_accepted_image_is_named(road, tmp_path):
         train_lt.main(["--spectrum", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *SHORT, "--curriculum", "d2s"])
 
 
-def test_a_class_without_an_accepted_image_at_a_level_is_named(road, tmp_path, capsys):
+def test_a_class_without_an_accepted_image_at_a_level_is_named(road, tmp_path, monkeypatch, capsys):
     shutil.copytree(road.spectrum, tmp_path / "s")
     rows = {row["file_name"]: row for row in spectrum_folder.read_rows(tmp_path / "s")}
     scores = tables.read_scores(tmp_path / "s/scores.csv")
     for name, score in scores.items():
         score["kept"] = (rows[name]["label"], rows[name]["level"]) != (9, 50)
     tables.write_scores(tmp_path / "s/scores.csv", scores, scores)
-    train_lt.main(["--spectrum", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *SHORT, "--curriculum", "d2s"])
+    monkeypatch.setattr(train_lt.Trainer, "train", interrupt)
+    with pytest.raises(Interrupted):
+        train_lt.main(["--spectrum", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *SHORT, "--curriculum", "d2s"])
     said = capsys.readouterr().out
     assert "1 of 21 hard classes and levels have no accepted image, the first nine at level 50" in said
 
@@ -299,14 +303,15 @@ def test_of_a_truncated_checkpoint_the_previous_one_is_used_to_the_same_end(road
 
 
 def test_a_finished_run_keeps_its_weights_alone(road, tmp_path):
-    train(road, tmp_path / "r", "--ema", "0.9")
+    short = ["--epochs", "2", "--curriculum-epochs", "0", "--ema", "0.9"]
+    train(road, tmp_path / "r", *short)
     assert not (tmp_path / "r/checkpoint.previous.pt").exists()
     state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
     assert {"model", "average", "best", "history"} <= set(state) and "optimizer" not in state
     # A kill between the two last writings: the run only has its tests to do.
     results = files.read_json(tmp_path / "r/results.json")
     (tmp_path / "r/results.json").unlink()
-    assert train(road, tmp_path / "r", "--ema", "0.9") == 0
+    assert train(road, tmp_path / "r", *short) == 0
     assert files.read_json(tmp_path / "r/results.json") == results
 
 
@@ -366,7 +371,7 @@ def test_without_a_spectrum_the_default_one_is_made_first(tmp_path, monkeypatch,
         ([0] * 3 + [50] * 3 + [0] * 194, [0]),
     ],
 )
-def test_pictures_are_shown_where_levels_change_and_twenty_times_at_most(levels, expected):
+def test_pictures_are_shown_where_levels_change_and_twenty_times_at_most(drawn, levels, expected):
     from training.log import shows_pictures
 
     stages = [[level] for level in levels]
