@@ -280,11 +280,19 @@ def run_biased(args) -> int:
     return 0
 
 
+def check_folder(out: Path, dataset: str) -> None:
+    """Raise UserError where a folder has another benchmark's demo, whose files the first steps would replace."""
+    for path in sorted(out.glob("*/plan.json")):
+        if (other := files.read_object(path).get("dataset")) != dataset:
+            raise cli.UserError(f"--out {out}: has the demo of {other}; expected another folder for {dataset}")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if len(set(args.train_seeds)) < len(args.train_seeds):
         raise cli.UserError("--train-seeds: a seed is there twice; expected each once, as its run is the same")
     args.out = args.out or Path(FOLDERS[args.dataset])
+    check_folder(args.out, args.dataset)
     if args.dataset == "biased_digits":
         return run_biased(args)
     if args.dataset == "fewshot_digits":

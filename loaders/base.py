@@ -290,7 +290,11 @@ def file_set(root: Path, names: list[str], labels: Iterable[int]) -> ImageSet:
 
 
 def missing_files(root: Path, names: list[str]) -> list[str]:
-    """Those of `names`, relative to `root`, that are not there. Each folder is listed once, which is quick."""
+    """Those of `names`, relative to `root`, that are not there. Each folder is listed once, which is quick.
+
+    Raises:
+        UserError: a folder that is there cannot be listed.
+    """
     listings: dict[str, set[str]] = {}
     missing = []
     for name in names:
@@ -298,8 +302,10 @@ def missing_files(root: Path, names: list[str]) -> list[str]:
         if folder not in listings:
             try:
                 listings[folder] = set(retry(partial(os.listdir, root / folder)))
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 listings[folder] = set()
+            except OSError as error:
+                raise UserError(f"{root / folder}: cannot be listed ({error.strerror})") from None
         if base not in listings[folder]:
             missing.append(name)
     return missing

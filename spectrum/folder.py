@@ -315,7 +315,7 @@ def read_made(folder: Path) -> list[dict]:
     `read_rows`; a line that a kill left unfinished is no row.
 
     Raises:
-        UserError: a row lacks one of these, or two rows of one file disagree on them.
+        UserError: a row lacks one of these, has a level that is none, or two rows of one file disagree on them.
     """
     fields = ("source", "label", "class_name", "level", "seed", "prompt")
     values_of, kinds, intern = itemgetter(*fields), [ROW_FIELDS[field] for field in fields], sys.intern
@@ -341,6 +341,8 @@ def read_made(folder: Path) -> list[dict]:
                     f"{shard} row {number}: {wrong} is {row[wrong]!r}; expected a {ROW_FIELDS[wrong].__name__}, "
                     "as in a spectrum of this version"
                 )
+            if not 0 <= level <= 99:
+                raise UserError(f"{shard} row {number}: level is {level}; expected one from 0 to 99")
             # Keep one row a file.
             first = made.get(name)
             if first is None:

@@ -379,6 +379,9 @@ def test_a_spectrum_of_another_version_is_named(road, copy):
     table.write_text("".join(json.dumps({key: row[key] for key in row if key != "label"}) + "\n" for row in rows))
     with pytest.raises(UserError, match="metadata.jsonl row 1: has no label; expected a spectrum of this version"):
         run(copy, road)
+    table.write_text("".join(json.dumps(row | {"level": -1}) + "\n" for row in rows))
+    with pytest.raises(UserError, match="metadata.jsonl row 1: level is -1; expected one from 0 to 99"):
+        run(copy, road)
 
 
 def test_a_missing_source_is_named_before_anything_is_scored(road, copy):

@@ -341,3 +341,11 @@ def test_folders_are_listed_again(tmp_path, monkeypatch):
     errors[:] = [errno.ESTALE]
     assert missing_files(tmp_path, ["shard-00000/0.png", "shard-00000/9.png"]) == ["shard-00000/9.png"]
     assert pauses == [0.2, 0.2]
+    # A folder that cannot be listed is not one without images.
+    assert missing_files(tmp_path, ["nowhere/0.png", "shard-00000/0.png/0.png"]) == [
+        "nowhere/0.png",
+        "shard-00000/0.png/0.png",
+    ]
+    errors[:] = [errno.EACCES]
+    with pytest.raises(UserError, match=r"shard-00000: cannot be listed \(Permission denied\)"):
+        missing_files(tmp_path, ["shard-00000/0.png"])
