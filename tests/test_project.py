@@ -136,9 +136,7 @@ def test_a_demo_leaves_the_folder_of_another_alone(tmp_path):
     (tmp_path / "edits").mkdir()
     (tmp_path / "edits/plan.json").write_text('{"dataset": "biased_digits"}')
     for dataset in ("digits", "toycam", "fewshot_digits"):
-        with pytest.raises(
-            cli.UserError, match=f"has the demo of biased_digits; .* another folder for {dataset}"
-        ):
+        with pytest.raises(cli.UserError, match=f"has the demo of biased_digits; .* another folder for {dataset}"):
             demo.main(["--dataset", dataset, "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["edits"]
 
