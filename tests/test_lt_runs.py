@@ -164,7 +164,7 @@ def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_look
     assert results["images_per_second"] == pytest.approx(results["images"] / results["seconds"])
 
 
-def test_progress_is_what_the_real_pass_alone_changed(road, tmp_path, monkeypatch):
+def test_progress_is_what_the_real_pass_alone_changed(road, tmp_path, monkeypatch, capsys):
     """Algorithm 2 of DisCL: a stub that learns 0.1 by a real pass and 1 by an epoch has a progress of 0.1 each time."""
     learnt, train_pass = [0.0], train_lt.Trainer.train
 
@@ -178,6 +178,9 @@ def test_progress_is_what_the_real_pass_alone_changed(road, tmp_path, monkeypatc
     history = files.read_json_lines(tmp_path / "r/history.jsonl")
     for entry in history[:3]:
         assert entry["progress"] == {"0": pytest.approx(0.1), "90": pytest.approx(0.1)} and entry["levels"] == [0]
+    # 184 real images, of which 55 are hard.
+    said = "5 of 55 hard images held out (--progress-images), and before each epoch a pass over 64 of 179 real images"
+    assert said in capsys.readouterr().out
 
 
 def test_the_real_pass_holds_the_rate_of_the_epoch(road, tmp_path, monkeypatch):

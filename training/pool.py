@@ -69,6 +69,13 @@ def build_pool(
         for level in levels:
             first = {sources[place]: place for place in np.flatnonzero(pool.held & (pool.levels == level))[::-1]}
             pool.looks[level] = np.array([first[source] for source in chosen])
+        if distributed.rank() == 0:
+            hard, real = len(set(sources[len(data.train) :])), int(((level_of == REAL) & ~pool.held).sum())
+            print(
+                f"adaptive: {len(chosen)} of {hard} hard images held out (--progress-images), and before each epoch a "
+                f"pass over {min(real, args.real_pass_images)} of {real} real images (--real-pass-images)",
+                flush=True,
+            )
     return pool
 
 
