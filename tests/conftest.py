@@ -38,20 +38,34 @@ def embedded_images_are_drawn_once():
         yield
 
 
-@pytest.fixture
-def drawn():
-    """Requested by tests that look at a run's pictures, which `no_pictures` leaves out of the others."""
+def draw_blank(patch: pytest.MonkeyPatch) -> None:
+    """Figures are blank, and TensorBoard is shown no pictures: in a short run both take longer than its training."""
+    from PIL import Image
 
-
-@pytest.fixture
-def no_pictures(request, monkeypatch):
-    """Runs draw no pictures: they take a third of a short one."""
     import train_lt
+    from reporting import figures
     from training import log
 
+    def save_blank(figure, path: Path) -> None:
+        from matplotlib import pyplot
+
+        pyplot.close(figure)
+        Image.new("RGB", (600, 200), "white").save(path)
+
+    patch.setattr(figures, "save_figure", save_blank)
+    patch.setattr(train_lt.Trainer, "show_confusion", lambda *_: None)
+    patch.setattr(log, "shows_pictures", lambda *_: False)
+
+
+@pytest.fixture
+def drawn():
+    """Requested by tests that look at figures: in their files the others draw them blank (`blank_figures`)."""
+
+
+@pytest.fixture
+def blank_figures(request, monkeypatch):
     if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(log, "shows_pictures", lambda *_: False)
-        monkeypatch.setattr(train_lt.Trainer, "show_confusion", lambda *_: None)
+        draw_blank(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import pytest
 from conftest import ROOT
 from PIL import Image
+from small_data import draw_toycam
 
 from reporting import recipes
 from runtime import cli
@@ -424,11 +425,7 @@ def torch_save(content, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def toycam(tmp_path_factory):
-    from loaders import toycam as drawn
-
-    folder = tmp_path_factory.mktemp("toycam") / "toycam"
-    drawn.draw(folder)
-    return folder
+    return draw_toycam(tmp_path_factory.mktemp("toycam") / "toycam", 96, 6)
 
 
 def load_main(script: str) -> Callable:

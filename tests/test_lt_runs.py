@@ -24,7 +24,7 @@ from training import losses, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
 ONE_EPOCH = ["--epochs", "1", "--curriculum-epochs", "0"]
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def train(road, out, *extra) -> int:

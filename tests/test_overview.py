@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import report
+from reporting import recipes
 from runtime import files
 
 
@@ -55,7 +56,8 @@ def test_methods_are_rows_data_sets_columns_and_a_mean_stands_where_all_are_ther
     assert json.loads((tmp_path / "a/results.json").read_text())["last"]["overall"] == 90
 
 
-def test_one_data_set_has_no_overview(tmp_path):
+def test_one_data_set_has_no_overview(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes.read_all, "__defaults__", (recipes.FOLDER / "none",))
     folders = [write_run(tmp_path / "a", "dtd", "real", 0, 70.0)]
     assert report.main(["--runs", *folders, "--out", str(tmp_path / "out")]) == 0
     assert "mean of" not in (tmp_path / "out/table.md").read_text()

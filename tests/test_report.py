@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import re
 from html.parser import HTMLParser
@@ -20,6 +21,7 @@ from runtime import files
 from runtime.cli import UserError
 
 COUNTS = [400, 200, 50, 10, 5]  # of five classes
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def write_run(
@@ -58,23 +60,6 @@ def no_recipes(monkeypatch):
     """Most tests have no recipes of their own, and the project's are not about them."""
     monkeypatch.setattr(recipes.read_all, "__defaults__", (recipes.FOLDER / "none",))
     monkeypatch.setattr(recipes.read_published, "__defaults__", (recipes.FOLDER / "none.csv",))
-
-
-@pytest.fixture
-def drawn():
-    """Requested by tests that look at figures; in the others they stay blank, which takes a tenth of the time."""
-
-
-@pytest.fixture(autouse=True)
-def blank_figures(request, monkeypatch):
-    def save_blank(figure, path):
-        from matplotlib import pyplot
-
-        pyplot.close(figure)
-        Image.new("RGB", (600, 200), "white").save(path)
-
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(report.figures, "save_figure", save_blank)
 
 
 @pytest.fixture
@@ -434,6 +419,7 @@ def test_results_that_were_kept_without_a_history_make_the_table(tmp_path):
 
 def test_tables_in_the_documents_are_what_report_makes_of_the_kept_results(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes.read_all, "__defaults__", (recipes.FOLDER,))
+    monkeypatch.setattr(recipes, "read_all", functools.cache(recipes.read_all))
     monkeypatch.setattr(recipes.read_published, "__defaults__", (recipes.FOLDER / "published.csv",))
     found = {}
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
@@ -613,7 +599,7 @@ def write_clip_run(folder, seed, curriculum, ood, with_we, untuned=11.0, **extra
 
 
 def test_the_table_of_camera_traps_has_both_domains_and_what_the_paper_reports(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes.read_all, "__defaults__", (recipes.FOLDER,))
+    monkeypatch.setattr(recipes.read_all, "__defaults__", (recipes.FOLDER / "iwildcam",))
     folders = [write_clip_run(tmp_path / f"a{s}", s, "adaptive", 38.0 + s, 39.0) for s in range(3)]
     folders += [write_clip_run(tmp_path / f"n{s}", s, "none", 35.0, 36.0) for s in range(3)]
     assert report.main(["--runs", *folders, "--out", str(tmp_path / "out")]) == 0

@@ -24,7 +24,7 @@ from training import augmentations, evaluation, log, optimization, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
 D2S = ["--curriculum", "d2s"]
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("blank_figures")
 
 
 def train(road, out, *extra) -> int:
