@@ -145,7 +145,7 @@ def small_memory(monkeypatch):
     return state
 
 
-def test_finding_hard_images_by_a_clip_halves_its_batch(small_memory, tmp_path, capsys):
+def test_finding_hard_images_by_a_clip_halves_its_batch(small_memory, blank_figures, tmp_path, capsys):
     small_memory.most = 50
     flags = ["--rule", "confidence", *CLIP, "--batch-size", "128", "--fraction", "1", "--out"]
     assert find_hard.main([*flags, str(tmp_path / "few.csv")]) == 0

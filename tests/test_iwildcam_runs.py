@@ -14,7 +14,7 @@ import forks
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, draw_blank
 from test_iwildcam import SMALL
 
 import curricula
@@ -33,6 +33,13 @@ from training import evaluation, log, loop, losses
 
 SHORT = ["--epochs", "3", "--curriculum-epochs", "2", "--progress-images", "4", "--real-pass-images", "32"]
 SHORT += ["--batch-size", "16", "--device", "cpu"]
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
+
+@pytest.fixture(autouse=True)
+def few_alphas(monkeypatch):
+    """Each is a look at all validation images."""
+    monkeypatch.setattr(train_iwildcam, "ALPHAS", [0.0, 0.5, 1.0])
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +47,17 @@ def small(tmp_path_factory):
     """A smaller toycam and a filtered spectrum of its hardest images, made by the scripts; tests never change them."""
     folder = tmp_path_factory.mktemp("small")
     root, hard, prompts, spectrum = (folder / name for name in ("toycam", "hard.csv", "prompts.json", "spectrum"))
+    data = ["--dataset", "toycam", "--data-root", str(root)]
+    inputs = ["--hard", str(hard), "--prompts", str(prompts), "--out", str(spectrum)]
+    scored = ["--spectrum", str(spectrum), "--prompts", str(prompts), "--threshold", "0"]
     with pytest.MonkeyPatch.context() as patch:
+        draw_blank(patch)
         patch.setattr(toycam, "SPLITS", SMALL)
         toycam.draw(root)
-    data = ["--dataset", "toycam", "--data-root", str(root)]
-    assert find_hard.main([*data, "--out", str(hard), "--fraction", "0.15"]) == 0
-    assert write_prompts.main(["--dataset", "toycam", "--hard", str(hard), "--out", str(prompts)]) == 0
-    inputs = ["--hard", str(hard), "--prompts", str(prompts), "--out", str(spectrum)]
-    assert generate_spectrum.main([*data, *inputs, "--levels", "50", "90", "--seeds", "2", "--steps", "4"]) == 0
-    assert (
-        filter_clipscore.main([*data, "--spectrum", str(spectrum), "--prompts", str(prompts), "--threshold", "0"]) == 0
-    )
+        assert find_hard.main([*data, "--out", str(hard), "--fraction", "0.15"]) == 0
+        assert write_prompts.main(["--dataset", "toycam", "--hard", str(hard), "--out", str(prompts)]) == 0
+        assert generate_spectrum.main([*data, *inputs, "--levels", "50", "90", "--seeds", "2", "--steps", "4"]) == 0
+        assert filter_clipscore.main([*data, *scored]) == 0
     return SimpleNamespace(root=root, data=data, hard=hard, spectrum=spectrum)
 
 
@@ -95,6 +102,7 @@ def test_ones_own_camera_traps_train_as_toycam_does(small, tmp_path):
     shutil.copytree(small.root, tmp_path / "own")
     (tmp_path / "own/class_names.txt").write_text("\n".join(toycam.CLASSES), encoding="utf-8")
     same = ["--clip", cameratraps.TOYCAM_CLIP, "--precision", "fp32", "--lr", "3e-4", "--workers", "0"]
+    same += ["--epochs", "1", "--warmup-epochs", "0"]
     assert train(small, tmp_path / "toycam", *same) == 0
     own = ["--dataset", "cameratraps", "--data-root", str(tmp_path / "own"), *same]
     assert train(small, tmp_path / "cameratraps", *own) == 0
@@ -164,10 +172,10 @@ def test_the_tuned_weights_are_read_back_by_find_hard(small, tmp_path):
     assert all(torch.equal(value, state[f"clip.{name}"]) for name, value in clip.state_dict().items())
 
 
-def test_tensorboard_names_both_domains_and_shows_the_spectrum(small, tmp_path):
+def test_tensorboard_names_both_domains_and_shows_the_spectrum(small, tmp_path, drawn):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(small, tmp_path / "r", "--curriculum", "adaptive")
+    train(small, tmp_path / "r", "--curriculum", "adaptive", "--epochs", "2", "--curriculum-epochs", "1")
     events = EventAccumulator(str(tmp_path / "r"))
     events.Reload()
     scalars = set(events.Tags()["scalars"])
@@ -258,13 +266,14 @@ def test_adaptive_trains_on_the_level_of_most_progress_and_never_on_what_it_look
 
 @pytest.mark.parametrize("curriculum", ["adaptive", pytest.param("random", marks=pytest.mark.slow)])
 def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(small, tmp_path, monkeypatch, curriculum):
-    train(small, tmp_path / "whole", "--curriculum", curriculum)
+    flags = ["--curriculum", curriculum, "--epochs", "2"]
+    train(small, tmp_path / "whole", *flags)
     count_steps(monkeypatch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert train(small, tmp_path / "r", "--curriculum", curriculum) == runs.RESUMABLE
+    assert train(small, tmp_path / "r", *flags) == runs.RESUMABLE
     state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
     partial = state["partial"]
     assert partial["pass"]["batches"] > 0 and ("progress" in partial) == (curriculum == "adaptive")
-    assert train(small, tmp_path / "r", "--curriculum", curriculum) == 0
+    assert train(small, tmp_path / "r", *flags) == 0
     assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
     assert history_of(tmp_path / "whole") == history_of(tmp_path / "r")
 

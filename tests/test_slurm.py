@@ -247,7 +247,7 @@ def test_more_shards_than_work_is_an_error(road, tmp_path):
     assert done.returncode == 2 and "--shards 7: more than there is work for; expected at most 6" in done.stderr
 
 
-def test_captions_are_sent_as_shards_and_the_filter_after_the_edits(tmp_path, capsys, monkeypatch):
+def test_captions_are_sent_as_shards_and_the_filter_after_the_edits(blank_figures, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ["--dataset", "biased_digits"]
     captions = ["describe_domains.py", *data, "--out", "domains", "--batch-size", "100"]

@@ -17,8 +17,9 @@ from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from spectrum import tables
 
-TUNING = ["--epochs", "4", "--warmup-steps", "1", "--samples", "0", "--rank", "2"]
-DRAWING = ["--levels", "0", "50", "90", "--seeds", "1", "--steps", "10"]
+TUNING = ["--epochs", "2", "--warmup-steps", "1", "--samples", "0", "--rank", "2"]
+pytestmark = pytest.mark.usefixtures("blank_figures")
+DRAWING = ["--levels", "0", "50", "90", "--seeds", "1", "--steps", "4"]
 
 
 def results(out) -> tuple[dict, dict, list[dict]]:
