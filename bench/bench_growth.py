@@ -45,7 +45,8 @@ LEVELS, SEEDS, CLASSES = (0, 30, 50, 70), 5, 100
 INAT = {"train": 437_513, "test": 24_426, "classes": 8142, "kept": 75_234}
 TABLE_RUNS, RUN_SEEDS, EPOCHS = 100, 5, 65
 # Commands that end where they would compute, or that compute nothing.
-INSIDE = "import sys; sys.path[:0] = [{root!r}, {bench!r}]; import bench_growth; bench_growth.{call}"
+INSIDE = "import sys; sys.path[:0] = [{root!r}, {bench!r}]; import bench_growth; from runtime import cli; "
+INSIDE += "cli.run(lambda: bench_growth.{call})"
 
 
 def build_parser() -> cli.Parser:

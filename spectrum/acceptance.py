@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from operator import itemgetter
 
 import numpy as np
 
@@ -49,8 +50,9 @@ def decide_kept(
 
 def count_kept(rows: list[dict], scores: dict[str, dict]) -> tuple[Counter, Counter]:
     """Images made and kept, by (label, level)."""
-    made = Counter((row["label"], row["level"]) for row in rows)
-    kept = Counter((row["label"], row["level"]) for row in rows if scores[row["file_name"]]["kept"])
+    place_of = itemgetter("label", "level")
+    made = Counter(map(place_of, rows))
+    kept = Counter(place_of(row) for row in rows if scores[row["file_name"]]["kept"])
     return made, kept
 
 

@@ -107,8 +107,11 @@ def _unit_key(row: dict) -> tuple | str:
 
 def image_names(folder: Path) -> set[str]:
     """The files of all shards, relative to `folder`: a network disk lists a shard sooner than it finds each file."""
-    shards = folder.glob("shard-*/")
-    return {f"{shard.name}/{name}" for shard in shards for name in retry(partial(os.listdir, shard))}
+    there = set()
+    for shard in folder.glob("shard-*/"):
+        beginning = f"{shard.name}/"
+        there.update([beginning + name for name in retry(partial(os.listdir, shard))])
+    return there
 
 
 def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
@@ -117,13 +120,14 @@ def _read_lines(folder: Path) -> Iterator[tuple[Path, int, dict | None]]:
     The row is None where the line is none.
     """
     for path in sorted(folder.glob("shard-*/metadata.jsonl")):
+        beginning = f"{path.parent.name}/"
         for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):  # bytes, for a name may hold other line ends
             row = parse_row(line)
             if row is None or not isinstance(row.get("file_name"), str):
                 yield path, number, None
             else:
-                name = f"{path.parent.name}/{Path(row['file_name']).name}"
-                yield path, number, row | {"file_name": name}
+                row["file_name"] = beginning + row["file_name"].rpartition("/")[2]
+                yield path, number, row
 
 
 def drawn_units(folder: Path, wanted: Collection[Unit]) -> dict[Unit, str]:
@@ -344,20 +348,20 @@ def read_made(folder: Path) -> list[dict]:
             if not 0 <= level <= 99:
                 raise UserError(f"{shard} row {number}: level is {level}; expected one from 0 to 99")
             # Keep one row a file.
-            first = made.get(name)
-            if first is None:
-                made[name] = {
-                    "file_name": name,
-                    "source": intern(source),  # 200,000 rows share few sources, names and prompts
-                    "label": label,
-                    "class_name": intern(class_name),
-                    "level": level,
-                    "seed": seed,
-                    "prompt": intern(prompt),
-                }
+            own = {
+                "file_name": name,
+                "source": intern(source),  # 200,000 rows share few sources, names and prompts
+                "label": label,
+                "class_name": intern(class_name),
+                "level": level,
+                "seed": seed,
+                "prompt": intern(prompt),
+            }
+            first = made.setdefault(name, own)
+            if first is own:
                 if "text_score" in row:
-                    made[name] |= {field: _score(shard, number, row, field) for field in SCORED_FIELDS}
-            elif any(first[field] != row[field] for field in ("source", "label", "level", "seed")):
+                    own |= {field: _score(shard, number, row, field) for field in SCORED_FIELDS}
+            elif any(first[field] != own[field] for field in ("source", "label", "level", "seed")):
                 raise UserError(
                     f"{shard} row {number}: {row['file_name']} has another row, of another source, class, level or "
                     "seed; expected one row a file"

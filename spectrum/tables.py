@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.cli import UserError
-from runtime.files import read_json, without_garbage_collection, write_csv, write_rows
+from runtime.files import read_json, without_garbage_collection, write_csv, write_texts
 from runtime.retry import append_bytes, read_bytes
 from runtime.text import MALFORMED, parse_whole, read_columns, read_csv
 from spectrum.units import Unit
@@ -209,11 +209,11 @@ def write_distances(path: Path, rows: Iterable[dict]) -> None:
 
 def write_scores(path: Path, names: Iterable[str], scores: dict[str, dict]) -> None:
     """Write scores.csv of these files, in their order, from what `read_scores` gives; those without are left out."""
-    write_rows(
+    write_texts(
         path,
         SCORE_COLUMNS,
         (
-            (name, f"{entry['text_score']:.6f}", f"{entry['image_score']:.6f}", int(entry["kept"]), entry["reason"])
+            (name, f"{entry['text_score']:.6f}", f"{entry['image_score']:.6f}", "01"[entry["kept"]], entry["reason"])
             for name in names
             if (entry := scores.get(name))
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -502,6 +503,15 @@ def test_json_is_written_whole_and_leaves_nothing_beside_it(tmp_path):
         files.write_json(path, {"b": object()})
     assert files.read_json(path) == {"b": "ż", "a": [1, None]}
     assert os.listdir(path.parent) == ["results.json"]
+
+
+@pytest.mark.parametrize("text", ["plain", "a, b", 'a "b"', "a\nb", "a\rb", "", "ż", " a "])
+def test_texts_are_written_as_a_csv_writer_writes_them(tmp_path, text):
+    rows = [("first.png", "0.250000", "1", ""), (text, "-1.000000", "0", "low"), ("last.png", "nan", "0", text)]
+    files.write_texts(tmp_path / "found.csv", ["name", "score", "kept", "reason"], (row for row in rows))
+    with (tmp_path / "expected.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([("name", "score", "kept", "reason"), *rows])
+    assert (tmp_path / "found.csv").read_bytes() == (tmp_path / "expected.csv").read_bytes()
 
 
 def test_a_reader_of_json_never_sees_half_a_file(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import os
@@ -20,7 +21,7 @@ import models
 from generation import sizes, worklist
 from loaders.base import ImageSet
 from loaders.sources import Sources
-from runtime import files
+from runtime import cli, files
 from runtime.cli import UserError
 from spectrum import tables
 from spectrum.units import Unit
@@ -104,6 +105,22 @@ def test_a_dry_run_imports_no_generators(tmp_path):
     lines += ["assert not {'diffusers', 'transformers', 'open_clip'} & set(sys.modules)"]
     root = Path(sizes.__file__).parents[1]
     subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=root, check=True, timeout=120)
+
+
+def test_a_script_looks_for_garbage_seldom():
+    """100,000 objects that stay: Python as it is would look for garbage 140 times and more."""
+    before, looked = gc.get_threshold(), []
+
+    def main() -> int:
+        gc.callbacks.append(lambda *_: looked.append(1))
+        kept = [[] for _ in range(100_000)]
+        gc.callbacks.pop()
+        return len(kept) - 100_000
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    gc.set_threshold(*before)
+    assert caught.value.code == 0 and 2 <= len(looked) <= 2 * 12  # each calls back as it begins and as it ends
 
 
 def test_families_are_those_that_diffusers_draws_by_strength(monkeypatch):
