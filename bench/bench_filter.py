@@ -8,7 +8,7 @@ limit where the model is faster.
 Writes: OUT, a JSON with the medians of both rates in images a second, the largest difference between the scores, and
         the machine
 
-    python bench/bench_filter.py --images 16 --size 256 --out bench/results/filter_cpu.json
+    python bench/bench_filter.py --images 32 --size 256 --out bench/results/filter_cpu.json
     python bench/bench_filter.py --images 20000 --plain-images 500 --batch-size 512 --out bench/results/filter_cuda.json
 """
 
@@ -41,7 +41,7 @@ def build_parser() -> cli.Parser:
         "--plain-images", type=cli.whole(1), metavar="N", help="how many of them the plain loop scores (default: all)"
     )
     parser.add_argument("--size", type=cli.whole(32), default=512, metavar="PIXELS", help="side of an image")
-    parser.add_argument("--batch-size", type=cli.whole(1), default=16, metavar="N", help="images embedded at once")
+    parser.add_argument("--batch-size", type=cli.whole(1), default=256, metavar="N", help="images embedded at once")
     parser.add_argument(
         "--workers", type=cli.whole(0), metavar="N", help="processes that decode (default: the script's)"
     )

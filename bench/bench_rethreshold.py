@@ -1,6 +1,6 @@
 """Another --threshold on a spectrum whose images are all scored: seconds and memory of the whole command.
 
-Writes: OUT, a JSON with the seconds, the peak memory and the machine
+Writes: OUT, a JSON with the seconds (medians, and those of each round), the peak memory and the machine
 
     python bench/bench_rethreshold.py --rows 200000 --out bench/results/filter_rethreshold.json
 """
@@ -12,13 +12,15 @@ import os
 import platform
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from timing import spent
 
 from runtime import cli, files, runs
 from spectrum import tables
@@ -31,6 +33,7 @@ LEVELS, SEEDS, CLASSES = [0, 10, 30, 50], 8, 136
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "bench_rethreshold")
     parser.add_argument("--rows", type=cli.whole(32), default=200_000, metavar="N", help="synthetic images")
+    parser.add_argument("--rounds", type=cli.whole(1), default=3, metavar="N", help="measurements; the median counts")
     parser.add_argument(
         "--out",
         type=Path,
@@ -108,16 +111,20 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_spectrum(folder, args.rows)
-        command = [sys.executable, ROOT / "filter_clipscore.py", "--spectrum", folder, "--threshold", "0.3"]
-        began = time.perf_counter()
-        subprocess.run([*command, "--prompts", folder / "prompts.json"], check=True)
-        seconds = time.perf_counter() - began
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, ROOT / "filter_clipscore.py", "--spectrum", folder]
+        command += ["--prompts", folder / "prompts.json"]
+        rounds = []
+        for number in range(args.rounds):
+            before = spent()
+            subprocess.run([*command, "--threshold", f"{0.3 + number / 100:g}"], check=True)  # each time another
+            rounds.append([round(end - begin, 2) for begin, end in zip(before, spent(), strict=True)])
+    seconds, cpu_seconds = (statistics.median(values) for values in zip(*rounds, strict=True))
     result = {
         "rows": args.rows,
-        "seconds": round(seconds, 2),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
-        "peak_memory_mb": used.ru_maxrss // 1024,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "rounds": {"seconds": [one for one, _ in rounds], "cpu_seconds": [one for _, one in rounds]},
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
         "device": f"{platform.machine()} CPU",
         "load_average": round(os.getloadavg()[0], 1),
         "environment": runs.environment(),
