@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import datasets
 from loaders import toycam
+
+
+def cut_few_shot_tests(patch: pytest.MonkeyPatch, count: int) -> None:
+    """Few-shot data sets keep their first test images: a look at fewshot_digits' 500 takes longer than a short run."""
+    load = datasets.load_shots
+
+    def load_cut(args):
+        data = load(args)
+        return dataclasses.replace(data, test=data.test.take(np.arange(count)))
+
+    patch.setattr(datasets, "load_shots", load_cut)
 
 
 def draw_cats_and_dogs(root: Path, train: int, side: int, ending: str) -> Path:

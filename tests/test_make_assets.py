@@ -42,10 +42,10 @@ def test_training_noise_grows_with_the_timestep():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_generator_predicts_noise_better_when_told_how_much_there_is(name, monkeypatch):
     """What a generator that learnt time backwards fails, though its pictures look plausible."""
-    monkeypatch.setattr(webs.Toycam, "drawn", 64)
+    monkeypatch.setattr(webs.Toycam, "drawn", 24)
     pipe = models.load_generator(str(ASSETS / name), "cpu", dtype="float32")
     web = (webs.Toycam if name == "toycam_sd" else webs.Digits)(None)
-    images, captions, _ = web.batch(64)
+    images, captions, _ = web.batch(24)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         latents = pipe.vae.encode(images).latent_dist.mean * pipe.vae.config.scaling_factor

@@ -6,7 +6,6 @@ in the schedule, both random states, the best weights.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -14,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_data import draw_toycam
+from small_data import cut_few_shot_tests, draw_toycam
 
-import datasets
 import train_fewshot
 import train_iwildcam
 import train_lt
@@ -70,10 +68,6 @@ def what_was_made(out: Path) -> dict[str, object]:
     return found | {"history": [row | {"images_per_second": 0} for row in rows]}
 
 
-def cut_test_set(data):
-    return dataclasses.replace(data, test=data.test.take(np.arange(20)))
-
-
 @pytest.mark.parametrize("script", STEPS)
 def test_a_run_stopped_in_an_epoch_and_after_one_ends_with_the_same_weights(
     script, request, tmp_path, monkeypatch, capsys
@@ -81,8 +75,7 @@ def test_a_run_stopped_in_an_epoch_and_after_one_ends_with_the_same_weights(
     main, flags = STEPS[script][0], STEPS[script][1].split()
     if script == "train_iwildcam":
         flags += ["--data-root", str(request.getfixturevalue("traps"))]
-    whole_sets = datasets.load_shots
-    monkeypatch.setattr(datasets, "load_shots", lambda args: cut_test_set(whole_sets(args)))
+    cut_few_shot_tests(monkeypatch, 20)
     monkeypatch.setattr(train_iwildcam, "ALPHAS", [0.0, 1.0])  # a look at all validation images for each
     monkeypatch.setattr(fewshot, "ALPHAS", [0.0, 1.0])
     assert main([*flags, "--out", str(tmp_path / "whole")]) == 0

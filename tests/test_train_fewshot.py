@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_data import cut_few_shot_tests
 
 import datasets
 import generate_spectrum
@@ -20,6 +21,11 @@ from spectrum import tables
 from training import fewshot, losses
 
 SHORT = ["--dataset", "fewshot_digits", "--shots", "2", "--epochs", "2", "--batch-size", "8", "--warmup-epochs", "0"]
+
+
+@pytest.fixture(autouse=True)
+def few_tests(monkeypatch):
+    cut_few_shot_tests(monkeypatch, 100)
 
 
 def train(out: Path, *more) -> dict:
