@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -17,16 +18,10 @@ os.environ.pop("DISCL_DATA", None)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for forks of this process too: they have no threads of their own
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+gc.set_threshold(20_000, 20, 20)  # looking for garbage among the libraries' half a million objects took 7 % of all time
 
 # The smallest spectrum that every step accepts: 55 sources x 3 levels x 1 seed, four denoising steps.
 SMALL = ["--levels", "0", "50", "90", "--seeds", "1", "--steps", "4"]
-
-
-def pytest_collection_finish():
-    """Look for garbage among the tests' own objects alone: the libraries' half a million took 7 % of all time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,6 +38,26 @@ def embedded_images_are_drawn_once():
         for name, entry in datasets.TABLE.items():
             if entry.root == "unused":
                 patch.setitem(datasets.TABLE, name, dataclasses.replace(entry, load=keep(entry.load)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shipped_generators_are_read_once():
+    """Reading one from its files takes longer than copying what was read, and as long as many a test draws with it."""
+    import models
+    from loaders.base import ASSETS
+
+    load = models.load_generator
+    read = functools.cache(load)
+
+    @functools.wraps(load)
+    def load_copy(name_or_path, *args, **options):
+        if Path(name_or_path).parent != ASSETS:
+            return load(name_or_path, *args, **options)
+        return copy.deepcopy(read(name_or_path, *args, **options))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load_generator", load_copy)
         yield
 
 
