@@ -187,6 +187,21 @@ def test_color_jitter_agrees_with_torchvision():
         assert torch.allclose(found[i] / 255, expected, atol=2e-3)
 
 
+def test_randaugment_is_torchvisions_by_a_seed_of_its_own_and_leaves_all_generators_alone(monkeypatch):
+    """A GPU's too, which draws a step's dropout: in a loading process there is none to be changed."""
+    from torchvision.transforms import v2
+
+    image = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
+    before = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "manual_seed_all", interrupt)
+        found = [stores.randaugmented(image, 5, number) for number in range(3)]
+    assert torch.equal(before, torch.get_rng_state())
+    for number, one in enumerate(found):
+        torch.manual_seed((5 + number * 0x9E3779B97F4A7C15) % 2**63)
+        assert torch.equal(one, v2.RandAugment()(image))
+
+
 def test_normalising_takes_out_mean_and_deviation():
     images = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     assert torch.equal(augmentations.normalise(images, (0.5,) * 3, (0.5,) * 3), images.float() / 127.5 - 1)

@@ -231,7 +231,8 @@ def randaugmented(image: torch.Tensor, seed: int, number: int, kind: bool | str 
         steps += [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), v2.RandomGrayscale(0.2)]
         steps += [v2.RandomApply([blur], 0.2), v2.RandomSolarize(128, 0.2)]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed + number * 0x9E3779B97F4A7C15) % 2**63)
+        # Of the CPU's generator alone: torch.manual_seed would seed a GPU's too, whose state is not put back.
+        torch.default_generator.manual_seed((seed + number * 0x9E3779B97F4A7C15) % 2**63)
         for step in steps:
             image = step(image)
     return image
