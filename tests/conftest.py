@@ -73,6 +73,7 @@ def draw_blank(patch: pytest.MonkeyPatch) -> None:
         from matplotlib import pyplot
 
         pyplot.close(figure)
+        path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (600, 200), "white").save(path)
 
     patch.setattr(figures, "save_figure", save_blank)

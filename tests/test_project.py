@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import glob
 import importlib
 import importlib.util
@@ -56,6 +57,7 @@ STEPS = {
 }
 
 
+@functools.cache
 def imported(tree: ast.Module) -> set[str]:
     """The project's modules that are imported anywhere in a module."""
     names = set()
@@ -68,6 +70,7 @@ def imported(tree: ast.Module) -> set[str]:
     return names & set(TREES)
 
 
+@functools.cache
 def reads(tree: ast.Module) -> set[str]:
     """Every NAME of `args.NAME` and `getattr(args, "NAME")` that is read, methods such as args.items() left out."""
     nodes = list(ast.walk(tree))
