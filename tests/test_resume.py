@@ -21,8 +21,8 @@ import train_lt
 from runtime import checkpoints, files, runs
 from training import fewshot, log, loop
 
-# Rates at which a step that lacks its momentum ends elsewhere; what draws from torch's generator and from the pass's.
 pytestmark = pytest.mark.usefixtures("blank_figures")
+# Rates at which a step that lacks its momentum ends elsewhere; what draws from torch's generator and from the pass's.
 LT = "--curriculum none --model resnet8 --epochs 3 --batch-size 64 --lr 0.05 --mix mixup --augment crop_flip"
 STEPS = {
     "train_lt": (train_lt.main, f"{LT} --optimizer sgd --momentum 0.9 --ema 0.9"),
