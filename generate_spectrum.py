@@ -373,10 +373,12 @@ def draw(plan: DrawPlan, folder: Path, sources: Sources, weights: dict[str, Path
         adapters = loras.Adapters(pipe, weights) if weights else None
         if "all" in weights:
             adapters.switch("all")
+        # Nothing is written before it is known that the generator can draw what is asked for.
+        texts.check_length(pipe, plan.texts(), args.generator, args.on_long_prompt)
+        job.take_generator(pipe, stop, adapters)
         stop_on_other_settings(args.out, plan.settings)  # another shard's, perhaps written since
         files.write_json(args.out / "plan.json", plan.settings)
-        texts.check_length(pipe, plan.texts(), args.generator, args.on_long_prompt)
-        job.draw(pipe, todo, done, stop, adapters)
+        job.draw(todo, done, stop)
     if stop.received:
         print(f"{args.out}: {stop.received} after {job.saved} images; run the same command again to resume")
         return runs.RESUMABLE

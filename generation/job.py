@@ -45,7 +45,19 @@ class Job:
         self.failed: list[Unit] = []
         self.pixels_at_once = math.inf  # less where a batch did not fit into memory
 
-    def draw(self, pipe, todo: list[Batch], done: set[Unit], stop: signals.StopSignals, adapters=None) -> None:
+    def take_generator(self, pipe, stop: signals.StopSignals, adapters=None) -> None:
+        """Draw with this pipeline.
+
+        Raises:
+            UserError: it cannot draw what the flags ask for.
+        """
+        self.generator = self.build_generator(pipe, adapters)
+        self.generator.stop = stop
+        if self.args.compile:
+            (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).compile()
+        self.scheduler = type(pipe.scheduler).__name__
+
+    def draw(self, todo: list[Batch], done: set[Unit], stop: signals.StopSignals) -> None:
         """Draw batches. What is done of a batch is drawn with it, for the sake of the others, but not saved again.
 
         A signal ends it at the next denoising step, without the batch in flight.
@@ -53,11 +65,6 @@ class Job:
         from generation.generator import Interrupted
 
         args = self.args
-        self.generator = self.build_generator(pipe, adapters)
-        self.generator.stop = stop
-        if args.compile:
-            (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).compile()
-        self.scheduler = type(pipe.scheduler).__name__
         total = sum(self.plan.steps_of(batch.level) * len(batch.units) for batch in todo)
         began = time.monotonic()
         with ImageWriter(self.folder, self.retouch) as writer, cli.progress(total, "drawing", "step") as bar:

@@ -164,6 +164,14 @@ def test_levels_by_noise_want_a_scheduler_that_takes_timesteps():
         generators.Generator(pipe, steps=4, text_guidance=3.0, by_noise=True)
 
 
+def test_a_generator_that_cannot_draw_what_is_asked_for_leaves_no_folder(road, tmp_path):
+    """Else the same command with the flag that the error asks for would be refused as another plan."""
+    command = [*road.inputs, "--out", str(tmp_path / "s"), "--levels", "0", "50", "--seeds", "1", "--steps", "2"]
+    with pytest.raises(UserError, match="--levels-by noise"):
+        generate_spectrum.main([*command, "--levels-by", "noise", "--scheduler", "ddim"])
+    assert not (tmp_path / "s").exists()
+
+
 def test_the_batch_size_does_not_change_the_images(road, tmp_path):
     some = ["--levels", "50", "90", "--seeds", "1", "--steps", "4", "--batch-size", "7"]
     generate_spectrum.main([*road.inputs, "--out", str(tmp_path / "s"), *some])
