@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from functools import cache
@@ -13,11 +14,16 @@ if TYPE_CHECKING:
     import torch
 
 
+# Of glibc's malloc.h: blocks from so many bytes up are asked for one by one; free memory beyond is given back.
+MMAP_THRESHOLD, KEPT_BLOCK = -3, 2**28
+TRIM_THRESHOLD, KEPT_MEMORY = -1, 2**30
+
+
 def pick_device(name: str) -> str:
     """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` means on this machine.
 
     On a Mac's GPU (mps) everything computes in float32, without pinned memory, CUDA graphs or streams. Nothing here was
-    ever run on one, and `auto` does not take it.
+    ever run on one, and `auto` does not take it. For a CPU, freed memory is kept from here on (`keep_freed_memory`).
 
     Raises:
         UserError: no such device here.
@@ -25,7 +31,10 @@ def pick_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        keep_freed_memory()
+        return name
     if name == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("--device mps: cannot be used here: no Mac with a GPU that torch knows")
@@ -36,6 +45,21 @@ def pick_device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: cannot be used here: {first_line(error)}") from error
     return name
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have the C library keep what tensors free for the next ones, up to a gigabyte, where it is glibc.
+
+    Else each large tensor's memory goes back to the system, and is asked for and cleared anew, page by page: half of
+    the time of turning a batch of photographs into floats, and a twentieth of a step of ResNet-32.
+    """
+    try:
+        adjust = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    adjust(MMAP_THRESHOLD, KEPT_BLOCK)
+    adjust(TRIM_THRESHOLD, KEPT_MEMORY)
 
 
 @cache
