@@ -252,8 +252,7 @@ def table_section(table: tables.Table, drawn: list[tuple[Path, str]]) -> list[st
     ]
     if waiting:
         body.append(page.commands("Commands of missing runs", waiting))
-    body += [page.figure(path, caption) for path, caption in drawn]
-    return body
+    return [*body, page.figures(drawn)]
 
 
 def effective_arguments(script: str, words: list[str]) -> dict:
@@ -319,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.spectrum is not None:
         drawn = draw_spectrum_figures(args.spectrum, args.data_root, args.out)
         written += [path.name for path, _ in drawn]
-        sections.append(("The spectrum", [page.figure(path, caption) for path, caption in drawn]))
+        sections.append(("The spectrum", [page.figures(drawn)]))
     # Put all of it on one page.
     begun = {names.table_name(row.args) for table in found for row in table.rows.values() if row.runs}
     waiting = sorted({names.table_name(recipe.args) for recipe in wanted} - begun)

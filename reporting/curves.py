@@ -11,9 +11,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from reporting import figures, names
+from reporting.comparisons import is_plain
 from reporting.tables import Row
 
 GROUPS = ("many", "medium", "few")
+MOST_ROWS = 9  # of a figure of curves; of more, none could be told from the others
 PANELS = {
     "val_overall": "validation accuracy, all classes (%)",
     "val_few": "validation accuracy, few-shot (%)",
@@ -25,12 +27,34 @@ PANELS = {
 
 
 def comparative_figures(rows: list[Row]) -> Iterator[tuple]:
-    """All figures that the rows' runs allow."""
-    styles = figures.style_of([row.name for row in rows])
-    yield from by_epoch(rows, styles)
-    yield from by_class(rows, styles)
+    """All figures that the rows' runs allow; curves of many rows by loss, in files that end in _2, _3 and so on."""
+    drawn: dict[str, list[tuple]] = {}
+    for number, part in enumerate(split_by_loss(rows), 1):
+        styles = figures.style_of([row.name for row in part])
+        for name, *rest in (*by_epoch(part, styles), *by_class(part, styles), *of_cuda(part, styles)):
+            drawn.setdefault(name, []).append((name if number == 1 else f"{name}_{number}", *rest))
+    for alike in drawn.values():
+        yield from alike
     yield from by_domain(rows)
-    yield from of_cuda(rows, styles)
+
+
+def split_by_loss(rows: list[Row]) -> list[list[Row]]:
+    """The rows in parts of so few that their curves are told apart: losses in turn, each beside its row without."""
+    if len(rows) <= MOST_ROWS:
+        return [rows]
+    by_loss: dict[tuple, list[Row]] = {}
+    for row in rows:
+        by_loss.setdefault((row.args.get("loss"), row.args.get("prior") == "stage"), []).append(row)
+    parts: list[list[Row]] = [[]]
+    for (loss, _), part in by_loss.items():
+        plain = [row for row in rows if is_plain(row) and row.args.get("loss") == loss][:1]
+        part = plain + [row for row in part if row not in plain]
+        more = [row for row in part if row not in parts[-1]]
+        if len(parts[-1]) + len(more) <= MOST_ROWS:
+            parts[-1] += more
+        else:
+            parts.append(part)
+    return [part for part in parts if part]
 
 
 def curves(row: Row, name: str) -> np.ndarray | None:

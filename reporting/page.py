@@ -9,7 +9,7 @@ from pathlib import Path
 from runtime import files
 
 STYLE = """
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a;
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a;
   background: #fff; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; border-top: 1px solid #ccc;
   padding-top: 1rem; }
@@ -18,7 +18,9 @@ th, td { padding: .25rem .75rem; text-align: right; white-space: nowrap; border-
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
 tbody th { font-weight: normal; white-space: normal; min-width: 8rem; max-width: 22rem; overflow-wrap: anywhere; }
 td.long { white-space: normal; min-width: 11rem; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; height: auto; }
+p { max-width: 60rem; } img { max-width: 100%; height: auto; }
+.figures { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 0 1.5rem; }
+figure { margin: 1.5rem 0; max-width: 100%; } figcaption { width: 0; min-width: 100%; }
 figcaption, .note { color: #444; font-size: .9rem; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: #f4f4f4; padding: .5rem; font-size: .85rem; }
 """
@@ -49,12 +51,16 @@ def commands(title: str, lines: list[str]) -> str:
     return f"<details><summary>{escape(title)}</summary><pre>{escape(chr(10).join(lines))}</pre></details>"
 
 
-def figure(path: Path, caption: str) -> str:
-    """The picture of a PNG file, and what it shows."""
+def figures(drawn: list[tuple[Path, str]]) -> str:
+    """The pictures of PNG files, each above what it shows; as many beside each other as the screen has room for."""
+    return f'<div class="figures">{"".join(_figure(*one) for one in drawn)}</div>'
+
+
+def _figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     text = escape(caption)
     picture = f'<div class="wide"><img alt="{text}" src="data:image/png;base64,{data}"></div>'
-    return f"<figure>{picture}<figcaption>{text}</figcaption></figure>"
+    return f"<figure>{picture}<figcaption>{text}</figcaption></figure>\n"
 
 
 def write(path: Path, title: str, paragraphs: list[str], sections: list[tuple[str, list[str]]]) -> None:

@@ -618,3 +618,21 @@ def test_the_table_of_camera_traps_has_both_domains_and_what_the_paper_reports(t
     rows = {(row["row"], row["epoch"], row["figure"]): row for row in read_csv(tmp_path / "out/table.csv")}
     assert rows["FLYP + adaptive", "last", "OOD macro-F1"]["source"].startswith("DisCL")
     assert rows["FLYP", "best_by_val", "OOD accuracy"]["mean"] == "70.00"
+
+
+def test_curves_of_many_rows_are_drawn_by_loss_each_beside_its_row_without(tmp_path):
+    for loss, more in (("ce", {}), ("bs", {"prior": "real"}), ("bs", {"prior": "stage"}), ("focal", {})):
+        for curriculum in ("none", "all", "d2s", "s2d"):
+            if (loss, curriculum) != ("bs", "none") or more == {"prior": "real"}:  # the prior makes no row without
+                folder = tmp_path / f"{loss}_{curriculum}_{more.get('prior')}"
+                write_run(folder, 0, 70, 40, curriculum, loss=loss, **more)
+    [table] = tables.read(tables.run_folders([tmp_path]), [], report.effective_arguments)
+    parts = [[row.name for row in part] for part in curves.split_by_loss(list(table.rows.values()))]
+    orders = "all levels", "d2s", "s2d"
+    ce, bs, focal = ([name, *(f"{name} + {order}" for order in orders)] for name in ("CE", "BS", "focal"))
+    assert parts == [[*ce, *bs], ["BS", *(f"BS (stage prior) + {order}" for order in orders), *focal]]
+    few = list(table.rows.values())[: curves.MOST_ROWS]
+    assert curves.split_by_loss(few) == [few]
+    report.draw_table(table, tmp_path / "out", "")
+    drawn = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"curriculum.png", "curriculum_2.png"} <= drawn and "curriculum_3.png" not in drawn
