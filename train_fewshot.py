@@ -171,7 +171,6 @@ def main(argv: list[str] | None = None) -> int:
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
     data = datasets.load_shots(args)
-    check_files(args, data.splits)
     levels, synthetic = [], {}
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
@@ -182,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         found = [path for name in ("plan.json", "scores.csv") if (path := args.spectrum / name).is_file()]
         inputs["spectrum"] = files.digest_files(found)
         inputs["synthetic"] = [len(synthetic[level]) for level in sorted(synthetic)]
+    check_files(args, data.splits)
     if args.grid:
         return search(args, lambda point: train(point, data, levels, synthetic, inputs))
     return train(args, data, levels, synthetic, inputs)

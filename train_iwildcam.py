@@ -358,8 +358,6 @@ def main(argv: list[str] | None = None) -> int:
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
-    # Of the training images some may be unreadable; the others have no second chance.
-    check_files(args, {name: part for name, part in data.splits.items() if name != "train"})
     levels, synthetic, hard = [], {}, set()
     sources = [source for part in data.splits.values() for source in part.sources]
     inputs: dict = {"data": files.digest_int(*sources, files.digest_files(data.files))}
@@ -374,6 +372,8 @@ def main(argv: list[str] | None = None) -> int:
             args.edits = additions.check_edits(args)
         else:
             say_hard(args, len(hard), levels, synthetic)
+    # Of the training images some may be unreadable; the others have no second chance.
+    check_files(args, {name: part for name, part in data.splits.items() if name != "train"})
     splits = describe_splits(data.splits, *data.class_names)
     return epochs.run(args, inputs, splits, lambda signals: prepare(args, data, synthetic, levels, hard, signals))
 

@@ -389,7 +389,6 @@ def main(argv: list[str] | None = None) -> int:
     wanted = additions.count_wanted(args, data) if args.add else None
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
-    check_files(args, data.splits)
     # Load the spectrum, and digest all inputs.
     levels, hard_classes, synthetic = [], [], {}
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
@@ -413,6 +412,7 @@ def main(argv: list[str] | None = None) -> int:
         print_gaps(hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:
         inputs["init_checkpoint"] = files.digest_files([args.init_checkpoint])
+    check_files(args, data.splits)
 
     # Train.
     def begin(signals: StopSignals) -> tuple[Trainer, dict]:

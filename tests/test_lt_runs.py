@@ -572,12 +572,22 @@ def test_a_large_image_that_does_not_decode_is_one_line(photographs, tmp_path):
     import shutil
 
     shutil.copytree(photographs, tmp_path / "p")
-    (tmp_path / "p/train/class1/3.jpg").write_bytes(b"no image")
     flags = ["--dataset", "imagefolder", "--data-root", str(tmp_path / "p"), "--model", "resnet8", "--batch-size", "8"]
+    flags += ["--image-size", "32", "--epochs", "1", "--lr", "0.01"]
+    assert train_lt.main([*flags, "--workers", "0", "--out", str(tmp_path / "complete")]) == 0
+    (tmp_path / "p/train/class1/3.jpg").write_bytes(b"no image")
     with pytest.raises(
         UserError, match=r"^1 image cannot be used: train: \S*train/class1/3.jpg \(not a readable image \(.*\)"
     ):
-        train_lt.main([*flags, "--image-size", "32", "--workers", "2", "--out", str(tmp_path / "r")])
+        train_lt.main([*flags, "--workers", "2", "--out", str(tmp_path / "r")])
+    # Images are looked at after what is cheaper to check, and not for a complete run.
+    words = ["--curriculum", "d2s", "--curriculum-epochs", "1", "--spectrum", str(tmp_path / "none")]
+    with pytest.raises(UserError, match="none: no plan.json there"):
+        train_lt.main([*flags, *words, "--out", str(tmp_path / "r")])
+    flags += ["--workers", "0", "--out", str(tmp_path / "complete")]
+    assert train_lt.main(flags) == 0
+    with pytest.raises(UserError, match="^1 image cannot be used"):
+        train_lt.main([*flags, "--overwrite"])
 
 
 def test_decoding_is_the_centre_crop_of_torchvision(tmp_path):

@@ -82,9 +82,13 @@ def build_pool(
 def check_files(args, splits: dict[str, ImageSet]) -> None:
     """Open the header of every image file before anything is trained, and name what cannot be used all at once.
 
+    It takes minutes for a million files: cheaper checks come before it, and a complete run needs none.
+
     Raises:
         UserError: a file is missing, empty or no image.
     """
+    if (args.out / "results.json").is_file() and not args.overwrite:
+        return
     with distributed.first_process_first(args.device):
         if distributed.rank() == 0:
             stop_on_unreadable(splits)
