@@ -215,6 +215,17 @@ def rates(schedule, epochs, **flags):
     return [optimization.learning_rate(args, epoch, 0.25) for epoch in epochs]
 
 
+def test_a_step_of_the_rate_that_is_never_reached_is_said(capsys):
+    words = ["--dataset", "cifar100_lt", "--imb-ratio", "100", "--curriculum", "none"]
+    for more, said in (
+        (["--epochs", "170"], "--step-epochs 180: not within --epochs 170; the rate is not lowered there\n"),
+        (["--epochs", "200"], ""),
+        (["--epochs", "170", "--schedule", "cosine"], ""),
+    ):
+        train_lt.check_flags(train_lt.build_parser().parse_args([*words, *more]))
+        assert capsys.readouterr().out == said
+
+
 def test_learning_rates_by_hand():
     assert rates("cosine", [0, 100, 200]) == pytest.approx([2, 1, 0])
     # Five epochs of warm-up: the first of four steps is at 0.25 / 5. Then a cosine over the 195 epochs left.

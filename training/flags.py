@@ -8,7 +8,7 @@ from pathlib import Path
 
 import curricula
 from runtime import cli
-from training import losses, optimization
+from training import distributed, losses, optimization
 
 DEFAULT_SPECTRUM = Path("runs/spectrum")
 
@@ -244,5 +244,8 @@ def check_flags(args) -> None:
         )
     if args.curriculum != "none" and args.curriculum_epochs > args.epochs:
         raise cli.UserError(f"--curriculum-epochs {args.curriculum_epochs}: expected at most --epochs {args.epochs}")
+    late = [str(epoch) for epoch in args.step_epochs if epoch >= args.epochs]
+    if args.schedule == "steps" and late and distributed.rank() == 0:
+        print(f"--step-epochs {' '.join(late)}: not within --epochs {args.epochs}; the rate is not lowered there")
     if args.level_shares and args.curriculum not in ("d2s", "s2d"):
         raise cli.UserError(f"--level-shares: --curriculum {args.curriculum} has no stages; expected d2s or s2d")
