@@ -119,6 +119,24 @@ def test_a_stopped_run_resumes_to_the_same_bytes(tune, tuned, tmp_path, monkeypa
     assert adapters(tmp_path) == adapters(tuned)
 
 
+def test_a_signal_ends_a_sheet_of_samples_too(tune, tuned, tmp_path, monkeypatch):
+    plain = tuner.Tuner.draw_sheets
+    for ended in ("before", "after"):
+
+        def draw_sheets(self, units, when, ended=ended):
+            if when == ended:
+                self.stop.received = "SIGTERM"
+            plain(self, units, when)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tuner.Tuner, "draw_sheets", draw_sheets)
+            assert tune(tmp_path, "--samples", 1, "--sample-steps", 2) == 75
+        assert not list(tmp_path.glob(f"*/samples_{ended}.png")) and not list(tmp_path.glob(f"*/{tuner.FILE}"))
+    assert tune(tmp_path, "--samples", 1, "--sample-steps", 2) == 0
+    assert len(list(tmp_path.glob("*/samples_*.png"))) == 8
+    assert adapters(tmp_path) == adapters(tuned)
+
+
 @pytest.mark.slow
 def test_shards_share_the_classes_and_change_nothing(tune, tuned, tmp_path):
     assert tune(tmp_path, "--shard", "1/3") == 0

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from runtime.files import digest_int
+from runtime.signals import StopSignals
 
 NOISE_LEVELS = 4  # parts of the timesteps by which losses are told apart, from the least noise up
 
@@ -200,9 +201,9 @@ def noise_parts(values: torch.Tensor, timesteps: torch.Tensor, total: int) -> li
 
 @torch.inference_mode()
 def draw_samples(
-    pipe, prompts: list[list[str]], noise: torch.Tensor, steps: int, guidance: float, side: int
-) -> torch.Tensor:
-    """Images drawn from noise alone, for a sheet: float (N, 3, H, W) in [0, 1] on the CPU.
+    pipe, prompts: list[list[str]], noise: torch.Tensor, steps: int, guidance: float, side: int, stop: StopSignals
+) -> torch.Tensor | None:
+    """Images drawn from noise alone, for a sheet: float (N, 3, H, W) in [0, 1] on the CPU; None after a signal.
 
     The pipeline's own call would put unconditional and conditional images into one batch, which adapters side by side
     cannot tell apart.
@@ -217,6 +218,8 @@ def draw_samples(
     scheduler.set_timesteps(steps, device=pipe.device)
     z = noise.to(pipe.device) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
+        if stop.received:
+            return None
         x = scheduler.scale_model_input(z, timestep).to(pipe.unet.dtype)
         toward, away = (pipe.unet(x, timestep, **told).sample.float() for told in (positive, negative))
         z = scheduler.step(away + guidance * (toward - away), timestep, z).prev_sample

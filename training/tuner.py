@@ -109,20 +109,22 @@ class Tuner:
         bar.update(state["step"] * len(units))
         if state["step"] == 0:
             self.draw_sheets(units, "before")
-        while state["step"] < steps and len(state["failed"]) < len(units):
+        while not self.stop.received and state["step"] < steps and len(state["failed"]) < len(units):
             if state["step"] % max(1, steps // LOOKS) == 0:
                 self.look(units, state)
             rate = self.args.lr * rate_at(state["step"], steps, self.args.warmup_steps)
             self.step(units, state, batch, rate)
             self.steps += len(units)
             bar.update(len(units))
-            if self.stop.received or state["step"] % CHECKPOINT_STEPS == 0:
+            if state["step"] % CHECKPOINT_STEPS == 0:
                 self.save_checkpoint(units, state)
-            if self.stop.received:
-                self.close()
-                return
+        if not self.stop.received:
+            self.draw_sheets(units, "after")
+        if self.stop.received:
+            self.save_checkpoint(units, state)
+            self.close()
+            return
         self.look(units, state)
-        self.draw_sheets(units, "after")
         self.close()
         self.finish(units, state)
 
@@ -264,7 +266,8 @@ class Tuner:
         checkpoints.save_checkpoint(self.folder / "checkpoint.pt", content)
 
     def draw_sheets(self, units: list[Unit], when: str) -> None:
-        """A sheet of samples of each adapter, always from the same noise. A sheet that fails costs nothing else."""
+        """A sheet of samples of each adapter, always from the same noise; none after a signal. A sheet that fails costs
+        nothing else."""
         args = self.args
         if not args.samples:
             return
@@ -278,8 +281,16 @@ class Tuner:
         try:
             with self.autocast():
                 drawn = diffusion.draw_samples(
-                    self.pipe, prompts, torch.cat(noise), args.sample_steps, args.text_guidance, args.resolution
+                    self.pipe,
+                    prompts,
+                    torch.cat(noise),
+                    args.sample_steps,
+                    args.text_guidance,
+                    args.resolution,
+                    self.stop,
                 )
+            if drawn is None:
+                return
             pixels = drawn.nan_to_num().mul(255).round().byte().permute(0, 2, 3, 1).numpy()
             for group, unit in enumerate(units):
                 own = pixels[group * per : (group + 1) * per]
