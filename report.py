@@ -329,10 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     paragraphs = [*(render.findings(table) for table in found), *([INTRODUCTION] if found else [])]
     page.write(args.out / "report.html", "Diffusion Curriculum: results", paragraphs, sections)
     print(f"{args.out}: {', '.join(['report.html', *written])}", flush=True)
-    # Make the gallery last: it takes longest, and nothing else needs it.
+    # Make the gallery last: it takes longest, and nothing else needs it. It was asked for: a failure ends the script.
     if args.gallery:
-        made = decorate("gallery", lambda: [(draw_gallery(args.spectrum, args.data_root, args.out), "")])
-        print("".join(f"{path}\n" for path, _ in made), end="")
+        print(draw_gallery(args.spectrum, args.data_root, args.out))
     return 0
 
 

@@ -350,6 +350,7 @@ ROWS = [
     Row("report", "no spectrum", "--spectrum s --out o", "s: no such folder|no plan.json"),
     Row("report", "gallery of nothing", "--gallery --out o", "--gallery: expected the --spectrum"),
     Row("report", "gallery without scores", "--gallery --spectrum s --out o", "s has neither scores.json nor", {"s/plan.json": "{}"}),
+    Row("report", "gallery without its data", "--gallery --spectrum s --out o", "--dataset imagefolder: expected --data-root", spectrum(plan_J=edit_plan(dataset="imagefolder"))),
     Row("report", "gallery whose note is a list", "--gallery --spectrum s --out o", "scores.json", spectrum() | {"s/scores.json": "[]"}),
     # demo
     Row("demo", "no jobs", "--jobs 0", "--jobs: '0': expected a whole number of 1 or more"),
