@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import gc
 import math
 import os
@@ -290,7 +291,9 @@ def run(main: Callable[[], int]) -> None:
         if error.strerror is None:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
-        print(f"{Path(sys.argv[0]).name}: error: {place}{error.strerror}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        then = "; free some space and run the same command again to resume" if full else ""
+        print(f"{Path(sys.argv[0]).name}: error: {place}{error.strerror}{then}", file=sys.stderr)
         code = 2
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

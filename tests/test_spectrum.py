@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -471,6 +472,12 @@ def test_arguments_out_of_range_are_named(kind, text):
     [
         (UserError("--levels 100: no"), 2, "error: --levels 100: no"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again to resume"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "error: No space left on device; free some space and run the same command again to resume",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "runs"), 2, "error: runs: Permission denied"),
     ],
 )
 def test_bad_input_and_ctrl_c_end_in_one_line(capsys, raised, code, message):
