@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,11 @@ def add_run_flags(parser) -> None:
     parser.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of weights, order and draws")
     cli.add_device_flag(parser)
     parser.add_argument(
-        "--workers", type=cli.whole(0), default=4, metavar="N", help="processes that decode large images"
+        "--workers",
+        type=cli.whole(0),
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that decode large images; by default 4, or as many as there are cores",
     )
     parser.add_argument(
         "--checkpoint-every",
