@@ -7,8 +7,8 @@ Reads:  hard.csv, prompts.json, the images that hard.csv names
 Writes: OUT/plan.json, OUT/shard-00000/*.png and its metadata.jsonl (a row an image; see spectrum/folder.py)
 
 The noise of an image depends on its source, level and seed alone. After a kill the same command resumes; SIGTERM and
-SIGUSR2 end it after the batch in flight, with exit code 75. A folder made with other settings is refused. Images that
-cannot be drawn are listed in the shard's failures.jsonl and make the exit code 1.
+SIGUSR2 end it after the current denoising step, with exit code 75. A folder made with other settings is refused.
+Images that cannot be drawn are listed in the shard's failures.jsonl and make the exit code 1.
 
 Several processes share the work by --shard 0/4 to --shard 3/4. No image is drawn twice: a spectrum begun with four
 shards may be finished with sixteen. --also-draw adds further images to the plan, permanently: a CSV file with the
