@@ -151,8 +151,8 @@ def describe_captioner(args) -> dict:
     }
 
 
-def caption_shard(args, data, stop: signals.StopSignals) -> None:
-    """Caption this shard's images that have no caption yet, and append each batch."""
+def caption_shard(args, data, made_by: dict, stop: signals.StopSignals) -> None:
+    """Caption this shard's images that have no caption yet, and append each batch; note what makes them."""
     import models
     from runtime.device import pick_device
     from spectrum.embeddings import read_training_images
@@ -169,6 +169,7 @@ def caption_shard(args, data, stop: signals.StopSignals) -> None:
             return
         label_of = dict(zip(data.train.sources, data.train.labels.tolist(), strict=True))
         loaded = models.load_captioner(args.captioner, pick_device(args.device), args.revision)
+        files.write_json(args.out / "captions.json", made_by)  # not before: a captioner that fails leaves no note
         captioner = captioning.Captioner(loaded, args.caption_prompt, args.max_new_tokens)
         writer = files.RowWriter(folder, "captions.jsonl")
         with cli.progress(len(todo), "captioning", "image") as bar:
@@ -409,12 +410,10 @@ def main(argv: list[str] | None = None) -> int:
     made_by["sources"] = files.digest_int(*data.train.sources)
     if note.exists():
         runs.stop_on_difference(note, files.read_object(note), made_by, "delete that folder")
-    else:
-        files.write_json(note, made_by)
 
     # Caption what has no caption yet.
     with signals.StopSignals() as stop:
-        caption_shard(args, data, stop)
+        caption_shard(args, data, made_by, stop)
     rows = read_all(args.out)
     missing = [name for name in data.train.sources if name not in rows]
     if stop.received:

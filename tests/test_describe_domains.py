@@ -254,6 +254,12 @@ def test_captions_of_another_model_or_data_set_stop_it(described, tmp_path):
         describe_domains.main(["--captioner", str(ASSETS / "tiny_captioner"), "--out", str(described)])
 
 
+def test_a_captioner_that_cannot_be_loaded_leaves_nothing_that_refuses_the_next(tmp_path):
+    with pytest.raises(UserError, match="expected a folder"):
+        describe_domains.main([*DATA, "--captioner", "/nowhere/at/all", "--out", str(tmp_path)])
+    assert not (tmp_path / "captions.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
