@@ -114,9 +114,9 @@ def decode_some(data: DataSet, count: int) -> list[str]:
     problems, tried = [], Counter()
     for name, part in data.splits.items():
         for place in np.random.default_rng(0).permutation(len(part))[: 0 if part.in_memory else count]:
-            tried[name] += 1
             try:
                 part.read(int(place))
+                tried[name] += 1
             except cli.UserError as error:
                 problems.append(str(error))
     if tried:
@@ -167,9 +167,11 @@ def check(data: DataSet, imb_ratio: float | None, decode: int) -> tuple[list[str
     problems = wrong_counts(data, imb_ratio) + shared_between_splits(data) + wrong_checksums(data) + wrong_names(data)
     unreadable = find_unreadable(data.splits)
     problems += unreadable
-    twins = [] if unreadable else find_twins(data.splits)
-    published = bool(datasets.TABLE[data.name].counts)
-    return problems + decode_some(data, decode) + ([] if published else twins), twins if published else []
+    if unreadable:
+        return problems, []
+    problems += decode_some(data, decode)
+    twins = find_twins(data.splits)
+    return (problems, twins) if datasets.TABLE[data.name].counts else (problems + twins, [])
 
 
 def same_content(data: DataSet) -> list[str]:
@@ -207,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     for kind, lines in (("such oddities", oddities), ("problems", problems)):
         if len(lines) > SHOWN:
             print(f"and {len(lines) - SHOWN} more {kind}")
-    print(f"{len(problems)} problems" if problems else "all as expected")
+    print(f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "all as expected")
     return 1 if problems else 0
 
 

@@ -310,6 +310,13 @@ def most_shards(args) -> int:
     return len(group_units(find_units(args, load_data(args)), args.together))
 
 
+def stop_on_other_plan(folder: Path, plan: dict) -> None:
+    """Raise UserError where a folder of adapters was begun with another plan."""
+    path = folder / "plan.json"
+    if path.exists():
+        runs.stop_on_difference(path, files.read_object(path), plan, "delete that folder")
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # Check everything that needs no model.
@@ -333,22 +340,23 @@ def main(argv: list[str] | None = None) -> int:
         print_forecast(args, todo)
         return 0
 
-    # Write the plan, or stop where the folder has another one.
+    # Stop where the folder has another plan.
     plan = make_plan(args, data, models.generator_dtype(args.dtype, device))
-    path = args.out / "plan.json"
-    if path.exists():
-        runs.stop_on_difference(path, files.read_object(path), plan, "delete that folder")
+    stop_on_other_plan(args.out, plan)
     folder = args.out / f"shard-{args.shard.index:05d}"
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         stack.enter_context(runs.claim(folder))
         write_inputs(args, data)
-        files.write_json(path, plan)
         if not todo:
             return 0
 
-        # Tune group after group with one loaded generator.
+        # Write the plan once the generator is loaded: one that fails leaves none that another would be refused by.
         pipe = models.load_generator(args.generator, device, args.revision, args.dtype)
+        stop_on_other_plan(args.out, plan)  # another shard's, perhaps written since
+        files.write_json(args.out / "plan.json", plan)
+
+        # Tune group after group.
         work = tuner.Tuner(args, pipe, data, plan, folder, stop)
         began = time.monotonic()
         total = sum(tuner.batch_and_steps(args, len(unit.places))[1] for group in todo for unit in group)

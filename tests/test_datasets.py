@@ -403,7 +403,13 @@ def test_the_check_names_counts_and_checksums(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "train: 6 found, 115846 expected" in said and "998 classes without an image" in said
     assert "ImageNet_LT_train.txt: another file than the published one" in said
-    assert "n01440764_2.JPEG: not a readable image" in said
+    assert said.count("n01440764_2.JPEG") == 1 and "n01440764_2.JPEG (not a readable image" in said
+    Image.linear_gradient("L").save(tmp_path / "torn.jpg")
+    torn = (tmp_path / "torn.jpg").read_bytes()[:2000]  # with its header
+    (tmp_path / "train/n01440764/n01440764_2.JPEG").write_bytes(torn)
+    assert check_data.main(["--dataset", "imagenet_lt", "--data-root", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "decoded 5 of 6 train images" in said and "n01440764_2.JPEG: not a readable image" in said
 
 
 def test_the_check_finds_images_in_two_splits(tmp_path, capsys):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import datasets
+import models
 import tune_generator
 from loaders import digits
 from runtime.cli import UserError
@@ -108,6 +109,17 @@ def test_generation_finds_its_images_and_prompts_beside_the_adapters(tuned):
     assert sorted(row.label for row in hard) == sorted(LABELS * 2)
     assert tables.read_prompts(tuned / "prompts.json", LABELS)[5]["prompts"] == ["a photo of a five"]
     assert len(json.loads((tuned / "plan.json").read_text())["class_names"]) == 4
+
+
+def test_a_generator_that_does_not_load_leaves_no_plan(tune, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("--generator: no such thing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load_generator", fail)
+        with pytest.raises(UserError, match="no such thing"):
+            tune(tmp_path)
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_a_stopped_run_resumes_to_the_same_bytes(tune, tuned, tmp_path, monkeypatch):

@@ -248,7 +248,9 @@ def check_flags(args) -> None:
             "more, or --curriculum none"
         )
     if args.curriculum != "none" and args.curriculum_epochs > args.epochs:
-        raise cli.UserError(f"--curriculum-epochs {args.curriculum_epochs}: expected at most --epochs {args.epochs}")
+        raise cli.UserError(
+            f"--curriculum-epochs {args.curriculum_epochs}: expected at most --epochs {args.epochs}; pass both"
+        )
     late = [str(epoch) for epoch in args.step_epochs if epoch >= args.epochs]
     if args.schedule == "steps" and late and distributed.rank() == 0:
         print(f"--step-epochs {' '.join(late)}: not within --epochs {args.epochs}; the rate is not lowered there")
