@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.add:
             args.edits = additions.check_edits(args)
         inputs["spectrum"] = files.digest_files(spectrum_folder.decisive_files(args.spectrum))
-        print_gaps(hard_classes, synthetic, data.class_names)
+        print_gaps(args, hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:
         inputs["init_checkpoint"] = files.digest_files([args.init_checkpoint])
     check_files(args, data.splits)

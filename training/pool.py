@@ -135,13 +135,13 @@ def method_of(args) -> str:
     return found
 
 
-def print_gaps(hard_classes: list[int], synthetic: dict[int, ImageSet], class_names: list[str]) -> None:
+def print_gaps(args, hard_classes: list[int], synthetic: dict[int, ImageSet], class_names: list[str]) -> None:
     """Say which hard classes the filter left without an image at a level, and what training does there."""
     there = {level: set(synthetic[level].labels.tolist()) for level in sorted(synthetic)}
     gaps = [(label, level) for level, labels in there.items() for label in hard_classes if label not in labels]
     if gaps and distributed.rank() == 0:
+        more = "" if args.add else "; filter_clipscore.py --min-per-class-level plans more of them"
         print(
             f"{len(gaps)} of {len(hard_classes) * len(synthetic)} hard classes and levels have no accepted image, the "
-            f"first {class_names[gaps[0][0]]} at level {gaps[0][1]}: there a class has its real images alone; "
-            "filter_clipscore.py --min-per-class-level plans more of them"
+            f"first {class_names[gaps[0][0]]} at level {gaps[0][1]}: there a class has its real images alone{more}"
         )
