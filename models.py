@@ -222,7 +222,7 @@ def load_generator(
             **{name: options[name] for name in names},
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"--generator {name_or_path}: cannot be loaded: {why_not_loaded(error)}") from error
     if getattr(pipe, "safety_checker", None) is not None:
         pipe.safety_checker = None
     if hasattr(pipe, "watermark"):
@@ -248,10 +248,25 @@ def pipeline_config(name_or_path: str, revision: str | None = None) -> dict:
 
             config = diffusers.DiffusionPipeline.load_config(name_or_path, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"--generator {name_or_path}: cannot be loaded: {why_not_loaded(error)}") from error
     if not isinstance(config, dict) or not isinstance(config.get("_class_name"), str):
         raise UserError(f"--generator {name_or_path}: model_index.json names no pipeline; expected one of diffusers")
     return config
+
+
+def why_not_loaded(error: Exception) -> str:
+    """The first line of an error of diffusers, which says that a file is missing where the hub cannot be reached."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, LocalEntryNotFoundError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return first_line(error)
+    return (
+        "the Hugging Face hub cannot be reached, and no copy is here; expected a network, a copy downloaded where "
+        "there is one (hf download), or a folder"
+    )
 
 
 def editor_kind(name_or_path: str, revision: str | None = None) -> str:
@@ -347,7 +362,7 @@ def latent_multiple(name_or_path: str, revision: str | None = None) -> int:
         try:
             config = diffusers.AutoencoderKL.load_config(name_or_path, subfolder="vae", revision=revision)
         except (OSError, ValueError) as error:
-            raise UserError(f"--generator {name_or_path}: cannot be loaded: {first_line(error)}") from error
+            raise UserError(f"--generator {name_or_path}: cannot be loaded: {why_not_loaded(error)}") from error
     halvings = len(config.get("temperal_downsample", config.get("block_out_channels", [0] * 4)[1:]))
     return 2**halvings * (2 if _packs_latents(name_or_path, revision) else 1)
 
