@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import forks
 import numpy as np
@@ -20,7 +22,7 @@ import datasets
 import train_lt
 from runtime import checkpoints, files, runs, signals
 from runtime.cli import UserError
-from training import losses, stores
+from training import distributed, evaluation, losses, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
 ONE_EPOCH = ["--epochs", "1", "--curriculum-epochs", "0"]
@@ -291,12 +293,16 @@ def test_a_checkpoint_of_another_architecture_is_named_and_one_of_the_same_is_ta
     assert torch.equal(states[0]["head.weight"], states[1]["head.weight"])
 
 
-def test_a_loss_that_is_not_finite_in_a_later_epoch_keeps_the_checkpoint_before(road, tmp_path, monkeypatch):
-    per_image, epochs = losses.per_image, []
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_loss_that_is_not_finite_in_a_later_epoch_keeps_the_checkpoint_before(road, tmp_path, monkeypatch, signalled):
+    """Also where a signal comes after it, which would write a checkpoint that no run can resume."""
+    per_image, steps = losses.per_image, []
 
     def spoil(*args):
-        epochs.append(1)
-        return per_image(*args) * (float("nan") if len(epochs) > 15 else 1)
+        steps.append(1)
+        if signalled and len(steps) == 17:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return per_image(*args) * (float("nan") if len(steps) > 15 else 1)
 
     monkeypatch.setattr(losses, "per_image", spoil)
     with pytest.raises(UserError, match="epoch 1: the loss is not finite"):
@@ -401,6 +407,26 @@ def test_the_other_process_leaves_with_the_first(tmp_path):
     assert first.returncode and other.returncode
     assert "args.seed is 1 there, 2 here" in first.stderr, first.stderr
     assert "the first process has stopped" in other.stderr, other.stderr
+
+
+def test_more_processes_than_images_evaluate_them(tmp_path):
+    """As adaptive's few held-out images on eight GPUs: the processes without one have nothing to do."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    data = SimpleNamespace(class_names=["a", "b", "c"], mean=(0.5,) * 3, std=(0.5,) * 3)
+    weight = torch.linspace(-1, 1, 3 * 48).reshape(3, 48)
+
+    def act() -> None:
+        distributed.start("cpu")
+        store = stores.InMemory(pixels, "cpu", "contiguous")
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3, bias=False))
+        model.load_state_dict({"1.weight": weight})
+        print(evaluation.predict(model, store, np.arange(2), data, "cpu").tolist())
+        distributed.stop()
+
+    expected = torch.from_numpy(pixels).permute(0, 3, 1, 2).flatten(1).float().div(127.5).sub(1) @ weight.T
+    for done in forks.train_together(act, tmp_path, 3):
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert np.allclose(json.loads(done.stdout), expected, atol=1e-4)
 
 
 @pytest.mark.slow

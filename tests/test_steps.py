@@ -111,7 +111,8 @@ def fake_cuda(monkeypatch, trainer, fails: bool = False) -> list[FakeGraph]:
     made = []
 
     @contextmanager
-    def record(graph, stream):
+    def record(graph, stream, capture_error_mode="global"):
+        assert capture_error_mode == "thread_local"  # the thread that pins batches meanwhile asks CUDA for memory
         if fails:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         graph.owner = trainer.step_graph

@@ -88,7 +88,8 @@ class StepGraph:
         optimizer.zero_grad(set_to_none=True)  # the graph's gradients are to lie in its own memory
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            # Of this thread alone: another pins the next batches meanwhile, which would end the recording and the run.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.loss = self.trainer.update(self.batch)
         except RuntimeError as error:
             torch.cuda.set_stream(current)

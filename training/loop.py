@@ -221,6 +221,7 @@ class Trainer:
                     looked = self.look_at_loss(looked, total, epoch)
                 if number + 1 < len(parts) and (distributed.world() == 1 or number % 10 == 0) and self.signalled():
                     total = distributed.total(total, self.device) / distributed.world()
+                    stop_on_bad_loss(total.item(), epoch)  # no checkpoint of it: the last good one stays
                     raise Stopped({"batches": number + 1, "total": total} | current_draws(generator, self.device))
 
         # What the pass came to.

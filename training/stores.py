@@ -103,9 +103,10 @@ class InMemory:
             yield images
 
     def evaluation(self, places: np.ndarray, batch_size: int) -> Iterator[torch.Tensor]:
-        """Batches of the images at `places`, int (n,), in that order."""
-        for part in torch.from_numpy(places).to(self.images.device).split(batch_size):
-            yield self.images[part]
+        """Batches of the images at `places`, int (n,), in that order; none where there are no places."""
+        chosen = torch.from_numpy(places).to(self.images.device)
+        for start in range(0, len(places), batch_size):  # split() gives an empty batch of no places
+            yield self.images[chosen[start : start + batch_size]]
 
 
 class Decoded:
