@@ -157,7 +157,7 @@ def load_trained(run: Path, trained: dict, classes: int, image_size: int) -> nn.
 # The shipped one, and samplers that add no noise in a step and can start image-to-image from any level.
 SCHEDULERS = {
     "shipped": None,
-    "ddim": ("DDIMScheduler", {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # its default, for pixels, cuts latents off at 1
     "euler": ("EulerDiscreteScheduler", {}),
     "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
 }

@@ -133,6 +133,16 @@ def test_levels_by_noise_begin_at_their_own_noise_whatever_the_steps(level):
     assert (drawn - euler_from(pipe, unit, source, text, FOUR_STEPS[level])).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("level", [0, 50, 90])
+def test_ddim_follows_its_formula_unclipped(level):
+    """DDIM without noise is Euler's method; latents reach far beyond the 1 that it would clip pixels to."""
+    pipe = models.load_generator(TINY, "cpu", scheduler="ddim")
+    drawn, units, sources, texts = draw_nines(pipe, level)
+    timesteps = list(range(999 - 10 * level, 0, -100))
+    for ours, *asked in zip(drawn, units, sources, texts, strict=True):
+        assert (ours - euler_from(pipe, *asked, timesteps)).abs().max() < 1e-4
+
+
 def test_a_four_step_spectrum_by_noise_has_six_levels(road, tmp_path, capsys):
     command = [*road.inputs, "--out", str(tmp_path / "s"), "--levels", "0", "10", "30", "50", "70", "90"]
     command += ["--seeds", "1", "--steps", "4"]
