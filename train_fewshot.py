@@ -33,6 +33,7 @@ from curricula import REAL
 from loaders.base import DataSet, ImageSet
 from runtime import cli, files
 from runtime.signals import StopSignals
+from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
 from training import distributed, epochs, flags, optimization
 from training.fewshot import Trainer
@@ -147,6 +148,11 @@ def complete_flags(args) -> None:
         raise cli.UserError(f"--batch-size {args.batch_size}: expected an even number, half of it real images")
     if args.curriculum_epochs is None:
         args.curriculum_epochs = args.epochs
+    if args.images == "synthetic" and args.curriculum_epochs < args.epochs:
+        raise cli.UserError(
+            f"--curriculum-epochs {args.curriculum_epochs}: the epochs after it have real images alone; expected "
+            f"{args.epochs}, as --epochs, with --images synthetic"
+        )
     flags.check_flags(args)
 
 
@@ -175,11 +181,12 @@ def main(argv: list[str] | None = None) -> int:
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
     if args.curriculum != "none":
         levels, _ = prepare_spectrum(args)
+        if min(levels) == REAL:
+            raise cli.UserError(f"--images {args.images}: no level below {REAL} is asked for; expected one")
         args.method = method_of(args)
         epochs.stage_of(args, 0, levels)
         synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data, False)
-        found = [path for name in ("plan.json", "scores.csv") if (path := args.spectrum / name).is_file()]
-        inputs["spectrum"] = files.digest_files(found)
+        inputs["spectrum"] = files.digest_files(spectrum_folder.decisive_files(args.spectrum))
         inputs["synthetic"] = [len(synthetic[level]) for level in sorted(synthetic)]
     check_files(args, data.splits)
     if args.grid:
@@ -200,8 +207,9 @@ def search(args, run: Callable) -> int:
         chosen = dict(zip([name for name, _ in args.grid], values, strict=True))
         name = "_".join(f"{flag}-{value:g}" for flag, value in chosen.items())
         point = argparse.Namespace(**(vars(args) | chosen | {"grid": [], "out": args.out / "grid" / name}))
-        if "epochs" in chosen:
-            point.curriculum_epochs = min(args.curriculum_epochs, point.epochs)
+        if "epochs" in chosen:  # a curriculum to the end of the run is one in each of them
+            whole = args.curriculum_epochs == args.epochs
+            point.curriculum_epochs = point.epochs if whole else min(args.curriculum_epochs, point.epochs)
         flags.check_flags(point)
         code = run(point)
         if code:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import train_fewshot
 from loaders.base import ASSETS
 from reporting import names
 from runtime.cli import UserError
-from spectrum import tables
+from spectrum import edits, tables
+from spectrum import folder as spectrum_folder
 from training import fewshot, losses
 
 SHORT = ["--dataset", "fewshot_digits", "--shots", "2", "--epochs", "2", "--batch-size", "8", "--warmup-epochs", "0"]
@@ -182,12 +184,35 @@ def test_the_grid_takes_the_setting_that_is_best_on_validation(tmp_path):
     assert train(tmp_path, "--images", "real", "--grid", "lr=0,0.003", "--epochs", "12") == found  # nothing is redone
 
 
+def test_a_longer_run_of_the_grid_has_synthetic_images_to_its_end(spectrum, tmp_path):
+    flags = ["--images", "synthetic", "--model", "resnet8", "--spectrum", spectrum, "--grid", "epochs=1,4"]
+    train(tmp_path, *flags)
+    for epochs in (1, 4):
+        rows = (tmp_path / f"grid/epochs-{epochs}/history.jsonl").read_text().splitlines()
+        assert [json.loads(row)["synthetic_share"] for row in rows] == [1.0] * epochs
+
+
+def test_a_run_whose_edits_were_filtered_since_is_another(spectrum, tmp_path):
+    shutil.copytree(spectrum, tmp_path / "s")
+    flags = ["--images", "both", "--model", "resnet8", "--spectrum", tmp_path / "s"]
+    names = [row["file_name"] for row in spectrum_folder.read_rows(tmp_path / "s")]
+    for kept in (names[:20], names[10:]):
+        columns = {"file_name": names, "kept": [int(name in kept) for name in names]}
+        edits.write_edits(tmp_path / "s/edits.csv", columns)
+        if kept == names[:20]:
+            train(tmp_path / "run", *flags)
+    with pytest.raises(UserError, match="inputs.spectrum"):
+        train(tmp_path / "run", *flags)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--images", "both", "--batch-size", "7"], "--batch-size 7: expected an even number"),
         (["--images", "both", "--curriculum", "none"], "--curriculum none: --images both has synthetic images"),
         (["--images", "synthetic", "--curriculum", "d2s"], "--curriculum d2s: ends with real images"),
+        (["--images", "synthetic", "--curriculum-epochs", "1"], "--curriculum-epochs 1: the epochs after it have"),
+        (["--images", "both", "--spectrum", "SPECTRUM", "--levels", "100"], "--images both: no level below 100"),
         (["--template", "digit"], "--template 'digit': expected a text with {}"),
         (["--shots", "99", "--images", "real"], "--shots 99: class zero"),
         (["--images", "both", "--spectrum", "SPECTRUM", "--method", "cls"], "--method cls: "),
