@@ -135,7 +135,7 @@ def embed(args, data, rows: list[dict], clip, real: list[str]) -> tuple[np.ndarr
 
 
 def base_probabilities(args, data, run: Path, sets: dict[str, tuple[list[str], object]]) -> dict[str, np.ndarray]:
-    """A run's class probabilities of several sets of images: set -> (N, C).
+    """A run's class probabilities of several sets of images: set -> (N, C), cropped as the run crops them.
 
     Args:
         sets: name -> names that the images are cached under, and the images (ImageSet).
@@ -143,12 +143,13 @@ def base_probabilities(args, data, run: Path, sets: dict[str, tuple[list[str], o
     import models
     from runtime.device import pick_device
     from spectrum import embeddings
-    from training import evaluation, stores
+    from training import evaluation, losses, stores
 
     trained = runs.read_arguments(run)
+    crop, scale = stores.crop_of(trained["augment"]), losses.softmax_scale(trained["loss"])
     digest = files.digest_files([run / "checkpoint.pt"])
     caches = {
-        what: VectorCache(args.spectrum / "edits" / f"run_{what}_{digest}.npz", len(data.class_names)) for what in sets
+        what: VectorCache(args.spectrum / "edits" / f"base_{what}_{digest}.npz", len(data.class_names)) for what in sets
     }
     device, model = pick_device(args.device), None
     for what, (names, images) in sets.items():
@@ -159,12 +160,12 @@ def base_probabilities(args, data, run: Path, sets: dict[str, tuple[list[str], o
         size = data.train.images.shape[1] if data.train.in_memory else trained["image_size"]
         model = model or models.load_trained(run, trained, len(data.class_names), size).to(device)
         workers = embeddings.default_workers(device) if args.workers is None else args.workers
-        store = stores.build([images], device, size, workers, "contiguous")
+        store = stores.build([images], device, size, workers, "contiguous", crop=crop)
         with cli.progress(len(places), f"{run.name}: {what}", "image") as bar:
             for start in range(0, len(places), 8 * args.batch_size):
                 some = places[start : start + 8 * args.batch_size]
                 logits = evaluation.predict(model, store, some, data, device, batch_size=args.batch_size)
-                caches[what].add([names[place] for place in some], logits.softmax(1).numpy())
+                caches[what].add([names[place] for place in some], (logits * scale).softmax(1).numpy())
                 bar.update(len(some))
         caches[what].save()
     return {what: caches[what].get(names) for what, (names, _) in sets.items()}
@@ -181,7 +182,7 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
     for run in args.checkpoint:
         if not (run / "checkpoint.pt").is_file():
             raise cli.UserError(f"--checkpoint {run}: no checkpoint.pt there; expected a run of train_lt.py")
-        trained = runs.read_arguments(run)
+        trained = runs.read_arguments(run, "model", "loss", "image_size", "augment")
         for name in ("dataset", "imb_ratio", "data_seed"):
             if trained.get(name) != getattr(args, name):
                 raise cli.UserError(

@@ -25,7 +25,7 @@ import numpy as np
 
 import datasets
 from loaders.base import DataSet
-from runtime import checkpoints, cli, files, runs
+from runtime import cli, files, runs
 from spectrum import tables
 from spectrum.flags import add_clip_flag, add_device_flags
 
@@ -100,14 +100,6 @@ def find_few(data: DataSet, few_below: int) -> list[int]:
 # confidence
 
 
-def evaluated_weights(state: dict) -> dict:
-    """The weights that a run's accuracies are of: the moving average where it has one."""
-    if "average" not in state:
-        return state["model"]
-    prefix = "module."
-    return {name.removeprefix(prefix): value for name, value in state["average"].items() if name.startswith(prefix)}
-
-
 def checkpoint_batches(args, data: DataSet, places: list[int]):
     """Batches of (places, probabilities of all classes (n, C) or None, place -> error), by a checkpoint.
 
@@ -118,13 +110,13 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     """
     import torch
 
-    from models import build_classifier
+    import models
     from runtime.device import pick_device
     from spectrum import embeddings
     from training import evaluation, losses, stores
 
     # Check that the run is of this data.
-    trained = runs.read_arguments(args.checkpoint, "dataset", "model", "loss", "image_size")
+    trained = runs.read_arguments(args.checkpoint, "dataset", "model", "loss", "image_size", "augment")
     for name in ("dataset", "imb_ratio", "data_seed"):
         if trained.get(name) != getattr(args, name):
             raise cli.UserError(
@@ -134,24 +126,18 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     device = pick_device(args.device)
     # Load its model.
     size = data.train.images.shape[1] if data.train.in_memory else trained["image_size"]
-    model = build_classifier(trained["model"], len(data.class_names), size, cosine_head=trained["loss"] == "ldam")
-    path = args.checkpoint / "checkpoint.pt"
-    if not path.is_file():
+    if not (args.checkpoint / "checkpoint.pt").is_file():
         raise cli.UserError(f"--checkpoint {args.checkpoint}: no checkpoint.pt there; expected a run of train_lt.py")
-    try:
-        model.load_state_dict(evaluated_weights(checkpoints.load_checkpoint(path, "cpu")))
-    except (KeyError, RuntimeError) as error:
-        raise cli.UserError(f"{path}: does not fit the model {trained['model']} of args.json") from error
+    model = models.load_trained(args.checkpoint, trained, len(data.class_names), size).to(device)
     # Evaluate the training images.
-    model.to(device).eval()
     workers = embeddings.default_workers(device) if args.workers is None else args.workers
-    store = stores.build([data.train], device, size, workers, "contiguous")
+    crop, scale = stores.crop_of(trained["augment"]), losses.softmax_scale(trained["loss"])
+    store = stores.build([data.train], device, size, workers, "contiguous", crop=crop)
     done = 0
     for images in store.evaluation(np.array(places), args.batch_size):
         with torch.inference_mode():
             logits = evaluation.forward(model, store, images, data)
-        probabilities = (logits * (losses.LDAM_SCALE if trained["loss"] == "ldam" else 1)).softmax(1)
-        yield list(range(done, done + len(images))), probabilities, {}
+        yield list(range(done, done + len(images))), (logits * scale).softmax(1), {}
         done += len(images)
 
 

@@ -135,8 +135,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(weights)
 
 
+def evaluated_weights(state: dict) -> dict:
+    """The weights that a run's accuracies are of: the moving average where it has one."""
+    if "average" not in state:
+        return state["model"]
+    prefix = "module."
+    return {name.removeprefix(prefix): value for name, value in state["average"].items() if name.startswith(prefix)}
+
+
 def load_trained(run: Path, trained: dict, classes: int, image_size: int) -> nn.Module:
     """The classifier of a run of train_lt.py after its last epoch, in evaluation mode, on the CPU.
+
+    Its weights are those that the run's accuracies are of.
 
     Args:
         trained: the run's arguments (args.json).
@@ -148,7 +158,7 @@ def load_trained(run: Path, trained: dict, classes: int, image_size: int) -> nn.
 
     model = build_classifier(trained["model"], classes, image_size, cosine_head=trained["loss"] == "ldam")
     try:
-        model.load_state_dict(checkpoints.load_checkpoint(run / "checkpoint.pt", "cpu")["model"])
+        model.load_state_dict(evaluated_weights(checkpoints.load_checkpoint(run / "checkpoint.pt", "cpu")))
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{run / 'checkpoint.pt'}: does not fit the model {trained['model']} of args.json") from error
     return model.eval()

@@ -147,8 +147,7 @@ class Trainer(loop.Trainer):
     wanted: np.ndarray | None = None
 
     def __post_init__(self):
-        if self.args.loss == "ldam":
-            self.softmax_scale = losses.LDAM_SCALE
+        self.softmax_scale = losses.softmax_scale(self.args.loss)
 
     def batch_loss(self, batch: loop.Batch):
         """See training.Trainer."""
@@ -467,7 +466,7 @@ def build_store(args, sets: list[ImageSet], device: str, randaugment: bool = Fal
     """The images of some sets as one store (training/stores.py)."""
     from training import stores
 
-    crop = stores.WHOLE if args.augment == "resize" else stores.IMAGENET_CROP
+    crop = stores.crop_of(args.augment)
     return stores.build(sets, device, args.image_size, args.workers, args.memory_format, randaugment, crop)
 
 

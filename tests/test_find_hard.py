@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from small_data import draw_toycam
+from torchvision.transforms.v2 import functional
 
 import datasets
+import filter_edits
 import find_hard
 import train_lt
 from loaders.base import ASSETS
@@ -161,6 +164,43 @@ def test_a_run_gives_the_probabilities_of_its_averaged_weights_and_ldams_scale(t
         cosines = model(torch.from_numpy(data.train.images).permute(0, 3, 1, 2).float() / 127.5 - 1)
     expected = (30 * cosines).softmax(1)[torch.arange(184), data.train.labels]
     assert [float(row["score"]) for row in hard_rows(out)] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_run_judges_images_as_it_evaluates_them(tmp_path):
+    """Whole where it was trained on whole ones, by averaged weights, at LDAM's scale; in filter_edits.py too."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 1), ("test", 1)):
+        for label in range(2):
+            folder = tmp_path / "data" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):  # wide ones, whose ends differ from their middle
+                pixels = np.concatenate([rng.integers(0, 256, (16, 16, 3)) // (1 + shade) for shade in range(3)], 1)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    data_flags = ["--dataset", "imagefolder", "--data-root", str(tmp_path / "data")]
+    flags = ["--epochs", "1", "--curriculum", "none", "--model", "resnet8", "--image-size", "16", "--batch-size", "4"]
+    flags += ["--augment", "resize", "--loss", "ldam", "--ema", "0.5", "--device", "cpu", "--workers", "0"]
+    run, out = tmp_path / "run", tmp_path / "hard.csv"
+    assert train_lt.main([*data_flags, *flags, "--out", str(run)]) == 0
+
+    data = datasets.load("imagefolder", None, tmp_path / "data")
+    model = build_classifier("resnet8", 2, cosine_head=True).eval()
+    average = torch.load(run / "checkpoint.pt", weights_only=True)["average"]
+    del average["n_averaged"]
+    model.load_state_dict({name.removeprefix("module."): value for name, value in average.items()})
+    images = torch.stack([functional.pil_to_tensor(Image.open(path)) for path in data.train.images])
+    squeezed = functional.resize(images, [16, 16], antialias=True).float() / 255
+    with torch.no_grad():
+        cosines = model(functional.normalize(squeezed, list(data.mean), list(data.std)))
+    expected = (30 * cosines).softmax(1)
+
+    arguments = [*data_flags, "--rule", "confidence", "--checkpoint", str(run), "--fraction", "1", "--out", str(out)]
+    assert find_hard.main(arguments) == 0
+    own = expected[torch.arange(12), data.train.labels].tolist()
+    assert [float(row["score"]) for row in hard_rows(out)] == pytest.approx(own, abs=1e-4)
+    args = SimpleNamespace(spectrum=tmp_path, device="cpu", workers=0, batch_size=4)
+    sets = {"train": (data.train.sources, data.train)}
+    found = filter_edits.base_probabilities(args, data, run, sets)["train"]
+    assert np.allclose(found, expected, atol=1e-4)
 
 
 def test_an_unreadable_training_image_is_left_out_and_named(tmp_path, monkeypatch, capsys):

@@ -97,6 +97,11 @@ def per_image(args, logits: torch.Tensor, labels: torch.Tensor, counts: torch.Te
     return F.cross_entropy(logits, labels, reduction="none")
 
 
+def softmax_scale(loss: str) -> float:
+    """What the logits of a model trained with this loss are multiplied by to give probabilities."""
+    return LDAM_SCALE if loss == "ldam" else 1.0
+
+
 def contrastive(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor | float, same: torch.Tensor | None = None
 ) -> torch.Tensor:

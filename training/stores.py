@@ -49,6 +49,11 @@ WHOLE = Crop(whole=True)
 CLIP_CROP = Crop(least_area=0.9, zoom=1.0, filter="bicubic")  # open_clip's, which FLYP takes
 
 
+def crop_of(augment: str) -> Crop:
+    """How train_lt.py crops image files with this --augment, also where it evaluates."""
+    return WHOLE if augment == "resize" else IMAGENET_CROP
+
+
 def build(
     sets: list[ImageSet],
     device: str,
