@@ -26,6 +26,7 @@ import numpy as np
 import datasets
 from loaders.base import DataSet
 from runtime import cli, files, runs
+from spectrum import folder as spectrum_folder
 from spectrum import tables
 from spectrum.flags import add_clip_flag, add_device_flags
 
@@ -166,15 +167,18 @@ def probabilities(args, data: DataSet) -> np.ndarray:
     Raises:
         UserError: the model gives a probability that is not finite, or the scores there are another model's.
     """
-    model = args.checkpoint or Path(args.clip)
-    paths = [model / "checkpoint.pt"] if args.checkpoint else sorted(model.glob("*")) if model.is_dir() else []
+    if args.checkpoint:
+        path = args.checkpoint / "checkpoint.pt"
+        model, digest = args.checkpoint.name, files.digest_files([path] if path.is_file() else [])
+    else:
+        model, digest = spectrum_folder.describe_clip(args.clip).values()
     made_by = {
         "dataset": args.dataset,
         "imb_ratio": args.imb_ratio,
         "images": len(data.train),
         "class_names": files.digest_int(*data.class_names),
-        "model": model.name if model.is_dir() else args.clip,
-        "model_digest": files.digest_files([file for file in paths if file.is_file()]),
+        "model": model,
+        "model_digest": digest or files.digest_files([]),
         "templates": args.templates if args.clip else [],
     }
     path, note = args.out.with_suffix(".probabilities.jsonl"), args.out.with_suffix(".probabilities.json")

@@ -71,17 +71,17 @@ def read_plan(folder: Path) -> dict:
 
 
 def describe_clip(name: str) -> dict[str, str]:
-    """The identity of a CLIP: `clip`, its name, and `clip_digest`, a digest of its files where it is a folder.
+    """The identity of a CLIP: `clip`, its name, and `clip_digest`, a digest of its files where they are named.
 
-    A folder may move or be trained again: its content counts, not its place.
+    They may move or be trained again: their content counts, not their place.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        return {"clip": name, "clip_digest": ""}
-    return {
-        "clip": folder.name,
-        "clip_digest": digest_files(sorted(path for path in folder.glob("*") if path.is_file())),
-    }
+    folder, (architecture, _, weights) = Path(name), name.partition(":")
+    if folder.is_dir():
+        files = sorted(path for path in folder.glob("*") if path.is_file())
+        return {"clip": folder.name, "clip_digest": digest_files(files)}
+    if weights and Path(weights).is_file():
+        return {"clip": f"{architecture}:{Path(weights).name}", "clip_digest": digest_files([Path(weights)])}
+    return {"clip": name, "clip_digest": ""}
 
 
 def read_rows(folder: Path, decode: bool = False) -> list[dict]:

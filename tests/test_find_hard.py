@@ -16,12 +16,14 @@ from torchvision.transforms.v2 import functional
 import datasets
 import filter_edits
 import find_hard
+import models
 import train_lt
 from loaders.base import ASSETS
 from models import build_classifier
 from runtime import files
 from runtime.cli import UserError
 from spectrum import embeddings, tables
+from spectrum import folder as spectrum_folder
 
 CLIP = ["--rule", "confidence", "--clip", str(ASSETS / "tiny_clip")]
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -122,6 +124,25 @@ def test_a_killed_run_goes_on_and_another_model_is_refused(tmp_path, capsys):
     assert len(tables.read_probabilities(sidecar)) == 184
     with pytest.raises(UserError, match="templates is .*Expected the same.*or delete"):
         find_hard.main([*CLIP, "--templates", "a {} in blue ink", "--out", str(out)])
+
+
+def test_weights_trained_again_in_the_same_file_are_another_model(tmp_path, monkeypatch):
+    """As a run's clip.safetensors is named; the same weights elsewhere are the same model."""
+    shipped, load = ASSETS / "tiny_clip", models.load_clip
+    monkeypatch.setattr(models, "load_clip", lambda name, device: load(str(shipped), device))
+    (tmp_path / "moved").mkdir()
+    for folder in (tmp_path, tmp_path / "moved"):
+        (folder / "clip.safetensors").write_bytes(b"weights")
+    flags = ["--rule", "confidence", "--out", str(tmp_path / "hard.csv"), "--clip"]
+    clips = [f"tiny:{folder / 'clip.safetensors'}" for folder in (tmp_path, tmp_path / "moved")]
+    assert find_hard.main([*flags, clips[0]]) == 0
+    (tmp_path / "clip.safetensors").write_bytes(b"other weights")
+    with pytest.raises(UserError, match="model_digest is .*Expected the same.*or delete"):
+        find_hard.main([*flags, clips[0]])
+    assert find_hard.main([*flags, clips[1]]) == 0
+    described = [spectrum_folder.describe_clip(clip) for clip in clips]  # as the other steps have it
+    assert {one["clip"] for one in described} == {"tiny:clip.safetensors"}
+    assert described[0]["clip_digest"] != described[1]["clip_digest"]
 
 
 def test_a_run_of_train_lt_gives_the_probabilities(tmp_path):
