@@ -146,6 +146,9 @@ class Trainer(loop.Trainer):
         keep = slice(None)
         if distributed.world() > 1 or not readable.all():
             keep = distributed.gathered(readable.float().to(self.device), batch.rows, len(batch)) > 0
+        if distributed.world() > 1:  # the first process, which writes the checkpoint, has to know of all
+            for place in batch.of.places[batch.numbers[~keep.cpu()].numpy()].tolist():
+                unreadable.setdefault(place, "another process could not read it")
 
         images = normalise(batch.images, self.data.mean, self.data.std)
         if self.args.loss == "flyp":

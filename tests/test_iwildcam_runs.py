@@ -463,3 +463,14 @@ def test_two_processes_have_the_loss_curve_of_one(small, tmp_path, loss):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["levels"] == b["levels"] and a["images"] == b["images"] and a["val_id_f1"] == b["val_id_f1"]
     assert np.allclose(logits_of(tmp_path / "one"), logits_of(tmp_path / "two"), atol=1e-3)
+
+
+def test_a_checkpoint_has_the_images_that_any_process_could_not_read(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_iwildcam, "UNREADABLE_SHARE", 0.1)
+    flags = ["--data-root", str(broken(small, tmp_path / "t", 4)), "--spectrum", str(small.spectrum), *SHORT]
+    flags += ["--curriculum", "none", "--epochs", "1", "--warmup-epochs", "0", "--batch-size", "15"]
+    flags += ["--out", str(tmp_path / "r")]
+    for done in forks.train_together(lambda: train_iwildcam.main(flags), tmp_path):
+        assert done.returncode == 0, done.stderr[-3000:]
+    noted = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["unreadable"]
+    assert len(noted) == len(files.read_json(tmp_path / "r/results.json")["unreadable"]) == 4
