@@ -22,7 +22,7 @@ import datasets
 import train_lt
 from runtime import checkpoints, files, runs, signals
 from runtime.cli import UserError
-from training import distributed, evaluation, losses, stores
+from training import augmentations, distributed, evaluation, losses, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
 ONE_EPOCH = ["--epochs", "1", "--curriculum-epochs", "0"]
@@ -614,6 +614,15 @@ def test_a_large_image_that_does_not_decode_is_one_line(photographs, tmp_path):
     assert train_lt.main(flags) == 0
     with pytest.raises(UserError, match="^1 image cannot be used"):
         train_lt.main([*flags, "--overwrite"])
+
+
+@pytest.mark.parametrize("augment", augmentations.AUGMENTATIONS)
+def test_large_images_are_cropped_at_random_where_the_flag_says_so(photographs, augment):
+    train = datasets.load("imagefolder", None, photographs).train
+    store = stores.build([train], "cpu", 32, 0, "contiguous", crop=stores.crop_of(augment))
+    places = torch.arange(5)
+    (trained,), (shown,) = store.training([places], [places], 0), store.evaluation(places.numpy(), 5)
+    assert torch.equal(trained, shown) == (augment not in ("resized_crop", "cuda"))
 
 
 def test_decoding_is_the_centre_crop_of_torchvision(tmp_path):

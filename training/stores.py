@@ -36,22 +36,27 @@ class Crop:
         zoom: of a test image, the shorter side over the side of the centre crop.
         filter: bilinear or bicubic.
         whole: take the whole image always, squeezed to a square, as ALIA does.
+        random: crop training images at random; else all as test images.
     """
 
     least_area: float = 0.08
     zoom: float = 256 / 224
     filter: str = "bilinear"
     whole: bool = False
+    random: bool = True
 
 
 IMAGENET_CROP = Crop()
+CENTRE_CROP = Crop(random=False)
 WHOLE = Crop(whole=True)
 CLIP_CROP = Crop(least_area=0.9, zoom=1.0, filter="bicubic")  # open_clip's, which FLYP takes
 
 
 def crop_of(augment: str) -> Crop:
     """How train_lt.py crops image files with this --augment, also where it evaluates."""
-    return WHOLE if augment == "resize" else IMAGENET_CROP
+    if augment == "resize":
+        return WHOLE
+    return IMAGENET_CROP if augment in ("resized_crop", "cuda") else CENTRE_CROP
 
 
 def build(
@@ -149,7 +154,7 @@ class Decoded:
         seed: int,
         strengths: list[torch.Tensor] | None = None,
     ) -> Iterator[torch.Tensor]:
-        """As InMemory's; each image is a random crop, drawn from the seed and the image's number in the epoch."""
+        """As InMemory's; an image's random crop is drawn from the seed and the image's number in the epoch."""
         strengths = strengths or [torch.zeros_like(places) for places in batches]
         jobs = (
             [
@@ -286,7 +291,7 @@ def decode(path: Path, size: int, rng: np.random.Generator | None, crop: Crop = 
         (width, height), stored = pictures.upright_size(image), image.size
         if crop.whole:
             box = 0, 0, width, height
-        elif rng is None:
+        elif rng is None or not crop.random:
             box = centre_box(width, height, crop.zoom)
         else:
             box = random_box(width, height, rng, crop.least_area)
