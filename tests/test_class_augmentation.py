@@ -165,3 +165,24 @@ def test_files_are_augmented_by_workers_as_without(tmp_path):
     plain = list(stores.Decoded(names, "cpu", 32, 0).training(places, places, 5))
     same = [torch.equal(a, b) for a, b in zip(torch.cat(plain), torch.cat(found[0]), strict=True)]
     assert [same[0], same[2], same[5]] == [True] * 3 and not all(same)
+
+
+def test_the_crop_says_nothing_about_the_operations(monkeypatch):
+    """From one generator's numbers, a large crop would always be moved aside and a small one always mirrored."""
+    from training import stores
+
+    crops, operations = [], []
+
+    def decode(path, size, rng, crop):
+        crops.append(rng.random())
+        return np.zeros((size, size, 3), np.uint8)
+
+    def draw(image, strength, seed, number):
+        operations.append(np.random.default_rng([seed, number]).random())
+        return image
+
+    monkeypatch.setattr(stores, "decode", decode)
+    monkeypatch.setattr(stores, "augmented", draw)
+    places = [torch.arange(8)]
+    list(stores.Decoded(["none.png"] * 8, "cpu", 8, 0).training(places, places, 5, [torch.full((8,), 3)]))
+    assert len(set(crops + operations)) == 16

@@ -219,7 +219,8 @@ class _Files(torch.utils.data.Dataset):
         if key is not None and (self.randaugment or strength):
             image = torch.from_numpy(pixels).permute(2, 0, 1)
             image = randaugmented(image, *key, self.randaugment) if self.randaugment else image
-            pixels = augmented(image, strength, *key).permute(1, 2, 0).numpy()
+            seed, number = key  # the crop's draws; those of the operations must not follow from them
+            pixels = augmented(image, strength, seed + 1, number).permute(1, 2, 0).numpy()
         return pixels, {}
 
 
