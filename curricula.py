@@ -196,6 +196,8 @@ def held_out_sources(
     Raises:
         UserError: no source can be held out.
     """
+    if not by_level:
+        raise UserError(f"--levels {REAL}: --curriculum adaptive has no level to choose; expected a level below {REAL}")
     everywhere = set.intersection(*(set(sources) for sources in by_level.values()))
     left = counts.copy()
     images = {level: {} for level in by_level}

@@ -211,6 +211,8 @@ def test_held_out_sources_have_every_level_and_leave_every_class_and_level_somet
 def test_nothing_to_hold_out_is_an_error():
     with pytest.raises(UserError, match="no hard image can be held out"):
         held_out_sources({0: ["a"], 50: ["b"]}, {"a": 0, "b": 0}, np.array([5]), 2, 0)
+    with pytest.raises(UserError, match="--levels 100: --curriculum adaptive has .* expected a level below 100"):
+        held_out_sources({}, {"a": 0}, np.array([5]), 2, 0)  # of real images alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
