@@ -154,9 +154,9 @@ def is_planned(unit: Unit, args, texts: dict, own_domain: str) -> bool:
     """Whether a unit is to be drawn: with --skip-own-domain not toward the domain that its source has already.
 
     Args:
-        texts: its class in prompts.json.
+        texts: its class in prompts.json; one of empty scenes has no domains.
     """
-    if not own_domain:
+    if not own_domain or not texts.get("domains"):
         return True
     return texts["domains"][unit.seed // args.seeds] != own_domain
 

@@ -80,6 +80,17 @@ def test_each_prompt_is_drawn_and_the_own_domain_is_skipped(inputs, tmp_path):
     assert spectrum_folder.read_plan(some)["units"] == 8
 
 
+def test_a_class_of_empty_scenes_has_no_domains_and_all_its_prompts_are_drawn(inputs, tmp_path):
+    """write_prompts.py gives it prompts of its own, whatever its captions say."""
+    prompts = json.loads((inputs / "prompts.json").read_text())
+    del prompts["1"]["domains"]
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    skip = ["--each-prompt", "--skip-own-domain", inputs / "sources.csv", "--seeds", 1]
+    assert draw(inputs, tmp_path / "s", *skip, "--prompts", tmp_path / "prompts.json") == 0
+    rows = spectrum_folder.read_rows(tmp_path / "s")
+    assert Counter(row.get("domain", "none") for row in rows) == {"on snow": 1, "at night": 2, "none": 2}
+
+
 def test_skipping_wants_each_prompt_and_the_prompts_own_table(inputs, tmp_path):
     with pytest.raises(UserError, match="--skip-own-domain: expected with --each-prompt only"):
         draw(inputs, tmp_path / "a", "--skip-own-domain", inputs / "sources.csv")
