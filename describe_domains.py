@@ -209,11 +209,10 @@ def ask_for_domains(args, captions: list[str], class_names: list[str]) -> list[d
     model, tokenizer = models.load_language_model(args.llm, pick_device(args.device))
     # Fill in the questions' words.
     unique = sorted(set(captions))
-    prefix = args.prefix.replace("{}", args.superclass)
     words = {
         "plural": f"{args.superclass}s",
         "superclass": args.superclass,
-        "prefix": prefix,
+        "prefix": summary.general_prefix(args.prefix, args.superclass),
         "most_plus": args.most + 1,
     }
     best: list[dict] = []
@@ -230,7 +229,7 @@ def ask_for_domains(args, captions: list[str], class_names: list[str]) -> list[d
                 if turn == 0:
                     messages.append({"role": "user", "content": SECOND_TURN.format(**words)})
             # Take the usable domains, and keep the conversation.
-            found, refused = summary.read_domain_lines(answer, args.superclass, class_names, args.most)
+            found, refused = summary.read_domain_lines(answer, args.superclass, class_names, args.most, args.prefix)
             row = {"attempt": attempt, "model": args.llm, "messages": messages, "refused": refused}
             raw.write(json.dumps(row, ensure_ascii=False) + "\n")
             raw.flush()
@@ -270,7 +269,7 @@ def find_domains(args, captions: list[str], labels: list[int], class_names: list
     return {
         "prefix": args.prefix,
         "superclass": args.superclass,
-        "positive": args.prefix.replace("{}", args.superclass or "thing"),
+        "positive": summary.general_prefix(args.prefix, args.superclass),
         "negatives": NEGATIVES,
         "domains": domains,
     }

@@ -177,12 +177,28 @@ def assign_domain(caption: str, names: list[str]) -> int:
 # a language model's answer
 
 
-def read_domain_lines(text: str, superclass: str, class_names: list[str], most: int) -> tuple[list[dict], list[str]]:
+def class_phrase(superclass: str) -> str:
+    """A pattern for how a prefix says the class, without its article: `{}`, or `{} bird` of `a photo of a {} bird`."""
+    return rf"\{{\}}(?: {re.escape(superclass)}(?!\w))?" if superclass else r"\{\}"
+
+
+def general_prefix(prefix: str, superclass: str) -> str:
+    """How a prompt of no class in particular begins: `a photo of a bird` for `a photo of a {} bird`."""
+    word = superclass or "thing"
+    text = re.sub(class_phrase(superclass), word, prefix, count=1, flags=re.IGNORECASE)
+    return re.sub(rf"\ban? (?={re.escape(word)})", "an " if word[0].lower() in "aeiou" else "a ", text)
+
+
+def read_domain_lines(
+    text: str, superclass: str, class_names: list[str], most: int, prefix: str = f"a {CLASS_SLOT}"
+) -> tuple[list[dict], list[str]]:
     """The usable domains in a language model's answer, a line each, and why each other line is not.
 
     A line is used where it names the superclass once, no class, is no near copy of one above, and has 4 to 30 words.
+    Its prompt says the class as the prefix does: `an animal` becomes `a {}`, or `a {} bird` of `a photo of a {} bird`.
     """
     superclass = " ".join(superclass.lower().split())
+    article, noun = re.search(rf"(\ban? )?({class_phrase(superclass)})", prefix, re.IGNORECASE).groups()
     other_names = [name for name in class_names if name.lower() not in superclass]
     classes = name_pattern(other_names) if other_names else None
     slot = re.compile(rf"(?<!\w){re.escape(superclass)}(?!\w)", re.IGNORECASE)
@@ -207,9 +223,9 @@ def read_domain_lines(text: str, superclass: str, class_names: list[str], most: 
             refused.append(f"{line[:60]!r}: more than {most}")
         else:
             before, after = slot.split(line, maxsplit=1)
-            found.append(
-                {"name": after.strip() or before.strip(), "prompt": f"{before}{CLASS_SLOT}{after}", "words": words}
-            )
+            name = after.strip() or before.strip()
+            before = re.sub(r"\ban? $", article, before) if article else before
+            found.append({"name": name, "prompt": f"{before}{noun}{after}", "words": words})
     return [{"name": entry["name"], "prompt": entry["prompt"]} for entry in found], refused
 
 

@@ -127,6 +127,32 @@ a photo of a bird at night"""
 
 
 @pytest.mark.parametrize(
+    ("dataset", "general", "line", "prompt"),
+    [
+        ("cub", "a photo of a bird", "a photo of a bird flying over water", "a photo of a {} bird flying over water"),
+        ("waterbirds", "a photo of a bird", "a photo of a bird on a branch", "a photo of a {} on a branch"),
+        ("planes", "a photo of an airplane", "a photo of an airplane on grass", "a photo of an {} airplane on grass"),
+        (
+            "iwildcam7", "a camera trap photo of an animal",
+            "a camera trap photo of an animal near a lake", "a camera trap photo of a {} near a lake",
+        ),
+    ],
+)  # fmt: skip
+def test_the_superclass_is_said_once_and_gives_its_place_to_the_class(dataset, general, line, prompt, tmp_path):
+    args = describe_domains.build_parser().parse_args(["--dataset", dataset, "--data-root", str(tmp_path)])
+    assert summary.general_prefix(args.prefix, args.superclass) == general
+    found, _ = summary.read_domain_lines(line, args.superclass, ["Ivory Gull", "zebras"], 9, args.prefix)
+    assert [entry["prompt"] for entry in found] == [prompt]
+
+
+def test_a_prefix_may_be_without_an_article_and_without_a_superclass():
+    assert summary.general_prefix("photo: {}", "bird") == "photo: bird"
+    assert summary.general_prefix("a photo of a {}", "") == "a photo of a thing"
+    found, _ = summary.read_domain_lines("photo: a bird on snow at night", "bird", [], 9, "photo: {}")
+    assert found == [{"name": "on snow at night", "prompt": "photo: a {} on snow at night"}]
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ([], "expected an object with a list domains"),
