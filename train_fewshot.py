@@ -278,7 +278,7 @@ def build_clip(args, data: DataSet, device: str) -> tuple:
         raise cli.UserError(
             f"--clip {args.clip}: takes images of {size}x{size}; expected one of the size of {data.name}'s"
         )
-    tokens = tokenizer(heads.captions_of(data.class_names, [args.template])).to(device)
+    tokens = tokenizer(heads.captions_of(data.spoken_names, [args.template])).to(device)
     # Choose which weights are trained: all, a linear head, or adapters.
     tuned = heads.TunedClip(clip)
     if args.tune == "full":

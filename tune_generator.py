@@ -175,7 +175,7 @@ def find_units(args, data) -> list:
 
 def class_prompts(args, data) -> list[str]:
     """The prompt of each class."""
-    return [args.template.replace("{}", name) for name in data.class_names]
+    return [args.template.replace("{}", name) for name in data.spoken_names]
 
 
 def image_prompts(args, data) -> list[str]:
@@ -235,7 +235,7 @@ def check_flags(args, data) -> None:
     fewest = min(batch_and_steps(args, count)[1] for count in counts)
     if args.warmup_steps >= fewest:
         raise cli.UserError(f"--warmup-steps {args.warmup_steps}: expected fewer than the {fewest} steps of an adapter")
-    names = [data.class_names[label] for label in np.flatnonzero(data.counts)]
+    names = [data.spoken_names[label] for label in np.flatnonzero(data.counts)]
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled is not None:
         raise cli.UserError(f"{data.name}: two classes are called {doubled}: one prompt for both; expected two names")

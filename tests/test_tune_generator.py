@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 
 import datasets
 import models
+import train_fewshot
 import tune_generator
 from loaders import digits
 from runtime.cli import UserError
 from spectrum import tables
-from training import tuner
+from training import clip, tuner
 
 LABELS = (2, 3, 4, 5)
 SHORT = ["--dataset", "fewshot_digits", "--shots", "2", "--batch-size", "2", "--epochs", "4", "--warmup-steps", "2",
@@ -52,6 +54,28 @@ def test_an_adapter_sees_its_own_classes_images_alone(mode, count):
         (label,) = {int(label) for label in data.train.labels[unit.places]}
         assert mode == "source" or unit.name == str(label)
         assert len(unit.val) and set(data.val.labels[unit.val]) == {label}
+
+
+def test_prompts_say_a_class_with_blanks_as_every_other_step_does(tmp_path, monkeypatch):
+    """CoOp's files write `apple_pie`, and write_prompts.py's prompts, which generation may take, say `apple pie`."""
+    args = tune_generator.build_parser().parse_args(
+        [*SHORT, "--template", "a food photo of a {}", "--out", str(tmp_path)]
+    )
+    data = datasets.load_shots(args)
+    data = dataclasses.replace(data, class_names=["apple_pie", *data.class_names[1:]])
+    assert tune_generator.find_units(args, data)[0].prompts == ["a food photo of a apple pie"] * 2
+    tune_generator.write_inputs(args, data)
+    written = json.loads((tmp_path / "prompts.json").read_text())["0"]
+    assert written["prompts"] == ["a food photo of a apple pie"] and written["class_name"] == "apple_pie"
+    same = dataclasses.replace(data, class_names=["apple_pie", "apple pie", *data.class_names[2:]])
+    with pytest.raises(UserError, match="two classes are called apple pie"):
+        tune_generator.check_flags(args, same)
+    # The classifier is told the same.
+    flags = ["--dataset", "fewshot_digits", "--shots", "2", "--images", "real", "--template", "a food photo of a {}"]
+    told = []
+    monkeypatch.setattr(clip, "captions_of", lambda names, templates: told.extend(names) or ["a"] * len(names))
+    train_fewshot.build_clip(train_fewshot.build_parser().parse_args(flags), data, "cpu")
+    assert told[0] == "apple pie"
 
 
 def adapters(out: Path) -> dict[str, bytes]:
