@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import time
 from contextlib import ExitStack
@@ -279,6 +280,19 @@ def print_forecast(args, groups: list) -> None:
     )
 
 
+def check_generator(args) -> None:
+    """Raise UserError where the generator has no UNet of Stable Diffusion's kind to tune."""
+    import models
+
+    models.check_generator(args.generator)
+    kind = models.pipeline_config(args.generator, args.revision)["_class_name"]
+    if not re.fullmatch("StableDiffusion(XL)?(Img2Img)?Pipeline", kind):
+        raise cli.UserError(
+            f"--generator {args.generator}: is a {kind}; expected a Stable Diffusion or SDXL pipeline, whose UNet and "
+            "text encoders are tuned"
+        )
+
+
 def is_tuned(out: Path, name: str) -> bool:
     """Whether an adapter is complete."""
     return (out / name / "pytorch_lora_weights.safetensors").is_file()
@@ -328,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     from training import tuner
 
     device = pick_device(args.device)
-    models.check_generator(args.generator)
+    check_generator(args)
     units = find_units(args, data)
     groups = tuner.group_units(units, args.together)
     mine = groups[args.shard.index :: args.shard.count]
@@ -353,11 +367,11 @@ def main(argv: list[str] | None = None) -> int:
 
         # Write the plan once the generator is loaded: one that fails leaves none that another would be refused by.
         pipe = models.load_generator(args.generator, device, args.revision, args.dtype)
+        work = tuner.Tuner(args, pipe, data, plan, folder, stop)
         stop_on_other_plan(args.out, plan)  # another shard's, perhaps written since
         files.write_json(args.out / "plan.json", plan)
 
         # Tune group after group.
-        work = tuner.Tuner(args, pipe, data, plan, folder, stop)
         began = time.monotonic()
         total = sum(tuner.batch_and_steps(args, len(unit.places))[1] for group in todo for unit in group)
         with cli.progress(total, "tuning", "step") as bar:

@@ -7,7 +7,10 @@ import functools
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
+import tiny_editors
+import tiny_flow
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -17,6 +20,7 @@ import models
 import train_fewshot
 import tune_generator
 from loaders import digits
+from loaders.base import ASSETS
 from runtime.cli import UserError
 from spectrum import tables
 from training import clip, tuner
@@ -144,6 +148,21 @@ def test_a_generator_that_does_not_load_leaves_no_plan(tune, tmp_path, monkeypat
         with pytest.raises(UserError, match="no such thing"):
             tune(tmp_path)
     assert not (tmp_path / "plan.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["flow", "editor", "edm"])
+def test_what_has_no_unet_of_stable_diffusion_is_refused_before_a_plan_is_written(tune, tmp_path, kind):
+    """Flow matching and editors by their configuration; a model of other noise (Playground's EDM) once it is loaded."""
+    folder = tmp_path / "generator"
+    if kind == "edm":
+        pipe = models.load_generator(str(ASSETS / "tiny_sd"), "cpu")
+        pipe.scheduler = diffusers.EDMDPMSolverMultistepScheduler()
+        pipe.save_pretrained(folder)
+    else:
+        tiny_flow.build_sd3().save_pretrained(folder) if kind == "flow" else tiny_editors.save_pix2pix(folder)
+    with pytest.raises(UserError, match="expected a (Stable Diffusion or SDXL pipeline|generator of Stable)") as error:
+        tune(tmp_path / "out", "--generator", folder)
+    assert "\n" not in str(error.value) and not (tmp_path / "out/plan.json").exists()
 
 
 def test_a_stopped_run_resumes_to_the_same_bytes(tune, tuned, tmp_path, monkeypatch):

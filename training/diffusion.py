@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 
+from runtime.cli import UserError
 from runtime.files import digest_int
 from runtime.signals import StopSignals
 
+PREDICTIONS = ("epsilon", "v_prediction", "sample")  # what a generator may predict
 NOISE_LEVELS = 4  # parts of the timesteps by which losses are told apart, from the least noise up
 
 
@@ -49,9 +51,18 @@ def noise_scheduler(pipe):
 
     Never the pipeline's scheduler itself: a sampler without set_timesteps may pair its noise levels with other
     timesteps than training does.
+
+    Raises:
+        UserError: the generator was trained with other noise than that of betas (EDM's, flow matching's).
     """
     from diffusers import DDPMScheduler
 
+    kind = pipe.scheduler.config.get("prediction_type")
+    if not hasattr(pipe.scheduler, "alphas_cumprod") or kind not in PREDICTIONS:
+        raise UserError(
+            f"--generator: its scheduler is a {type(pipe.scheduler).__name__} that predicts {kind}; expected a "
+            "generator of Stable Diffusion's noise schedule"
+        )
     return DDPMScheduler.from_config(pipe.scheduler.config)
 
 
