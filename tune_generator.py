@@ -133,7 +133,8 @@ def add_training_flags(group) -> None:
     group.add_argument("--seed", type=cli.whole(0), default=0, metavar="N", help="seed of weights, order and noise")
     group.add_argument(
         "--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="number type of the frozen generator (adapters stay float32); auto: bfloat16 on a GPU, float32 on a CPU",
+        help="number type of the frozen generator (adapters stay float32); auto: bfloat16 on a GPU that has it, else "
+        "float32",
     )  # fmt: skip
     group.add_argument(
         "--together", type=cli.whole(1), default=1, metavar="G",
@@ -355,7 +356,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     # Stop where the folder has another plan.
-    plan = make_plan(args, data, models.generator_dtype(args.dtype, device))
+    dtype = models.generator_dtype(args.dtype, device)
+    dtype = "float32" if dtype == "float16" else dtype  # a card without bfloat16: float16 would need scaled losses
+    plan = make_plan(args, data, dtype)
     stop_on_other_plan(args.out, plan)
     folder = args.out / f"shard-{args.shard.index:05d}"
     with ExitStack() as stack:
@@ -366,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
 
         # Write the plan once the generator is loaded: one that fails leaves none that another would be refused by.
-        pipe = models.load_generator(args.generator, device, args.revision, args.dtype)
+        pipe = models.load_generator(args.generator, device, args.revision, dtype)
         work = tuner.Tuner(args, pipe, data, plan, folder, stop)
         stop_on_other_plan(args.out, plan)  # another shard's, perhaps written since
         files.write_json(args.out / "plan.json", plan)

@@ -165,6 +165,13 @@ def test_what_has_no_unet_of_stable_diffusion_is_refused_before_a_plan_is_writte
     assert "\n" not in str(error.value) and not (tmp_path / "out/plan.json").exists()
 
 
+def test_a_card_without_bfloat16_tunes_in_float32(tune, tuned, tmp_path, monkeypatch):
+    """Adapters are float32, and float16 would need its losses scaled."""
+    monkeypatch.setattr(models, "generator_dtype", lambda dtype, device: "float16" if dtype == "auto" else dtype)
+    assert tune(tmp_path) == 0 and adapters(tmp_path) == adapters(tuned)
+    assert json.loads((tmp_path / "plan.json").read_text())["dtype"] == "float32"
+
+
 def test_a_stopped_run_resumes_to_the_same_bytes(tune, tuned, tmp_path, monkeypatch):
     for steps in (1, 8):
         with monkeypatch.context() as patch:
