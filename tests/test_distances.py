@@ -42,6 +42,13 @@ def test_the_bandwidth_is_the_median_distance(sets):
     assert distances.median_distance(sets[0]) == pytest.approx(np.median(pdist(sets[0])))
 
 
+def test_the_bandwidth_of_many_vectors_is_that_of_all_classes(monkeypatch):
+    """Training images come class by class: the first ones alone are of few classes."""
+    monkeypatch.setattr(distances, "ROWS_AT_ONCE", 20)
+    classes = np.repeat(np.arange(10.0), 5)[:, None]
+    assert distances.median_distance(classes) == pytest.approx(np.median(pdist(classes)), abs=0.5)
+
+
 def test_frechet_by_hand():
     """On a line: (mean difference)^2 + (difference of standard deviations)^2."""
     a, b = (np.array([1.0]), np.array([[4.0]])), (np.array([4.0]), np.array([[9.0]]))
