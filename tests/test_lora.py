@@ -183,6 +183,20 @@ def test_adapters_of_an_attention_layer_reach_the_projections_that_they_name(bat
     assert torch.equal(merged.in_proj_weight[8:16], before[0][8:16]) and torch.equal(merged.out_proj.weight, before[1])
 
 
+def test_a_classifiers_adapters_start_as_the_papers_do():
+    """DataDream's loralib and peft draw A as torch draws a linear layer of its width, whatever the rank."""
+    import peft
+
+    torch.manual_seed(0)
+    layer = lora.LoraAttention(nn.MultiheadAttention(256, 2), ["q", "v"], 16, 32, 0.1)
+    config = peft.LoraConfig(r=16, target_modules=["layer"])
+    theirs = peft.get_peft_model(nn.ModuleDict({"layer": nn.Linear(256, 256)}), config).base_model.model["layer"]
+    for own in layer.a.values():
+        for measure in (lambda a: a.abs().max().item(), lambda a: a.std().item()):
+            assert measure(own) == pytest.approx(measure(theirs.lora_A["default"].weight), rel=0.05)
+    assert not any(own.any() for own in layer.b.values())
+
+
 @pytest.mark.parametrize("kind", ["refiner", "base"])
 def test_sdxl_is_tuned_with_its_sizes_and_saved_for_plain_diffusers(kind, tmp_path):
     """Both text encoders of the base, the one of the refiner; a step reaches every adapter; the file loads."""

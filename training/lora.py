@@ -218,7 +218,8 @@ class LoraAttention(nn.Module):
         self.attention, self.scale, self.strength = attention.requires_grad_(False), alpha / rank, 1.0
         width, device = attention.embed_dim, attention.in_proj_weight.device
         self.dropout = nn.Dropout(dropout)
-        self.a = nn.ParameterDict({name: torch.randn(rank, width, device=device) / rank for name in targets})
+        # As loralib and peft draw it: evenly from -1 / sqrt(width) to 1 / sqrt(width).
+        self.a = nn.ParameterDict({name: _even(rank, width, device) for name in targets})
         self.b = nn.ParameterDict({name: torch.zeros(width, rank, device=device) for name in targets})
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -253,6 +254,10 @@ class LoraAttention(nn.Module):
         for name in self.a:
             self._own(name)[0].add_(self.strength * self.scale * self.b[name] @ self.a[name])
         return self.attention
+
+
+def _even(rank: int, width: int, device) -> torch.Tensor:
+    return torch.empty(rank, width, device=device).uniform_(-(width**-0.5), width**-0.5)
 
 
 def add_clip_adapters(
