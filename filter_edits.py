@@ -389,6 +389,11 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(args)
     rows, prompts, content = read_inputs(args)
     domains = [summary.domain_of_prompt(prompts[row["label"]], row["prompt"]) for row in rows]
+    if "domain" in args.rules and not {domain["name"] for domain in content["domains"]} & set(domains):
+        raise cli.UserError(
+            f"--domains {args.domains}: none of its domains is one that {args.prompts} names for an edit; expected the "
+            "file that these prompts were written from"
+        )
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     note: dict = {"rules": args.rules, "judge_class": args.judge_class, "keep_dropped": args.keep_dropped}
 

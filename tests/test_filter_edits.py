@@ -227,6 +227,9 @@ def test_what_cannot_be_judged_is_named(made, base, tmp_path):
     empty = tmp_path / "domains.json"
     files.write_json(empty, DOMAINS | {"negatives": []})
     refused("--rules semantic needs a text positive", "--rules", "semantic", "--clip", CLIP, "--domains", empty)
+    others = tmp_path / "others.json"
+    files.write_json(others, DOMAINS | {"domains": [DOMAINS["domains"][0] | {"name": "at sea"}]})
+    refused("none of its domains is one that .*prompts.json", "--rules", "domain", "--clip", CLIP, "--domains", others)
     bare = tmp_path / "bare"
     bare.mkdir()
     refused("no plan.json", "--rules", "class", "--clip", CLIP, spectrum=bare)
