@@ -36,6 +36,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from runtime import cli, files, steps
+from runtime.device import count_cores
 
 # Rows of the table: loss and curriculum. --prior stage: Balanced Softmax takes the class counts of the epoch's images.
 ROWS = {
@@ -79,7 +80,7 @@ def build_parser() -> cli.Parser:
         help="seeds that each row of the table is trained with",
     )
     parser.add_argument(
-        "--jobs", type=cli.whole(1), default=min(4, os.cpu_count() or 1), metavar="N", help="training runs at a time"
+        "--jobs", type=cli.whole(1), default=min(4, count_cores()), metavar="N", help="training runs at a time"
     )
     return parser
 

@@ -169,7 +169,9 @@ def caption_shard(args, data, made_by: dict, stop: signals.StopSignals) -> None:
             return
         label_of = dict(zip(data.train.sources, data.train.labels.tolist(), strict=True))
         loaded = models.load_captioner(args.captioner, pick_device(args.device), args.revision)
-        files.write_json(args.out / "captions.json", made_by)  # not before: a captioner that fails leaves no note
+        # Not before: a captioner that fails leaves no note. Another shard's has perhaps been written since.
+        runs.stop_on_other(args.out / "captions.json", made_by, "delete that folder")
+        files.write_json(args.out / "captions.json", made_by)
         captioner = captioning.Captioner(loaded, args.caption_prompt, args.max_new_tokens)
         writer = files.RowWriter(folder, "captions.jsonl")
         with cli.progress(len(todo), "captioning", "image") as bar:
@@ -407,8 +409,7 @@ def main(argv: list[str] | None = None) -> int:
     # Captions of another model or data set stop it here.
     note, made_by = args.out / "captions.json", describe_captioner(args)
     made_by["sources"] = files.digest_int(*data.train.sources)
-    if note.exists():
-        runs.stop_on_difference(note, files.read_object(note), made_by, "delete that folder")
+    runs.stop_on_other(note, made_by, "delete that folder")
 
     # Caption what has no caption yet.
     with signals.StopSignals() as stop:

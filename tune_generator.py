@@ -325,13 +325,6 @@ def most_shards(args) -> int:
     return len(group_units(find_units(args, load_data(args)), args.together))
 
 
-def stop_on_other_plan(folder: Path, plan: dict) -> None:
-    """Raise UserError where a folder of adapters was begun with another plan."""
-    path = folder / "plan.json"
-    if path.exists():
-        runs.stop_on_difference(path, files.read_object(path), plan, "delete that folder")
-
-
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # Check everything that needs no model.
@@ -359,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = models.generator_dtype(args.dtype, device)
     dtype = "float32" if dtype == "float16" else dtype  # a card without bfloat16: float16 would need scaled losses
     plan = make_plan(args, data, dtype)
-    stop_on_other_plan(args.out, plan)
+    runs.stop_on_other(args.out / "plan.json", plan, "delete that folder")
     folder = args.out / f"shard-{args.shard.index:05d}"
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
@@ -371,7 +364,8 @@ def main(argv: list[str] | None = None) -> int:
         # Write the plan once the generator is loaded: one that fails leaves none that another would be refused by.
         pipe = models.load_generator(args.generator, device, args.revision, dtype)
         work = tuner.Tuner(args, pipe, data, plan, folder, stop)
-        stop_on_other_plan(args.out, plan)  # another shard's, perhaps written since
+        # Another shard's plan has perhaps been written since.
+        runs.stop_on_other(args.out / "plan.json", plan, "delete that folder")
         files.write_json(args.out / "plan.json", plan)
 
         # Tune group after group.

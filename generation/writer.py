@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import io
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +14,8 @@ from PIL import Image
 
 from generation.sizes import resize
 from runtime import files
-from runtime.cli import UserError
+from runtime.cli import UserError, is_full_disk
+from runtime.device import count_cores
 from runtime.retry import retry
 
 # How each format is saved. Chroma is not subsampled in JPEG: small coloured things (digits, birds) would lose colour.
@@ -80,7 +79,7 @@ class ImageWriter:
         self._room = threading.Semaphore(AHEAD)
         self._error: Exception | None = None
         self._line = ThreadPoolExecutor(1, "rows")  # one batch after another
-        self._encoders = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "images")
+        self._encoders = ThreadPoolExecutor(min(8, count_cores()), "images")
         self._last: Future | None = None
 
     def put(self, images, good, ready, rows: list[dict | None]) -> None:
@@ -130,7 +129,7 @@ class ImageWriter:
             if not isinstance(self._error, OSError):
                 raise self._error
             what = self._error.filename or self.shard
-            way_out = "free some space and " if self._error.errno == errno.ENOSPC else ""
+            way_out = "free some space and " if is_full_disk(self._error) else ""
             raise UserError(
                 f"{what}: {self._error.strerror or self._error}; {self.saved} images were saved, "
                 f"{way_out}run the same command again to resume"

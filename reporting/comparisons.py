@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from statistics import mean, stdev
 
 from reporting.names import ZERO_SHOT, added_names
-from reporting.tables import Row, Table
+from reporting.tables import Row
 
 
 def summary(values: list[float | None]) -> tuple[float, float | None] | None:
@@ -57,15 +58,15 @@ def is_plain(row: Row) -> bool:
     return args.get("curriculum", "none") == "none" and args.get("augment") != "cuda" and not added_names(args)
 
 
-def plain_row(table: Table, row: Row) -> Row | None:
-    """The row that a curriculum, CUDA or additions are compared with: the same loss and start without them."""
+def plain_row(rows: Iterable[Row], row: Row) -> Row | None:
+    """The row of `rows` that a curriculum, CUDA or additions are compared with: same loss and start, without them."""
     if not row.runs or row.base == ZERO_SHOT:
         return None
     if is_plain(row):
         return None
     options = [
         other
-        for other in table.rows.values()
+        for other in rows
         if other.runs
         and other.base != ZERO_SHOT
         and is_plain(other)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from reporting import figures, names
-from reporting.comparisons import is_plain
+from reporting.comparisons import plain_row
 from reporting.tables import Row
 
 GROUPS = ("many", "medium", "few")
@@ -46,9 +46,9 @@ def split_by_loss(rows: list[Row]) -> list[list[Row]]:
     for row in rows:
         by_loss.setdefault((row.args.get("loss"), row.args.get("prior") == "stage"), []).append(row)
     parts: list[list[Row]] = [[]]
-    for (loss, _), part in by_loss.items():
-        plain = [row for row in rows if is_plain(row) and row.args.get("loss") == loss][:1]
-        part = plain + [row for row in part if row not in plain]
+    for part in by_loss.values():
+        plain = next((found for row in part if (found := plain_row(rows, row))), None)
+        part = ([plain] if plain else []) + [row for row in part if row is not plain]
         more = [row for row in part if row not in parts[-1]]
         if len(parts[-1]) + len(more) <= MOST_ROWS:
             parts[-1] += more
@@ -152,15 +152,10 @@ def by_class(rows: list[Row], styles: dict) -> Iterator[tuple]:
 
     # A curriculum's gain over the same loss without one.
     tested = [row for row in rows if row.name in known]
-    plain = {
-        row.args.get("loss"): known[row.name]
-        for row in reversed(tested)
-        if row.args.get("curriculum", "none") == "none" and row.args.get("augment") != "cuda"
-    }
     gain = {
-        row.name: known[row.name] - plain[row.args.get("loss")].mean(0)
+        row.name: known[row.name] - known[plain.name].mean(0)
         for row in tested
-        if row.args.get("curriculum", "none") != "none" and row.args.get("loss") in plain
+        if row.args.get("curriculum", "none") != "none" and (plain := plain_row(tested, row))
     }
     if gain:
         yield (

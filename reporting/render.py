@@ -37,7 +37,7 @@ def has_published(table: Table) -> bool:
 
 
 def has_gains(table: Table) -> bool:
-    return any(comparisons.plain_row(table, row) for row in table.rows.values())
+    return any(comparisons.plain_row(table.rows.values(), row) for row in table.rows.values())
 
 
 def cells(table: Table, row: Row) -> list[str]:
@@ -61,7 +61,7 @@ def cells(table: Table, row: Row) -> list[str]:
 
 def gains(table: Table, row: Row) -> list[str]:
     """What a row's curriculum or CUDA adds over the same loss without, in points."""
-    plain = comparisons.plain_row(table, row)
+    plain = comparisons.plain_row(table.rows.values(), row)
     if plain is None:
         return []
     names = next((pair for pair in COMPARED if set(pair) & set(table.figures)), ())
@@ -112,7 +112,7 @@ def _curricula(table: Table, name: str) -> str:
     """How many rows with a curriculum or CUDA differ clearly from the same loss without, and which gains most."""
     gains = {}
     for row in table.rows.values():
-        plain = comparisons.plain_row(table, row)
+        plain = comparisons.plain_row(table.rows.values(), row)
         if plain is not None and (pair := comparisons.against_row(row, plain, name)):
             gains[row.name] = pair
     known = {row: pair for row, pair in gains.items() if pair[1] is not None}

@@ -277,6 +277,11 @@ def progress(total: int, what: str, unit: str):
     return tqdm(total=total, desc=what, unit=unit, mininterval=30, maxinterval=60, bar_format=line)
 
 
+def is_full_disk(error: OSError) -> bool:
+    """Whether an error says that a disk, or what a user may have of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 def run(main: Callable[[], int]) -> None:
     """Run a script's main and leave with its exit code; bad input is one line and exit code 2."""
     # Imports and tables make millions of objects that stay. Python would look for garbage after every 700 new ones,
@@ -291,8 +296,7 @@ def run(main: Callable[[], int]) -> None:
         if error.strerror is None:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        then = "; free some space and run the same command again to resume" if full else ""
+        then = "; free some space and run the same command again to resume" if is_full_disk(error) else ""
         print(f"{Path(sys.argv[0]).name}: error: {place}{error.strerror}{then}", file=sys.stderr)
         code = 2
     except (MemoryError, RuntimeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 # Of glibc's malloc.h: blocks from so many bytes up are asked for one by one; free memory beyond is given back.
 MMAP_THRESHOLD, KEPT_BLOCK = -3, 2**28
 TRIM_THRESHOLD, KEPT_MEMORY = -1, 2**30
+
+
+def count_cores() -> int:
+    """The cores that this process may use: Slurm and taskset leave it some of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(name: str) -> str:

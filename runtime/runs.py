@@ -157,6 +157,12 @@ def differences(found: dict, wanted: dict) -> dict[str, tuple]:
     }
 
 
+def stop_on_other(path: Path, wanted: dict, way_out: str) -> None:
+    """Raise UserError, naming each difference, where a file is there and holds other values than this command's."""
+    if path.exists():
+        stop_on_difference(path, read_object(path), wanted, way_out)
+
+
 def stop_on_difference(path: Path, found: dict, wanted: dict, way_out: str) -> None:
     """Raise UserError, naming each difference, where `path` holds other values than this command asks for."""
     different = [f"{name} is {old!r} there, {new!r} here" for name, (old, new) in differences(found, wanted).items()]

@@ -6,7 +6,6 @@ torch is imported at the top: scripts import this module where they embed.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from loaders.pictures import read_image
 from loaders.sources import read_sources
 from runtime import cli
 from runtime.cli import UserError
-from runtime.device import Fitting
+from runtime.device import Fitting, count_cores
 from runtime.signals import begin_worker, hold_signals
 
 # What yields, for each name, its RGB image, or a line that says why there is none.
@@ -186,7 +185,7 @@ class Scorer:
         if not all(vector.isfinite().all() for vector in self.texts.values()):
             raise UserError("--clip: gives a text an embedding that is not finite; expected another checkpoint")
         self.sources: dict[str, torch.Tensor] = {}
-        self.pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self.pool = ThreadPoolExecutor(min(8, count_cores()))
 
     def missing(self, sources: Collection[str]) -> list[str]:
         """Those of the sources whose embedding is not there, each once."""
@@ -221,4 +220,4 @@ def autocast(device: str):
 
 def default_workers(device: str) -> int:
     """Processes that decode: none on a CPU, where they would take its cores from the model; else a core each."""
-    return min(MOST_WORKERS, len(os.sched_getaffinity(0))) if device.startswith("cuda") else 0
+    return min(MOST_WORKERS, count_cores()) if device.startswith("cuda") else 0

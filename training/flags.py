@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import curricula
 from runtime import cli
+from runtime.device import count_cores
 from training import distributed, losses, optimization
 
 DEFAULT_SPECTRUM = Path("runs/spectrum")
@@ -28,7 +28,7 @@ def add_run_flags(parser) -> None:
     parser.add_argument(
         "--workers",
         type=cli.whole(0),
-        default=min(4, os.cpu_count() or 1),
+        default=min(4, count_cores()),
         metavar="N",
         help="processes that decode large images; by default 4, or as many as there are cores",
     )
