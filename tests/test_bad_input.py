@@ -105,7 +105,15 @@ def garbage_checkpoint(path: Path) -> None:
 
 def trained(**changes) -> dict:
     """A run folder `r` of train_lt.py by its args.json alone."""
-    args = {"dataset": "digits", "imb_ratio": 30.0, "data_seed": 0, "model": "resnet8", "loss": "ce", "image_size": 224}
+    args = {
+        "dataset": "digits",
+        "imb_ratio": 30.0,
+        "data_seed": 0,
+        "model": "resnet8",
+        "loss": "ce",
+        "image_size": 224,
+        "augment": "none",
+    }
     return {"r/args.json": json.dumps({"args": args | changes, "inputs": {}}), "r/checkpoint.pt": garbage_checkpoint}
 
 
