@@ -20,10 +20,10 @@ import models
 import train_fewshot
 import tune_generator
 from loaders import digits
-from loaders.base import ASSETS
+from loaders.base import ASSETS, ImageSet
 from runtime.cli import UserError
 from spectrum import tables
-from training import clip, tuner
+from training import clip, diffusion, tuner
 
 LABELS = (2, 3, 4, 5)
 SHORT = ["--dataset", "fewshot_digits", "--shots", "2", "--batch-size", "2", "--epochs", "4", "--warmup-steps", "2",
@@ -197,6 +197,25 @@ def test_a_signal_ends_a_sheet_of_samples_too(tune, tuned, tmp_path, monkeypatch
     assert tune(tmp_path, "--samples", 1, "--sample-steps", 2) == 0
     assert len(list(tmp_path.glob("*/samples_*.png"))) == 8
     assert adapters(tmp_path) == adapters(tuned)
+
+
+def test_images_are_read_as_they_are_encoded_and_a_signal_ends_it(tune, tuned, tmp_path, monkeypatch):
+    """The autoencoder takes seconds an image on a CPU, and all images of a large data set do not fit into memory."""
+    plain, told = diffusion.crop_image, []
+
+    def crop_image(*args):
+        told.append("crop")
+        tuners[0].stop.received = "SIGTERM"
+        return plain(*args)
+
+    tuners, begin, read = [], tuner.Tuner.begin, ImageSet.read
+    with monkeypatch.context() as patch:
+        patch.setattr(tuner.Tuner, "begin", lambda self, units: tuners.append(self) or begin(self, units))
+        patch.setattr(diffusion, "crop_image", crop_image)
+        patch.setattr(ImageSet, "read", lambda self, place: told.append("read") or read(self, place))
+        assert tune(tmp_path, "--crops", 8) == 75
+    assert told == ["read"] + ["crop"] * 8 and not list(tmp_path.glob("*/checkpoint.pt"))
+    assert tune(tmp_path, "--crops", 8) == 0 and adapters(tmp_path) == adapters(tuned)
 
 
 @pytest.mark.slow

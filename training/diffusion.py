@@ -5,6 +5,7 @@ torch is imported at the top: a trainer imports this module where it trains.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def crop_image(image: Image.Image, side: int, generator: torch.Generator, flip: 
 
 @torch.inference_mode()
 def encode_images(
-    pipe, images: list[Image.Image], names: list[str], side: int, crops: int, flip: bool, seed: int
+    pipe, images: Iterable[Image.Image], names: list[str], side: int, crops: int, flip: bool, seed: int
 ) -> Latents:
     """`crops` random crops of each image through the autoencoder, once; those of an image follow from its name.
 

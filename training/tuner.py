@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,10 @@ def rate_at(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+class Stopped(Exception):
+    """A signal came while images were being encoded: there is nothing to save."""
+
+
 class Tuner:
     """Tunes groups of adapters with one loaded generator.
 
@@ -105,7 +110,10 @@ class Tuner:
     def tune_group(self, units: list[Unit], bar) -> None:
         """Tune a group from its start or its checkpoint to the end, or to a signal."""
         batch, steps = batch_and_steps(self.args, len(units[0].places))
-        state = self.begin(units)
+        try:
+            state = self.begin(units)
+        except Stopped:
+            return
         bar.update(state["step"] * len(units))
         if state["step"] == 0:
             self.draw_sheets(units, "before")
@@ -186,11 +194,21 @@ class Tuner:
                 print(f"{unit.name}: {state['failed'][unit.name]}; it stops, the others go on", flush=True)
 
     def encode(self, images: ImageSet, places: np.ndarray, crops: int) -> diffusion.Latents:
-        """Latents of the images at `places` of a set."""
-        pictures = [images.read(int(place))[0] for place in places]
+        """Latents of the images at `places` of a set, which are read one by one.
+
+        Raises:
+            Stopped: a signal came.
+        """
+
+        def pictures() -> Iterator[Image.Image]:
+            for place in places:
+                if self.stop.received:
+                    raise Stopped
+                yield images.read(int(place))[0]
+
         names = [images.sources[place] for place in places]
         args = self.args
-        return diffusion.encode_images(self.pipe, pictures, names, args.resolution, crops, args.flip, args.seed)
+        return diffusion.encode_images(self.pipe, pictures(), names, args.resolution, crops, args.flip, args.seed)
 
     def embed(self, prompts: list[list[str]]) -> dict:
         """The UNet's conditions for each adapter's prompts, equally many; without text adapters no gradient flows."""
