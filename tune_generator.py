@@ -31,6 +31,7 @@ import numpy as np
 
 import datasets
 from curricula import places_by_label
+from generation import texts
 from loaders import fewshot
 from runtime import cli, files, runs
 from runtime.signals import StopSignals
@@ -250,14 +251,14 @@ def write_inputs(args, data) -> None:
         for source, label in zip(data.train.sources, data.train.labels, strict=True)
     ]
     tables.write_hard(args.out / "shots.csv", rows)
-    prompts, texts = {}, class_prompts(args, data)
+    prompts, plain = {}, class_prompts(args, data)
     # Captions of every class: an image's background is not to tell its class.
     told = zip(image_prompts(args, data), data.train.labels.tolist(), strict=True) if args.captions else ()
-    captions = list(dict.fromkeys(text.removeprefix(texts[label]) for text, label in told)) or [""]
+    captions = list(dict.fromkeys(text.removeprefix(plain[label]) for text, label in told)) or [""]
     for label in np.flatnonzero(data.counts).tolist():
         some = sorted(captions, key=lambda caption: files.digest_int("caption", args.seed, label, caption))
-        listed = [texts[label] + caption for caption in some[:MOST_CAPTIONS]]
-        prompts[label] = {"class_name": data.class_names[label], "score_prompt": texts[label], "prompts": listed}
+        listed = [plain[label] + caption for caption in some[:MOST_CAPTIONS]]
+        prompts[label] = {"class_name": data.class_names[label], "score_prompt": plain[label], "prompts": listed}
     files.write_json(args.out / "prompts.json", prompts)
 
 
@@ -364,6 +365,7 @@ def main(argv: list[str] | None = None) -> int:
         # Write the plan once the generator is loaded: one that fails leaves none that another would be refused by.
         pipe = models.load_generator(args.generator, device, args.revision, dtype)
         work = tuner.Tuner(args, pipe, data, plan, folder, stop)
+        texts.check_length(pipe, sorted({text for unit in units for text in unit.prompts}), args.generator, "cut")
         # Another shard's plan has perhaps been written since.
         runs.stop_on_other(args.out / "plan.json", plan, "delete that folder")
         files.write_json(args.out / "plan.json", plan)

@@ -302,6 +302,15 @@ def test_bad_input_is_one_line(tune, flags, message, tmp_path):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_captions_that_the_text_encoder_cuts_are_counted(tune, tmp_path, capsys):
+    captions = tmp_path / "captions.csv"
+    sources = datasets.load_shots(tune_generator.build_parser().parse_args(SHORT)).train.sources
+    rows = [f"{source},{'on paper ' * (99 if i == 4 else 1)}" for i, source in enumerate(sources)]
+    captions.write_text("\n".join(["source,caption", *rows]))
+    assert tune(tmp_path / "out", "--captions", captions) == 0
+    assert "1 of 5 prompts are longer than" in capsys.readouterr().out
+
+
 def test_two_classes_of_one_name_are_refused(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "NAMES", ["zero", "one", "crane", "crane", *digits.NAMES[4:]])
     with pytest.raises(UserError, match="two classes are called crane"):
