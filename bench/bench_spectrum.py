@@ -539,12 +539,16 @@ def measure_plain(args, pipe, folder, names, rows, images, timer, rates) -> dict
         draw(chosen[:1])
     rates["plain"].append(rates_of(lambda: draw(chosen), len(chosen)))
     found = compare_rates(rates["ours"], rates["plain"])
-    apart = [float((images[place].cpu() - image).abs().max()) for place, image in zip(chosen, drawn, strict=True)]
+    apart: dict[int, float] = {}
+    for place, image in zip(chosen, drawn, strict=True):
+        level = rows[place]["level"]
+        apart[level] = max(apart.get(level, 0.0), float((images[place].cpu() - image).abs().max()))
     return {
         "plain_images_per_second": found["theirs"],
         "ratio": found["ratio"],
         "ratio_per_cpu_second": found["ratio_per_cpu_second"],
-        "largest_difference": max(apart),
+        "largest_difference": max(apart.values()),
+        "difference_by_level": apart,
         "rounds": found["rounds"],
     }
 

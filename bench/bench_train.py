@@ -5,7 +5,7 @@
               DataLoader, fp32, SGD, loss and top-1 and top-5 accuracy read in each step
     v2        the same against torchvision's v2 transforms on whole uint8 tensors in a DataLoader
     plain     the same without a CUDA graph (on a GPU): what the graph is worth
-    compile   cifar with --compile; on a GPU, ours with --compile, with a graph and without
+    compile   cifar with --compile; on a GPU, ours with --compile against ours without, both as a CUDA graph
     together  several such runs at once, each in a process of its own, on one device: images a second of all
     loader    500x375 JPEGs, decoded, cropped at random to 224 and put into batches: training/stores.py, whose batches
               are bytes that the device flips and normalises, against torchvision's ImageFolder with its PIL transforms;
@@ -181,12 +181,17 @@ def compare_steps(device: str, *flags: str, steps: int = 2) -> dict:
     }
 
 
-def bench_graph(args, device: str, *flags: str) -> dict:
+def bench_graph(args, device: str) -> dict:
     """Ours with a CUDA graph, against ours without, and the loss that both come to."""
-    sides = [make_ours(args, device, *flags, "--cuda-graph", kind) for kind in ("on", "off")]
+    sides = [make_ours(args, device, "--cuda-graph", kind) for kind in ("on", "off")]
     found = compare(*sides, 128 * args.steps, args.rounds)
     found |= {"graph_failed": sides[0].trainer.step_graph.failed}
     return found | {f"loss_{name}": side()["loss"] for name, side in zip(("graph", "plain"), sides, strict=True)}
+
+
+def bench_compiled(args, device: str) -> dict:
+    """Ours with --compile, against ours without."""
+    return compare(make_ours(args, device, "--compile"), make_ours(args, device), 128 * args.steps, args.rounds)
 
 
 def bench_one(args, device: str) -> dict:
@@ -281,13 +286,14 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     device = pick_device(args.device)
-    args.steps = args.steps or (300 if device.startswith("cuda") else 12)
-    machine = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()}-core CPU"
+    cuda = device.startswith("cuda")
+    args.steps = args.steps or (300 if cuda else 12)
+    machine = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()}-core CPU"
     simple = {
         "cifar": lambda: bench_cifar(args, device),
         "v2": lambda: bench_cifar(args, device, v2=True),
         "plain": lambda: bench_graph(args, device),
-        "compile": lambda: (bench_graph if device.startswith("cuda") else bench_cifar)(args, device, "--compile"),
+        "compile": lambda: bench_compiled(args, device) if cuda else bench_cifar(args, device, "--compile"),
         "one": lambda: bench_one(args, device),
         "together": lambda: bench_together(args, device),
     }
