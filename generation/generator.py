@@ -31,7 +31,9 @@ LATENT_PIPELINES = {
 }
 # What a text is led away from where the pipeline wants one named: Qwen-Image's documentation has a blank.
 NO_TEXT = " "
-ENCODE_PIXELS = 2**22  # pixels that go through the autoencoder at once, at most: 16 images of 512x512
+# Pixels that go through the autoencoder at once, at most: 8 images of 512x512. Of twice as many, the encoder's first
+# layers in float32 would fill 2 GiB each.
+ENCODE_PIXELS = 2**21
 ENCODE_TEXTS = 64  # texts that go through the text encoders at once
 
 
