@@ -386,6 +386,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.extra_real or args.leave_out:
         data = additions.choose_training_images(args, data)
     wanted = additions.count_wanted(args, data) if args.add else None
+    if args.augment == "resized_crop" and data.train.in_memory:
+        raise cli.UserError(
+            f"--augment resized_crop: crops image files, and {args.dataset} has small images; expected crop_flip or "
+            "shift"
+        )
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")
     # Load the spectrum, and digest all inputs.

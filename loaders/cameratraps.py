@@ -191,7 +191,7 @@ TOYCAM_DEFAULTS = {
         "threshold": 0.25,
     },
     "filter_clipscore": {"clip": TOYCAM_CLIP, "threshold": 0.25},
-    "train_lt": LARGE | {"image_size": 16},
+    "train_lt": LARGE | {"image_size": 16, "augment": "crop_flip"},
     "train_iwildcam": {
         "clip": TOYCAM_CLIP,
         "templates": CAPTIONS,

@@ -199,7 +199,7 @@ POOL_DEFAULTS = {
         **TINY_FILTER,
     },
     "filter_clipscore": TINY_FILTER,
-    "train_lt": LARGE | {"image_size": 16},
+    "train_lt": LARGE | {"image_size": 16, "augment": "shift"},  # a digit is not mirrored
     "train_fewshot": {
         "clip": str(ASSETS / "tiny_clip"),
         "model": "resnet8",
