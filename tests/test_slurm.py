@@ -209,7 +209,9 @@ def test_a_shard_that_left_out_unreadable_sources_has_not_failed(tmp_path):
     assert submit.failures_of(line) == "s/shard-00003/failures.jsonl" and submit.failures_of(TRAIN) is None
 
 
-def test_a_task_gets_its_cores(tmp_path):
+def test_a_task_gets_its_cores(tmp_path, monkeypatch):
+    (tmp_path / "srun").touch(mode=0o755)  # submitit looks for it
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     args = submit.build_parser().parse_args(["--cpus-per-task", "7", "--setup", "module load cuda"])
     executor = submit.make_executor(args, tmp_path, "x", {}, None)
     assert executor._executor.parameters["setup"] == ["export SRUN_CPUS_PER_TASK=7", "module load cuda"]
