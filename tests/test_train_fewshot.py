@@ -20,7 +20,7 @@ from reporting import names
 from runtime.cli import UserError
 from spectrum import edits, tables
 from spectrum import folder as spectrum_folder
-from training import fewshot, losses
+from training import clip, fewshot, losses
 
 SHORT = ["--dataset", "fewshot_digits", "--shots", "2", "--epochs", "2", "--batch-size", "8", "--warmup-epochs", "0"]
 
@@ -133,6 +133,17 @@ def test_a_clip_changes_where_it_is_tuned(tmp_path, tune, monkeypatch):
     if tune == "lora":
         assert {name.rpartition(".")[2] for name in changed} == {"q", "v"}
         assert {name.split(".")[0] for name in changed} == {"visual", "transformer"}
+
+
+def test_a_frozen_tower_keeps_its_batchnorm_statistics():
+    """That of a CLIP with a ResNet under a probe, or under adapters on the text tower alone."""
+    frozen, trained = torch.nn.BatchNorm1d(4).requires_grad_(False), torch.nn.BatchNorm1d(4)
+    tuned = clip.TunedClip(torch.nn.ModuleDict({"visual": frozen, "transformer": trained}))
+    for _ in range(2):
+        tuned.train()
+        assert trained.training and not frozen.training
+        tuned.eval()
+        assert not trained.training
 
 
 def test_wise_ft_of_strength_zero_is_zero_shot_and_no_training_changes_nothing(tmp_path):

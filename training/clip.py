@@ -46,6 +46,14 @@ class TunedClip(nn.Module):
             self.head.weight.copy_(weight)
             self.head.bias.copy_(torch.as_tensor(bias))
 
+    def train(self, mode: bool = True) -> TunedClip:
+        """As any module's, but a part without a trained weight stays as it is evaluated, BatchNorm's statistics too."""
+        super().train(mode)
+        for part in self.clip.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
+        return self
+
     def image_features(self, images: torch.Tensor) -> torch.Tensor:
         """Embeddings of unit length, float32 (N, D), of images as the CLIP takes them, (N, 3, H, W)."""
         return F.normalize(self.clip.encode_image(images).float(), dim=-1)
