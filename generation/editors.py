@@ -15,7 +15,7 @@ import inspect
 import torch
 from PIL import Image
 
-from generation.generator import EMBEDDINGS, Generator
+from generation.generator import EMBEDDINGS, Generator, Interrupted
 from generation.guidance import PIX2PIX
 from generation.worklist import Batch
 from runtime.cli import UserError
@@ -91,8 +91,21 @@ class Editor(Generator):
             generator=generators,
             output_type="latent",
             **call,
+            **self._stop_between_steps(),
         ).images
         return self._decode(latents)
+
+    def _stop_between_steps(self) -> dict:
+        """What a pipeline's call takes to raise Interrupted after the step in which a signal came."""
+
+        def look(*_) -> dict:
+            if self.stop is not None and self.stop.received:
+                raise Interrupted
+            return {}
+
+        if "callback_on_step_end" in self.accepted:
+            return {"callback_on_step_end": look}
+        return {"callback": look, "callback_steps": 1} if "callback" in self.accepted else {}
 
     def _encode_instructions(self, texts: list[str]) -> None:
         """Keep the embeddings of each text, and of the empty text, once."""
@@ -127,6 +140,7 @@ class Editor(Generator):
                 generator=generator,
                 output_type="pt",
                 **{name: value for name, value in call.items() if name in accepted},
+                **self._stop_between_steps(),
             ).images
             if image.shape[-2:] != (batch.size[1], batch.size[0]):  # Qwen and Kontext choose sizes of their own
                 image = torch.nn.functional.interpolate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -144,6 +145,31 @@ def test_instruct_pix2pix_gives_the_pipelines_own_images_in_any_batch(save, tmp_
     for text_guidance, image_guidance in ((5.0, 3.0), (9.0, 1.3)):  # both guidances matter
         other = Editor(pipe, 4, text_guidance, {50: image_guidance}).draw(batch, 0, texts, images)
         assert (other - together).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "save", [tiny_editors.save_pix2pix, tiny_editors.save_pix2pix_xl, tiny_editors.save_kontext],
+    ids=["sd", "sdxl", "kontext"],
+)  # fmt: skip
+def test_a_signal_ends_an_edit_after_the_step(save, tmp_path):
+    import models
+    from generation.editors import Editor
+    from generation.generator import Interrupted
+    from generation.worklist import Batch
+
+    pipe = models.load_generator(str(save(tmp_path / "tiny")), "cpu")
+    images, units, texts = three_images((32, 16))
+    editor, passes = Editor(pipe, 4, 3.0, {50: 1.3}), []
+    editor.stop = SimpleNamespace(received=None)
+
+    def note(*_) -> None:
+        passes.append(1)
+        editor.stop.received = "SIGTERM" if len(passes) == 2 else None
+
+    (pipe.unet if hasattr(pipe, "unet") else pipe.transformer).register_forward_pre_hook(note)
+    with pytest.raises(Interrupted):
+        editor.draw(Batch(50, (32, 16), None, units), 0, texts, images)
+    assert len(passes) == 2
 
 
 def test_flux_kontext_edits_one_image_a_call_at_the_size_asked_for(inputs, tmp_path, capsys):
