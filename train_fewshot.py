@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     complete_flags(args)
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
+    points = grid_points(args)
     data = datasets.load_shots(args)
     levels, synthetic = [], {}
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
@@ -183,14 +184,15 @@ def main(argv: list[str] | None = None) -> int:
         levels, _ = prepare_spectrum(args)
         if min(levels) == REAL:
             raise cli.UserError(f"--images {args.images}: no level below {REAL} is asked for; expected one")
-        args.method = method_of(args)
-        epochs.stage_of(args, 0, levels)
+        for one in [args, *(point for _, point in points)]:
+            one.method = method_of(args)
+            epochs.stage_of(one, 0, levels)
         synthetic = load_spectrum(args.spectrum, [level for level in levels if level < REAL], data, False)
         inputs["spectrum"] = files.digest_files(spectrum_folder.decisive_files(args.spectrum))
         inputs["synthetic"] = [len(synthetic[level]) for level in sorted(synthetic)]
     check_files(args, data.splits)
     if args.grid:
-        return search(args, lambda point: train(point, data, levels, synthetic, inputs))
+        return search(args, points, lambda point: train(point, data, levels, synthetic, inputs))
     return train(args, data, levels, synthetic, inputs)
 
 
@@ -200,10 +202,14 @@ def train(args, data: DataSet, levels: list[int], synthetic: dict, inputs: dict)
     return epochs.run(args, inputs, splits, lambda signals: prepare(args, data, levels, synthetic, signals))
 
 
-def search(args, run: Callable) -> int:
-    """A run for each combination of --grid, and the results of the one that is best on validation, as --out's own."""
-    rows = []
-    for values in itertools.product(*(values for _, values in args.grid)):
+def grid_points(args) -> list[tuple[dict, argparse.Namespace]]:
+    """The runs of --grid: the values of each, and all of its arguments.
+
+    Raises:
+        UserError: flags of one of them do not go together.
+    """
+    points = []
+    for values in itertools.product(*(values for _, values in args.grid)) if args.grid else ():
         chosen = dict(zip([name for name, _ in args.grid], values, strict=True))
         name = "_".join(f"{flag}-{value:g}" for flag, value in chosen.items())
         point = argparse.Namespace(**(vars(args) | chosen | {"grid": [], "out": args.out / "grid" / name}))
@@ -211,11 +217,20 @@ def search(args, run: Callable) -> int:
             whole = args.curriculum_epochs == args.epochs
             point.curriculum_epochs = point.epochs if whole else min(args.curriculum_epochs, point.epochs)
         flags.check_flags(point)
+        points.append((chosen, point))
+    return points
+
+
+def search(args, points: list[tuple[dict, argparse.Namespace]], run: Callable) -> int:
+    """A run for each point of --grid, and the results of the one that is best on validation, as --out's own."""
+    rows = []
+    for chosen, point in points:
         code = run(point)
         if code:
             return code
         results = files.read_json(point.out / "results.json")
-        rows.append(chosen | {"val_overall": results["best_by_val"]["val_overall"], "folder": f"grid/{name}"})
+        folder = f"grid/{point.out.name}"
+        rows.append(chosen | {"val_overall": results["best_by_val"]["val_overall"], "folder": folder})
     best = max(rows, key=lambda row: row["val_overall"])
     if distributed.rank() == 0:
         for name in ("args.json", "history.jsonl", "predictions.npz", "shots.csv"):

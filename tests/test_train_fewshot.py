@@ -201,6 +201,20 @@ def test_a_longer_run_of_the_grid_has_synthetic_images_to_its_end(spectrum, tmp_
     for epochs in (1, 4):
         rows = (tmp_path / f"grid/epochs-{epochs}/history.jsonl").read_text().splitlines()
         assert [json.loads(row)["synthetic_share"] for row in rows] == [1.0] * epochs
+        assert json.loads((tmp_path / f"grid/epochs-{epochs}/args.json").read_text())["args"]["method"] == "untuned"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--warmup-epochs", "1", "--grid", "epochs=2,1"], "--warmup-epochs 1: expected fewer than --epochs 1"),
+        (["--curriculum", "s2d", "--levels", "0", "100", "--grid", "epochs=2,1"], "--curriculum-epochs 1: expected at"),
+    ],
+)
+def test_every_setting_of_the_grid_is_checked_before_the_first_is_trained(spectrum, tmp_path, flags, message):
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, "--model", "resnet8", "--spectrum", spectrum, *flags)
+    assert not (tmp_path / "grid").exists()
 
 
 def test_a_run_whose_edits_were_filtered_since_is_another(spectrum, tmp_path):
