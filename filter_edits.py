@@ -214,10 +214,14 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
     return source, folds
 
 
-def judge_confidence(args, data, rows: list[dict], judged: np.ndarray | None, note: dict) -> dict:
-    """Reasons and columns of the confidence rule, and how many real images it would drop."""
+def judge_confidence(args, data, rows: list[dict], taken: tuple, judged: np.ndarray | None, note: dict) -> dict:
+    """Reasons and columns of the confidence rule, and how many real images it would drop.
+
+    Args:
+        taken: of `check_runs`.
+    """
     # Evaluate the edits and the real images with every run.
-    source, folds = check_runs(args, data)
+    source, folds = taken
     names = [row["file_name"] for row in rows]
     images = images_like(data.train, args.spectrum, rows)
     sets = {"edits": (names, images), "train": (data.train.sources, data.train)}
@@ -395,6 +399,7 @@ def main(argv: list[str] | None = None) -> int:
             "file that these prompts were written from"
         )
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
+    taken = check_runs(args, data) if "confidence" in args.rules else ()
     note: dict = {"rules": args.rules, "judge_class": args.judge_class, "keep_dropped": args.keep_dropped}
 
     # Apply the rules.
@@ -405,7 +410,8 @@ def main(argv: list[str] | None = None) -> int:
     reasons, real = dict(by_clip["reasons"]), dict(by_clip["real"])
     sure: dict = {}
     if "confidence" in args.rules:
-        sure = judge_confidence(args, data, rows, by_clip.get("judged") if args.judge_class == "clip" else None, note)
+        judged = by_clip["judged"] if args.judge_class == "clip" else None
+        sure = judge_confidence(args, data, rows, taken, judged, note)
         reasons["confidence"], real["confidence"] = sure["reasons"], sure["real"]
         if args.judge_class == "checkpoint" and "judged" in by_clip:
             warn_of_bias(rows, by_clip["judged"], sure["reasons"])

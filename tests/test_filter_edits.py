@@ -204,6 +204,10 @@ def test_what_cannot_be_judged_is_named(made, base, tmp_path):
     )
     both = [base / "fold0", base / "all"]
     refused("--thresholds val: expected one --checkpoint, not 2", "--rules", "confidence", "--checkpoint", *both)
+    with pytest.MonkeyPatch.context() as patch:  # before hours of CLIP's rules
+        patch.setattr(filter_edits, "judge_by_clip", None)
+        flags = ("--rules", "class", "confidence", "--clip", CLIP, "--checkpoint")
+        refused("--thresholds val: expected one --checkpoint, not 2", *flags, *both)
     other = tmp_path / "other"
     shutil.copytree(base / "all", other)
     args = files.read_json(other / "args.json")
