@@ -33,6 +33,7 @@ import datasets
 from curricula import places_by_label
 from generation import texts
 from loaders import fewshot
+from loaders.base import stop_on_unreadable
 from runtime import cli, files, runs
 from runtime.signals import StopSignals
 from spectrum import tables
@@ -349,11 +350,14 @@ def main(argv: list[str] | None = None) -> int:
         print_forecast(args, todo)
         return 0
 
-    # Stop where the folder has another plan.
+    # Stop where the folder has another plan, or images cannot be used.
     dtype = models.generator_dtype(args.dtype, device)
     dtype = "float32" if dtype == "float16" else dtype  # a card without bfloat16: float16 would need scaled losses
     plan = make_plan(args, data, dtype)
     runs.stop_on_other(args.out / "plan.json", plan, "delete that folder")
+    if todo:
+        held = np.unique(np.concatenate([unit.val for group in todo for unit in group]))
+        stop_on_unreadable({"train": data.train, "val": data.val.take(held)})
     folder = args.out / f"shard-{args.shard.index:05d}"
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())

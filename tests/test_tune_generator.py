@@ -14,6 +14,7 @@ import tiny_flow
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from small_data import draw_cats_and_dogs
 
 import datasets
 import models
@@ -300,6 +301,17 @@ def test_bad_input_is_one_line(tune, flags, message, tmp_path):
     with pytest.raises(UserError, match=".") as error:
         tune(tmp_path, *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_images_that_cannot_be_used_are_named_before_anything_is_tuned(tmp_path):
+    root = draw_cats_and_dogs(tmp_path / "data", 4, 16, "png")
+    flags = ["--dataset", "imagefolder", "--data-root", root, "--generator", ASSETS / "tiny_sd", "--epochs", "2"]
+    flags += ["--shots", "4", "--warmup-steps", "0", "--samples", "0", "--rank", "2", "--resolution", "16"]
+    (root / "train/dog/1.png").write_bytes(b"")
+    (root / "val/dog/0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="2 images cannot be used: .*train/dog/1.png.*val/dog/0.png"):
+        tune_generator.main([*map(str, flags), "--out", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").glob("*/pytorch_lora*"))
 
 
 def test_captions_that_the_text_encoder_cuts_are_counted(tune, tmp_path, capsys):
