@@ -32,6 +32,7 @@ import numpy as np
 import datasets
 from curricula import places_by_label
 from generation import texts
+from generation.known import GENERATORS
 from loaders import fewshot
 from loaders.base import stop_on_unreadable
 from runtime import cli, files, runs
@@ -294,6 +295,9 @@ def check_generator(args) -> None:
             f"--generator {args.generator}: is a {kind}; expected a Stable Diffusion or SDXL pipeline, whose UNet and "
             "text encoders are tuned"
         )
+    known = GENERATORS.get(args.generator)
+    if known and args.resolution != known.native:
+        print(f"--resolution {args.resolution}: unusual for {args.generator}, which was trained at {known.native}")
 
 
 def is_tuned(out: Path, name: str) -> bool:

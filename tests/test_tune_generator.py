@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -164,6 +165,15 @@ def test_what_has_no_unet_of_stable_diffusion_is_refused_before_a_plan_is_writte
     with pytest.raises(UserError, match="expected a (Stable Diffusion or SDXL pipeline|generator of Stable)") as error:
         tune(tmp_path / "out", "--generator", folder)
     assert "\n" not in str(error.value) and not (tmp_path / "out/plan.json").exists()
+
+
+@pytest.mark.parametrize(("side", "said"), [(512, True), (1024, False)])
+def test_an_unusual_resolution_of_a_known_generator_is_said(monkeypatch, capsys, side, said):
+    name = "stabilityai/stable-diffusion-xl-base-1.0"
+    monkeypatch.setattr(models, "check_generator", lambda name: None)
+    monkeypatch.setattr(models, "pipeline_config", lambda *_: {"_class_name": "StableDiffusionXLPipeline"})
+    tune_generator.check_generator(argparse.Namespace(generator=name, revision=None, resolution=side))
+    assert (f"unusual for {name}, which was trained at 1024" in capsys.readouterr().out) == said
 
 
 def test_a_card_without_bfloat16_tunes_in_float32(tune, tuned, tmp_path, monkeypatch):
