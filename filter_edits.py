@@ -159,6 +159,7 @@ def base_probabilities(args, data, run: Path, sets: dict[str, tuple[list[str], o
             continue
         size = data.train.images.shape[1] if data.train.in_memory else trained["image_size"]
         model = model or models.load_trained(run, trained, len(data.class_names), size).to(device)
+        data = models.with_own_statistics(data, trained["model"], trained["pretrained"])
         workers = embeddings.default_workers(device) if args.workers is None else args.workers
         store = stores.build([images], device, size, workers, "contiguous", crop=crop)
         with cli.progress(len(places), f"{run.name}: {what}", "image") as bar:
@@ -182,7 +183,7 @@ def check_runs(args, data) -> tuple[str, list[tuple[int, int] | None]]:
     for run in args.checkpoint:
         if not (run / "checkpoint.pt").is_file():
             raise cli.UserError(f"--checkpoint {run}: no checkpoint.pt there; expected a run of train_lt.py")
-        trained = runs.read_arguments(run, "model", "loss", "image_size", "augment")
+        trained = runs.read_arguments(run, "model", "loss", "image_size", "augment", "pretrained")
         for name in ("dataset", "imb_ratio", "data_seed"):
             if trained.get(name) != getattr(args, name):
                 raise cli.UserError(

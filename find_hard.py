@@ -117,7 +117,7 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     from training import evaluation, losses, stores
 
     # Check that the run is of this data.
-    trained = runs.read_arguments(args.checkpoint, "dataset", "model", "loss", "image_size", "augment")
+    trained = runs.read_arguments(args.checkpoint, "dataset", "model", "loss", "image_size", "augment", "pretrained")
     for name in ("dataset", "imb_ratio", "data_seed"):
         if trained.get(name) != getattr(args, name):
             raise cli.UserError(
@@ -130,6 +130,7 @@ def checkpoint_batches(args, data: DataSet, places: list[int]):
     if not (args.checkpoint / "checkpoint.pt").is_file():
         raise cli.UserError(f"--checkpoint {args.checkpoint}: no checkpoint.pt there; expected a run of train_lt.py")
     model = models.load_trained(args.checkpoint, trained, len(data.class_names), size).to(device)
+    data = models.with_own_statistics(data, trained["model"], trained["pretrained"])
     # Evaluate the training images.
     workers = embeddings.default_workers(device) if args.workers is None else args.workers
     crop, scale = stores.crop_of(trained["augment"]), losses.softmax_scale(trained["loss"])

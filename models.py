@@ -6,6 +6,7 @@ imported where they load.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -97,6 +98,20 @@ def _build_timm(name: str, num_classes: int, image_size: int | None, pretrained:
         return timm.create_model(plain, pretrained=pretrained, num_classes=num_classes, **sized)
     except Exception as error:  # no network, no weights, a size that the model cannot have: each its own class
         raise UserError(f"--model {name}: cannot be built: {first_line(error)}") from error
+
+
+def with_own_statistics(data, name: str, pretrained: bool):
+    """A data set (loaders.base.DataSet) normalised as the weights that a classifier starts from want it.
+
+    Of timm's pre-trained models that is their own mean and standard deviation, 0.5 each for many transformers; others
+    take the data set's.
+    """
+    if not (pretrained and name.startswith("timm:")):
+        return data
+    import timm
+
+    config = timm.get_pretrained_cfg(name.removeprefix("timm:"))
+    return dataclasses.replace(data, mean=config.mean, std=config.std) if config else data
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -259,6 +259,7 @@ def prepare(args, data: DataSet, levels: list[int], synthetic: dict, signals: St
     else:
         size = data.train.images.shape[1] if data.train.in_memory else args.image_size
         model = models.build_classifier(args.model, len(data.class_names), size, args.pretrained).to(device)
+        data = models.with_own_statistics(data, args.model, args.pretrained)
     model = distributed.synchronised(model, device)
     optimizer = optimization.build_optimizer(args, model)
     state = epochs.start_or_resume(args, model, optimizer, None, device)

@@ -445,6 +445,7 @@ def prepare(
     # Build the model.
     size = data.train.images.shape[1] if data.train.in_memory else args.image_size
     model = models.build_classifier(args.model, len(data.class_names), size, args.pretrained, args.loss == "ldam")
+    data = models.with_own_statistics(data, args.model, args.pretrained)
     if args.init_checkpoint:
         models.load_weights(model, args.init_checkpoint)
     model = distributed.synchronised(model.to(device), device)

@@ -113,6 +113,7 @@ def trained(**changes) -> dict:
         "loss": "ce",
         "image_size": 224,
         "augment": "none",
+        "pretrained": False,
     }
     return {"r/args.json": json.dumps({"args": args | changes, "inputs": {}}), "r/checkpoint.pt": garbage_checkpoint}
 

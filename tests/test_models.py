@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import timm
 import torch
 
+import datasets
 import models
+import train_lt
 from loaders.base import ASSETS
 from runtime.cli import UserError
+from runtime.signals import StopSignals
 from training.networks import CifarResNet, CosineHead, FullPrecisionLinear
 
 
@@ -105,6 +109,20 @@ def test_pretrained_weights_that_cannot_be_had_are_an_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="--model timm:test_vit: cannot be built"):
         models.build_classifier("timm:test_vit", 7, pretrained=True)
+
+
+def test_pretrained_models_get_pixels_as_they_learnt_them(monkeypatch):
+    """Many transformers of timm learnt with a mean and deviation of 0.5; a run that starts from them trains so too."""
+    build, half = timm.create_model, (0.5, 0.5, 0.5)
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **more: build(name, **more))
+    data = datasets.load("digits", 30.0)
+    flags = ["--dataset", "digits", "--device", "cpu", "--curriculum", "none", "--out", "no_such_run", "--model"]
+    for name, mean in (("timm:test_vit --pretrained", half), ("timm:test_vit", data.mean), ("resnet8", data.mean)):
+        args = train_lt.build_parser().parse_args([*flags, *name.split()])
+        trainer, _ = train_lt.prepare(args, data, {}, [], [], StopSignals())
+        assert tuple(trainer.data.mean) == tuple(mean)
+    found = models.with_own_statistics(data, "timm:vit_base_patch16_224.augreg_in21k", True)
+    assert (found.mean, found.std) == (half, half)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet10", "timm:test_vit"])
