@@ -224,6 +224,8 @@ def read_domain_lines(
         else:
             before, after = slot.split(line, maxsplit=1)
             name = after.strip() or before.strip()
+            if name in (entry["name"] for entry in found):
+                name = " ".join(f"{before}{after}".split())
             before = re.sub(r"\ban? $", article, before) if article else before
             found.append({"name": name, "prompt": f"{before}{noun}{after}", "words": words})
     return [{"name": entry["name"], "prompt": entry["prompt"]} for entry in found], refused

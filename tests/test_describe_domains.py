@@ -145,6 +145,16 @@ def test_the_superclass_is_said_once_and_gives_its_place_to_the_class(dataset, g
     assert [entry["prompt"] for entry in found] == [prompt]
 
 
+def test_two_lines_that_end_alike_are_two_domains(tmp_path):
+    """domains.json may hold a name once: with two the steps after it would refuse the file."""
+    answer = "a photo of a bird on a branch\na blurry black and white photo of a bird on a branch"
+    found, _ = summary.read_domain_lines(answer, "bird", ["gull"], most=9)
+    domains = [summary.complete_domain(entry, "a photo of a {}", "llm") for entry in found]
+    assert [domain["name"] for domain in domains] == ["on a branch", "a blurry black and white photo of a on a branch"]
+    (tmp_path / "domains.json").write_text(json.dumps({"domains": domains}))
+    assert len(summary.read_domains(tmp_path / "domains.json")["domains"]) == 2
+
+
 def test_a_prefix_may_be_without_an_article_and_without_a_superclass():
     assert summary.general_prefix("photo: {}", "bird") == "photo: bird"
     assert summary.general_prefix("a photo of a {}", "") == "a photo of a thing"
