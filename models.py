@@ -172,8 +172,12 @@ def load_trained(run: Path, trained: dict, classes: int, image_size: int) -> nn.
     from runtime import checkpoints
 
     model = build_classifier(trained["model"], classes, image_size, cosine_head=trained["loss"] == "ldam")
+    state = checkpoints.load_checkpoint(run / "checkpoint.pt", "cpu")
+    done, epochs = state.get("epoch", 0), trained.get("epochs", 0)
+    if done < epochs:
+        print(f"{run}: not complete: its weights are those after epoch {done} of {epochs}", flush=True)
     try:
-        model.load_state_dict(evaluated_weights(checkpoints.load_checkpoint(run / "checkpoint.pt", "cpu")))
+        model.load_state_dict(evaluated_weights(state))
     except (KeyError, RuntimeError) as error:
         raise UserError(f"{run / 'checkpoint.pt'}: does not fit the model {trained['model']} of args.json") from error
     return model.eval()

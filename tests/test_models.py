@@ -189,6 +189,15 @@ def test_weights_are_taken_from_checkpoints_of_the_same_model_alone(tmp_path):
             models.load_weights(one, tmp_path / name)
 
 
+def test_a_run_that_is_not_complete_says_so_where_its_weights_judge(tmp_path, capsys):
+    trained = {"model": "resnet8", "loss": "ce", "epochs": 10}
+    for epoch in (3, 10):
+        state = {"epoch": epoch, "model": models.build_classifier("resnet8", 4).state_dict()}
+        torch.save(state, tmp_path / "checkpoint.pt")
+        models.load_trained(tmp_path, trained, 4, 16)
+        assert ("after epoch 3 of 10" in capsys.readouterr().out) == (epoch == 3)
+
+
 @pytest.mark.parametrize("name", ["resnet9", "resnet2", "vgg", "resnet", "resnet26"])
 def test_unknown_classifiers_are_named(name):
     with pytest.raises(UserError, match=f"--model {name}"):
