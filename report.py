@@ -138,7 +138,7 @@ def draw_spectrum(folder: Path, data_root: Path | None, path: Path, rows_shown: 
                     spine.set(visible=row["file_name"] in dropped, color="red", linewidth=3)
                 axis.set_xlabel(dropped.get(row["file_name"], ""), fontsize=7, color="red", labelpad=1)
             else:
-                axis.axis("off")
+                axis.set_frame_on(False)  # axis("off") would hide the class name of the row too
         name = next(row["class_name"] for row in rows if row["source"] == source)
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
     for level, axis in zip(columns, axes[0], strict=True):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import textwrap
 import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 # Figures share these colours; the order keeps neighbours apart for colour-blind readers.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -118,13 +119,21 @@ def sheet(images: list[np.ndarray], captions: list[tuple[str, str]], columns: in
     """Images uint8 (H, W, 3) in rows of `columns`, two lines of text below each: uint8 (height, width, 3)."""
     rows = -(-len(images) // columns)
     page = Image.new("RGB", (columns * (TILE + 4), rows * (TILE + LINE + 4)), "white")
-    draw = ImageDraw.Draw(page)
+    draw, font = ImageDraw.Draw(page), sheet_font()
     for number, (pixels, (first, second)) in enumerate(zip(images, captions, strict=True)):
         left, top = number % columns * (TILE + 4), number // columns * (TILE + LINE + 4)
         page.paste(Image.fromarray(pixels).resize((TILE, TILE)), (left, top))
-        draw.text((left, top + TILE), first, "black", font_size=10)
-        draw.text((left, top + TILE + 11), second[:12], "black", font_size=10)
+        draw.text((left, top + TILE), first, "black", font)
+        draw.text((left, top + TILE + 11), second[:12], "black", font)
     return np.asarray(page)
+
+
+@functools.cache
+def sheet_font() -> ImageFont.FreeTypeFont:
+    """The font that matplotlib brings: Pillow's own has no umlaut, accent or Greek letter."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 9)
 
 
 def draw_progress(history: list[dict], path: Path) -> None:

@@ -172,7 +172,7 @@ def read_run(folder: Path) -> dict:
         "an epoch and its levels in each line",
     )
     if isinstance(ensembled := results.get("last_wise_ft"), dict):
-        results["last"] |= {f"{name}_we": ensembled.get(name) for name in ("ood_f1", "id_f1")}
+        results["last"] |= {f"{name}_we": ensembled[name] for name in ("ood_f1", "id_f1") if name in ensembled}
     return {
         "folder": folder,
         "args": args,

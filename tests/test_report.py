@@ -528,6 +528,20 @@ def test_the_spectrum_sheet_and_the_acceptance_map_are_drawn(road, tmp_path, dra
     assert len(Page((tmp_path / "report.html").read_text()).pictures) == 2
 
 
+def test_a_class_is_named_beside_its_row_though_its_first_image_is_missing(road, tmp_path, monkeypatch):
+    rows = report.spectrum_folder.read_rows(road.spectrum)
+    lowest = min(row["level"] for row in rows)
+    monkeypatch.setattr(
+        report.spectrum_folder, "read_rows", lambda folder: [row for row in rows if row["level"] != lowest]
+    )
+    figures_drawn = []
+    monkeypatch.setattr(report.figures, "save_figure", lambda figure, path: figures_drawn.append(figure))
+    report.draw_spectrum(road.spectrum, None, tmp_path / "spectrum.png")
+    first = [axis for axis in figures_drawn[0].axes if axis.get_subplotspec().is_first_col()]
+    assert first and not any(axis.images for axis in first)
+    assert all(axis.get_ylabel() and axis.axison for axis in first)
+
+
 def test_the_acceptance_of_thousands_of_classes_is_drawn_by_group(tmp_path, monkeypatch):
     """A row for each would be taller than an image can be."""
     rows = [{"file_name": f"shard-00000/{n}.png", "source": str(n), "label": n, "class_name": f"species {n}",
@@ -561,6 +575,13 @@ def test_class_names_are_drawn_as_they_are(tmp_path, capsys, drawn):
 
     has_wide = {font.name for font in font_manager.fontManager.ttflist} & set(report.figures.WIDE_FONTS)
     assert len(said) <= 1 and (has_wide or "狐" in said[0])
+
+
+def test_letters_beyond_ascii_are_drawn_on_a_sheet_as_they_are():
+    """Not as one box for all of them."""
+    tile = np.zeros((8, 8, 3), np.uint8)
+    drawn = {report.figures.sheet([tile], [("real", letter)]).tobytes() for letter in "ÄÖüéñßλж"}
+    assert len(drawn) == 8
 
 
 def test_a_figure_that_fails_is_a_warning_after_the_tables(tmp_path, capsys, monkeypatch):
@@ -618,6 +639,19 @@ def test_the_table_of_camera_traps_has_both_domains_and_what_the_paper_reports(t
     rows = {(row["row"], row["epoch"], row["figure"]): row for row in read_csv(tmp_path / "out/table.csv")}
     assert rows["FLYP + adaptive", "last", "OOD macro-F1"]["source"].startswith("DisCL")
     assert rows["FLYP", "best_by_val", "OOD accuracy"]["mean"] == "70.00"
+
+
+def test_a_few_shot_clip_has_no_columns_of_camera_traps(tmp_path):
+    args = {
+        "dataset": "pets", "imb_ratio": None, "shots": 16, "images": "real", "model": "clip", "clip": "ViT-B-16:openai",
+        "tune": "lora", "lr": 1e-4, "seed": 0, "curriculum": "none",
+    }  # fmt: skip
+    files.write_json(tmp_path / "run/args.json", {"args": args})
+    files.write_json(
+        tmp_path / "run/results.json", {"last": {"overall": 90.0}, "last_wise_ft": {"overall": 91.0, "alpha": 0.5}}
+    )
+    [table] = tables.read(tables.run_folders([tmp_path]), [], report.effective_arguments)
+    assert table.figures == ["overall"]
 
 
 def test_curves_of_many_rows_are_drawn_by_loss_each_beside_its_row_without(tmp_path):
