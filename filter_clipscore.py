@@ -348,6 +348,7 @@ def main(argv: list[str] | None = None) -> int:
     settings, rows = spectrum_folder.read_spectrum(args)
     prompts = tables.read_prompts(args.prompts, {row["label"] for row in rows})
     names = {row["label"]: row["class_name"] for row in rows}
+    tables.stop_on_other_names(args.prompts, prompts, names, args.spectrum)
     files.remove_unfinished(args.spectrum, "scores.")
     made_by = spectrum_folder.describe_clip(args.clip)
     made_by["score_prompts"] = {str(label): prompts[label]["score_prompt"] for label in sorted(names)}

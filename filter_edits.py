@@ -31,12 +31,11 @@ import datasets
 from loaders.base import fold_of
 from runtime import cli, files, runs
 from spectrum import domains as summary
-from spectrum import edit_rules
+from spectrum import edit_rules, tables
 from spectrum import edits as edits_table
 from spectrum import folder as spectrum_folder
 from spectrum.flags import add_clip_flag, add_device_flags
 from spectrum.kept import images_like
-from spectrum.tables import read_prompts
 from spectrum.vectors import VectorCache
 
 MOST_REAL = 0.2  # a rule that drops more than this share of the real images is not to be trusted
@@ -356,7 +355,10 @@ def read_inputs(args) -> tuple[list[dict], dict[int, dict], dict | None]:
     content = summary.read_domains(args.domains) if args.domains else None
     if content and "semantic" in args.rules and not (content["positive"].strip() and content["negatives"]):
         raise cli.UserError(f"{args.domains}: --rules semantic needs a text positive and texts negatives")
-    return rows, read_prompts(args.prompts, [row["label"] for row in rows]), content
+    names = {row["label"]: row["class_name"] for row in rows}
+    prompts = tables.read_prompts(args.prompts, names)
+    tables.stop_on_other_names(args.prompts, prompts, names, args.spectrum)
+    return rows, prompts, content
 
 
 def warn_of_bias(rows: list[dict], judged: np.ndarray, reasons: np.ndarray) -> None:

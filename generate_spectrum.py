@@ -44,11 +44,12 @@ from generation.masks import Paster, check_masks
 from generation.plan import DrawPlan, check_levels, count_seeds, make_settings, order_planned
 from generation.prefetch import Prefetcher
 from generation.writer import SAVE_OPTIONS
+from loaders.base import DataSet
 from loaders.sources import Sources
 from runtime import cli, files, runs, signals
 from runtime.text import parse_whole
 from spectrum import folder as spectrum_folder
-from spectrum.tables import Hard, read_hard, read_prompts
+from spectrum.tables import Hard, read_hard, read_prompts, stop_on_other_names
 
 MOST_SIDE = 16384
 MOST_AREA = 2  # sources of more pixels than so many times a generator's native area are drawn at that area
@@ -325,7 +326,22 @@ def read_inputs(args) -> tuple[dict[str, Hard], dict[int, dict]]:
     if args.save_size == "native":
         raise cli.UserError("--save-size native: expected source or WIDTHxHEIGHT")
     hard = {row.source: row for row in read_hard(args.hard)}
-    return hard, read_prompts(args.prompts, [row.label for row in hard.values()])
+    names = {row.label: row.class_name for row in hard.values()}
+    prompts = read_prompts(args.prompts, names)
+    stop_on_other_names(args.prompts, prompts, names, args.hard)
+    return hard, prompts
+
+
+def stop_on_other_classes(args, hard: dict[str, Hard], data: DataSet) -> None:
+    """Raise UserError where hard.csv gives a training image another class than the data set: training refuses that."""
+    for source, label in zip(data.train.sources, data.train.labels.tolist(), strict=True):
+        row = hard.get(source)
+        if row and (row.label, row.class_name) != (label, data.class_names[label]):
+            raise cli.UserError(
+                f"{args.hard}: {source} is of class {row.label} ({row.class_name}) there, of {label} "
+                f"({data.class_names[label]}) in --dataset {args.dataset}; expected a table of the same data: run "
+                "find_hard.py again"
+            )
 
 
 def check_generator(args):
@@ -463,8 +479,9 @@ def main(argv: list[str] | None = None) -> int:
         plan = DrawPlan(args, settings, hard, prompts, adapters, extra)
 
         # Read the sources' sizes, lay out the batches, and find the ones that are not drawn yet.
-        train = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed).train
-        sources = Sources(train, args.data_root)
+        data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
+        stop_on_other_classes(args, hard, data)
+        sources = Sources(data.train, args.data_root)
         most = MOST_AREA * known.native**2 if args.generator in GENERATORS else math.inf
         plan.read_sizes(sources, known.native, models.latent_multiple(args.generator, args.revision), most)
         todo, done = plan.find_todo()

@@ -211,12 +211,7 @@ def check_flags(args) -> None:
 
 def check_names(args, names: dict[int, str], prompts: dict[int, dict]) -> None:
     """Raise UserError where classes are called otherwise in the prompts that exist, or are called by numbers."""
-    for label in names.keys() & prompts.keys():
-        if prompts[label]["class_name"] != names[label]:
-            raise cli.UserError(
-                f"{args.out} class {label} is {prompts[label]['class_name']!r} there, {names[label]!r} in {args.hard}; "
-                "expected prompts of the same data set, or another --out"
-            )
+    tables.stop_on_other_names(args.out, prompts, names, args.hard, ", or another --out")
     names_file = datasets.TABLE[args.dataset].names_file
     if names_file and any(name.isdecimal() for name in names.values()):
         raise cli.UserError(

@@ -141,6 +141,23 @@ def read_prompts(path: Path, labels: Iterable[int]) -> dict[int, dict]:
     return prompts
 
 
+def stop_on_other_names(
+    path: Path, prompts: dict[int, dict], names: dict[int, str], where: Path, more: str = ""
+) -> None:
+    """Raise UserError where prompts.json calls a class otherwise than `where` does: it is another data set's.
+
+    Args:
+        names: class names of `where` by index.
+        more: what else is expected.
+    """
+    for label in names.keys() & prompts.keys():
+        if prompts[label]["class_name"] != names[label]:
+            raise UserError(
+                f"{path} class {label} is {prompts[label]['class_name']!r} there, {names[label]!r} in {where}; "
+                f"expected prompts of the same data set{more}"
+            )
+
+
 def _read_unit(path: Path, number: int, row: dict[str, str]) -> Unit:
     level, seed = parse_whole(row["level"]), parse_whole(row["seed"])
     if level is None or level > 99 or seed is None:

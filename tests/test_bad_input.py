@@ -27,6 +27,7 @@ from conftest import ROOT
 from PIL import Image
 from small_data import draw_toycam
 
+from loaders import digits
 from reporting import recipes
 from runtime import cli
 
@@ -167,7 +168,8 @@ TRAPS = {"d/class_names.txt": "empty\nfox\n", "d/train/a.jpg": picture}
 COOP = {"d/images/a/1.jpg": picture}
 CUB = {"d/classes.txt": "1 001.A\n", "d/image_class_labels.txt": "1 1\n", "d/train_test_split.txt": "1 1\n"}
 PROMPT = {"class_name": "0", "score_prompt": "a", "prompts": ["a"]}
-PROMPTS = {str(label): PROMPT | {"class_name": str(label)} for label in range(10)}
+PROMPTS = {str(label): PROMPT | {"class_name": name} for label, name in enumerate(digits.NAMES)}
+OTHERS = {"p.json": json.dumps({label: prompt | {"class_name": "owl"} for label, prompt in PROMPTS.items()})}
 DRAW = "--hard $ROAD/hard.csv --prompts $ROAD/prompts.json --out s2 --levels 50 --seeds 1 --steps 4"
 ONE = {"one.csv": HARD + "index:1,9,9,few,1\n"}
 DOMAINS = {"prefix": "a {}", "superclass": "", "positive": "a", "negatives": ["b"], "domains": []}
@@ -281,6 +283,8 @@ ROWS = [
     Row("generate_spectrum", "further units of an unknown source", f"{DRAW} --also-draw e.csv", "row 2: source 'x': expected one of hard.csv", {"e.csv": "source,level,seed,prompt\nx,1,1,\n"}),
     Row("generate_spectrum", "further units with a level of 1.5", f"{DRAW} --also-draw e.csv", "row 2: ", {"e.csv": "source,level,seed,prompt\nx,1.5,1,\n"}),
     Row("generate_spectrum", "prompts lack a class", f"{DRAW} --prompts p.json", "no prompt for class", {"p.json": "{}"}),
+    Row("generate_spectrum", "prompts of another data set", f"{DRAW} --prompts p.json", "expected prompts of the same data set", OTHERS),
+    Row("generate_spectrum", "hard table whose classes have moved", f"{DRAW} --hard h.csv", "in --dataset digits; expected a table of the same data: run find_hard.py again", {"h.csv": lambda path: path.write_text(ROAD.hard.read_text().replace(",9,nine,", ",8,eight,"))}),
     Row("generate_spectrum", "hard table in Latin-1", f"{DRAW} --hard h.csv", "h.csv line 2: is not UTF-8", {"h.csv": HARD.encode() + b"caf\xe9,9,9,few,1\n"}),
     Row("generate_spectrum", "hard table names one image twice", f"{DRAW} --hard h.csv", "is there twice", {"h.csv": HARD + "index:1,9,9,few,1\n" * 2}),
     Row("generate_spectrum", "shard of too many", f"{DRAW} --shard 3/2", "expected I/N"),
@@ -300,6 +304,7 @@ ROWS = [
     # filter_clipscore
     Row("filter_clipscore", "no spectrum", "--spectrum s --prompts $ROAD/prompts.json", "s: no plan.json there", {"s/readme.txt": "x"}),
     Row("filter_clipscore", "spectrum of another data set", "--dataset toycam --spectrum $ROAD/spectrum --prompts $ROAD/prompts.json", "was made with digits"),
+    Row("filter_clipscore", "prompts of another data set", "--spectrum $ROAD/spectrum --prompts p.json", "expected prompts of the same data set", OTHERS),
     Row("filter_clipscore", "plan of wrong types", "--spectrum s --prompts $ROAD/prompts.json --min-per-class-level 2", "plan.json", spectrum() | {"s/plan.json": edit_plan(levels="abc", hard_classes=7)}),
     Row("filter_clipscore", "a row's level is text", "--spectrum s --prompts $ROAD/prompts.json", "row 1: level is '50'", spectrum() | {"s/shard-00000/metadata.jsonl": edit_first_row(level="50")}),
     Row("filter_clipscore", "a row's class has no prompt", "--spectrum s --prompts $ROAD/prompts.json", "no prompt for class 77", spectrum() | {"s/shard-00000/metadata.jsonl": edit_first_row(label=77)}),
