@@ -548,7 +548,7 @@ def measure_plain(args, pipe, folder, names, rows, images, timer, rates) -> dict
         "ratio": found["ratio"],
         "ratio_per_cpu_second": found["ratio_per_cpu_second"],
         "largest_difference": max(apart.values()),
-        "difference_by_level": apart,
+        "difference_by_level": {str(level): difference for level, difference in apart.items()},  # as JSON holds it
         "rounds": found["rounds"],
     }
 
