@@ -50,11 +50,11 @@ def pipes(folders, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """Two hard digits, said to be nines, and two prompts for them, of different lengths."""
+    """Two hard digits, noughts, and two prompts for them, of different lengths."""
     folder = tmp_path_factory.mktemp("two")
-    rows = [f"{source},9,9,few,1\n" for source in datasets.load("digits", 30).train.sources[:2]]
+    rows = [f"{source},0,zero,few,1\n" for source in datasets.load("digits", 30).train.sources[:2]]
     (folder / "hard.csv").write_text("source,label,class_name,reason,score\n" + "".join(rows))
-    prompts = {"9": {"class_name": "9", "score_prompt": "a nine", "prompts": ["a nine", "a nine in red ink"]}}
+    prompts = {"0": {"class_name": "zero", "score_prompt": "a zero", "prompts": ["a zero", "a zero in red ink"]}}
     (folder / "prompts.json").write_text(json.dumps(prompts))
     return ["--hard", str(folder / "hard.csv"), "--prompts", str(folder / "prompts.json")]
 
