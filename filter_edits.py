@@ -108,7 +108,11 @@ def check_flags(args) -> None:
 
 
 def embed(args, data, rows: list[dict], clip, real: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """CLIP embeddings of the edits (N, D), and of real images (M, D), NaN where one cannot be read."""
+    """CLIP embeddings of the edits, float32 (N, D), and of real images, (M, D).
+
+    Raises:
+        UserError: one cannot be read.
+    """
     from spectrum.embeddings import read_files, read_training_images
 
     described = spectrum_folder.describe_clip(args.clip)
