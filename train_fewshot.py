@@ -180,6 +180,8 @@ def main(argv: list[str] | None = None) -> int:
     data = datasets.load_shots(args)
     levels, synthetic = [], {}
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}
+    if args.model == "clip" and (digest := spectrum_folder.describe_clip(args.clip)["clip_digest"]):
+        inputs["clip"] = digest
     if args.curriculum != "none":
         levels, _ = prepare_spectrum(args)
         if min(levels) == REAL:

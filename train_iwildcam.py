@@ -364,6 +364,8 @@ def main(argv: list[str] | None = None) -> int:
     levels, synthetic, hard = [], {}, set()
     sources = [source for part in data.splits.values() for source in part.sources]
     inputs: dict = {"data": files.digest_int(*sources, files.digest_files(data.files))}
+    if digest := spectrum_folder.describe_clip(args.clip)["clip_digest"]:
+        inputs["clip"] = digest
     if args.curriculum != "none":
         levels, _ = prepare_spectrum(args)
         epochs.stage_of(args, 0, levels)

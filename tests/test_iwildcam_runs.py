@@ -395,6 +395,15 @@ def test_a_clip_checkpoint_of_another_architecture_is_named(small, tmp_path):
         train(small, tmp_path / "r", "--clip", str(tmp_path / "clip"))
 
 
+def test_a_run_does_not_resume_from_other_clip_weights_under_the_same_name(small, tmp_path):
+    shutil.copytree(cameratraps.TOYCAM_CLIP, tmp_path / "clip")
+    flags = ["--clip", str(tmp_path / "clip"), "--curriculum", "none", "--epochs", "1", "--warmup-epochs", "0"]
+    assert train(small, tmp_path / "r", *flags) == 0
+    (tmp_path / "clip/README.md").write_text("trained again")
+    with pytest.raises(UserError, match="inputs.clip"):
+        train(small, tmp_path / "r", *flags)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # several processes
 

@@ -230,6 +230,15 @@ def test_a_run_whose_edits_were_filtered_since_is_another(spectrum, tmp_path):
         train(tmp_path / "run", *flags)
 
 
+def test_a_run_with_another_clip_under_the_same_name_is_another(tmp_path):
+    shutil.copytree(ASSETS / "tiny_clip", tmp_path / "clip")
+    flags = ["--images", "real", "--model", "clip", "--clip", tmp_path / "clip", "--epochs", "1"]
+    train(tmp_path / "run", *flags)
+    (tmp_path / "clip/README.md").write_text("trained again")
+    with pytest.raises(UserError, match="inputs.clip"):
+        train(tmp_path / "run", *flags)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
