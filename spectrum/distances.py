@@ -105,7 +105,7 @@ def measure_levels(
         clip: an embeddings.Clip.
 
     Raises:
-        UserError: a real image that cannot be read.
+        UserError: fewer than two real images can be read.
     """
     from spectrum.embeddings import read_files, read_training_images
 
@@ -115,8 +115,10 @@ def measure_levels(
     real = draw_some(real, DISTANCE_IMAGES, "real")
     vectors, wrong = clip.all_images(real, read_training_images(train, data_root), "embedding real images")
     if wrong:
-        raise UserError(wrong[min(wrong)])
-    vectors = vectors.double().numpy()
+        print(f"{len(wrong)} of {len(real)} real images cannot be read and are left out, the first: {wrong[min(wrong)]}")
+    vectors = np.delete(vectors.double().numpy(), sorted(wrong), axis=0)
+    if len(vectors) < 2:
+        raise UserError("--distance: fewer than two real images of the classes can be read")
     bandwidth, real_moments = median_distance(vectors), moments(vectors)
     # Measure each level, all images and those kept.
     table = []
@@ -136,7 +138,7 @@ def measure_levels(
                     "level": level,
                     "images": what,
                     "count": len(part),
-                    "real_count": len(real),
+                    "real_count": len(vectors),
                     "mmd": mmd(part, vectors, bandwidth),
                     "frechet": frechet(real_moments, moments(part)),
                     "frechet_floor": frechet_floor(real_moments, len(part)),

@@ -328,6 +328,24 @@ def test_the_distance_to_the_real_images_falls_as_the_level_rises(road, copy, ca
     assert "0 newly scored" in capsys.readouterr().out
 
 
+def test_a_real_image_that_cannot_be_read_is_left_out_of_the_distances(road, copy, capsys, monkeypatch):
+    from spectrum import embeddings
+
+    def all_but_one(train, data_root):
+        read = read_all(train, data_root)
+        return lambda names: ("x.jpg: is truncated" if name == broken else next(read([name])) for name in names)
+
+    read_all = embeddings.read_training_images
+    broken = spectrum_folder.read_rows(copy)[0]["source"]
+    monkeypatch.setattr(embeddings, "read_training_images", all_but_one)
+    assert run(copy, road, "--threshold", "0.1", "--distance") == 0
+    with (copy / "distance.csv").open() as file:
+        counted = {int(row["real_count"]) for row in csv.DictReader(file)}
+    assert f"1 of {max(counted) + 1} real images cannot be read and are left out, the first: x.jpg: is truncated" in (
+        capsys.readouterr().out
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # bad input
 
