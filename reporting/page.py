@@ -53,7 +53,7 @@ def commands(title: str, lines: list[str]) -> str:
 
 def figures(drawn: list[tuple[Path, str]]) -> str:
     """The pictures of PNG files, each above what it shows; as many beside each other as the screen has room for."""
-    return f'<div class="figures">{"".join(_figure(*one) for one in drawn)}</div>'
+    return f'<div class="figures">{"".join(_figure(*one) for one in drawn)}</div>' if drawn else ""
 
 
 def _figure(path: Path, caption: str) -> str:

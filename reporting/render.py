@@ -96,9 +96,9 @@ def _leader(table: Table, name: str) -> str:
         return ""
     best, *others = sorted(rows, key=lambda row: -comparisons.results_of(row, name)[0])
     what, value = SPOKEN.get(name, FIGURE_NAMES.get(name, name)), comparisons.results_of(best, name)[0]
-    text = f"Highest in {what}: {best.name}, {value:.1f} % ({_seeds(best)})"
     if not others:
-        return f"{text}."
+        return f"{best.name} has {value:.1f} % {what} ({_seeds(best)})."
+    text = f"Highest in {what}: {best.name}, {value:.1f} % ({_seeds(best)})"
     ahead, error = comparisons.against_row(best, others[0], name)
     text += (
         f", {ahead:.1f}{f' ± {error:.1f}' if error is not None else ''} above {others[0].name} ({_seeds(others[0])})"

@@ -518,6 +518,11 @@ def test_the_first_paragraph_says_which_row_leads_and_over_what_noise(tmp_path):
     assert "The most in few-shot accuracy against the same loss without: CE + d2s, +10.0, of one seed." in (
         render.findings(one[0])
     )
+    alone = tables.read(tables.run_folders([tmp_path / "b0"]), [], report.effective_arguments)
+    assert render.findings(alone[0]) == (
+        "digits IR30, ResNet-8. CE + d2s has 50.0 % few-shot accuracy (1 seed). CE + d2s has 71.0 % accuracy over all "
+        "classes (1 seed)."
+    )
 
 
 def test_the_spectrum_sheet_and_the_acceptance_map_are_drawn(road, tmp_path, drawn):
