@@ -115,7 +115,9 @@ def measure_levels(
     real = draw_some(real, DISTANCE_IMAGES, "real")
     vectors, wrong = clip.all_images(real, read_training_images(train, data_root), "embedding real images")
     if wrong:
-        print(f"{len(wrong)} of {len(real)} real images cannot be read and are left out, the first: {wrong[min(wrong)]}")
+        print(
+            f"{len(wrong)} of {len(real)} real images cannot be read and are left out, the first: {wrong[min(wrong)]}"
+        )
     vectors = np.delete(vectors.double().numpy(), sorted(wrong), axis=0)
     if len(vectors) < 2:
         raise UserError("--distance: fewer than two real images of the classes can be read")
