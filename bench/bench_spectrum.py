@@ -351,7 +351,7 @@ def plain_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], step
             strength=strength_of(pipe, steps_at(unit.level, steps), steps),
             num_inference_steps=steps,
             guidance_scale=scale,
-            generator=torch.Generator().manual_seed(unit.noise_seed()),
+            generator=torch.Generator().manual_seed(unit.noise_seed(row["redraws"])),
             output_type="pt",
             **shape_of(pipe, size),
         ).images[0]
@@ -371,7 +371,10 @@ def batched_loop(pipe, rows: list[dict], folder: Path, size: tuple[int, int], st
         strength=strength_of(pipe, steps_at(units[0].level, steps), steps),
         num_inference_steps=steps,
         guidance_scale=scale,
-        generator=[torch.Generator().manual_seed(unit.noise_seed()) for unit in units],
+        generator=[
+            torch.Generator().manual_seed(unit.noise_seed(row["redraws"]))
+            for unit, row in zip(units, rows, strict=True)
+        ],
         **shape_of(pipe, size),
     ).images
     for number, image in enumerate(drawn):
@@ -425,11 +428,14 @@ def draw_ours(args, pipe, folder: Path, inputs: list[str], device: str, levels: 
     """What generate_spectrum.py draws of all sources at some levels: rows, images as float (3, H, W), and the
     denoiser's timer."""
     images: list[torch.Tensor] = []
+    good: list[torch.Tensor] = []
     real = generators.to_host, models.load_generator, models.editor_kind, models.latent_multiple
 
     def to_host(drawn: torch.Tensor) -> tuple:
         images.extend(drawn)
-        return real[0](drawn)
+        sent = real[0](drawn)
+        good.append(sent[1])
+        return sent
 
     command = [*inputs, "--generator", CONFIGS[args.model][1], "--steps", args.steps, "--seeds", 1, "--device", device]
     command += ["--batch-size", args.batch_size, "--text-guidance", args.text_guidance, "--levels", *levels]
@@ -444,7 +450,8 @@ def draw_ours(args, pipe, folder: Path, inputs: list[str], device: str, levels: 
     assert code == 0
     # A decoder whose encoder ran apart from it is still the pipeline's own, in one type again.
     pipe.vae.to(denoiser_of(pipe).dtype)
-    # Rows are written in the order in which the images were drawn.
+    # Rows are written in the order in which the images were drawn; a blank one has none, and was drawn anew.
+    images = [image for image, fine in zip(images, torch.cat(good).tolist(), strict=True) if fine]
     rows = [json.loads(line) for line in (folder / "shard-00000/metadata.jsonl").open(encoding="utf-8")]
     return rows, images, timer
 
@@ -522,6 +529,7 @@ def measure_ours(args, pipe, folder: Path, inputs: list[str], device: str, rates
         "image_steps_per_second": rate * count_steps(args, drawn[0]) / units,
         "seconds_a_spectrum": len(args.levels) / rate,
         "unet_share_of_wall_time": statistics.median(rates["share"]),
+        "blank_images": sum(row["redraws"] > 0 for row in drawn[0]),
     }
 
 
