@@ -37,7 +37,7 @@ SCRIPTS = (
     "find_hard", "describe_domains", "write_prompts", "tune_generator", "generate_spectrum", "filter_clipscore",
     "filter_edits", "train_lt", "train_iwildcam", "train_fewshot",
 )  # fmt: skip
-SHARDED = ("describe_domains.py", "tune_generator.py", "generate_spectrum.py")
+SHARDED = ("generate_spectrum.py", "tune_generator.py", "describe_domains.py")
 FOLDERS = ("loaders", "spectrum", "generation", "training", "reporting", "runtime")
 SNAPSHOT = ("*.py", *(f"{name}/*.py" for name in FOLDERS), "reporting/gallery.*", "assets/*", "slurm/*")
 MAX_TIMEOUTS = 100  # a job that only ran out of time is requeued this often
@@ -97,7 +97,7 @@ def build_parser() -> cli.Parser:
     parser.usage = "submit.py [options] SCRIPT [its arguments] [--then SCRIPT [its arguments]]"
     group = parser.add_argument_group("what to send")
     group.add_argument(
-        "--shards", type=cli.whole(1), metavar="N", help="send generate_spectrum.py or tune_generator.py as an array"
+        "--shards", type=cli.whole(1), metavar="N", help=f"send {' or '.join(SHARDED)} as an array of N tasks"
     )
     group.add_argument(
         "--sweep",

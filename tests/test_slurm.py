@@ -108,7 +108,7 @@ def test_documented_launcher_commands_parse(command):
         (["--sweep", "loss", "train_lt.py"], "--sweep loss: expected FLAG=A,B"),
         (
             ["--shards", "2", "train_lt.py"],
-            "only describe_domains.py, tune_generator.py, generate_spectrum.py have shards",
+            "only generate_spectrum.py, tune_generator.py, describe_domains.py have shards",
         ),
         (["/elsewhere/evil.py"], "unknown script"),
         ([], "no script"),
