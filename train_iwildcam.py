@@ -354,10 +354,13 @@ def run_folder(args) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     check_flags(args)
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
+    if args.curriculum == "none" and parser.typed("--spectrum") and distributed.rank() == 0:
+        print(f"--spectrum {args.spectrum}: not used, as --curriculum none trains on real images alone", flush=True)
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")

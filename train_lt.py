@@ -377,10 +377,13 @@ def write_subset(path: Path, data: DataSet) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     check_flags(args)
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
+    if args.curriculum == "none" and parser.typed("--spectrum") and distributed.rank() == 0:
+        print(f"--spectrum {args.spectrum}: not used, as --curriculum none trains on real images alone", flush=True)
     # Load the data set.
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.extra_real or args.leave_out:

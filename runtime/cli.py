@@ -72,6 +72,11 @@ class Parser(argparse.ArgumentParser):
         place = f", in {files[-1]}" if files else ""
         self.exit(2, f"{self.prog}: error: {message}{place} (see --help)\n")
 
+    def typed(self, *options: str) -> list[str]:
+        """Those of `options` that the command line gives, itself or in an @file."""
+        words = {word.partition("=")[0] for word, _ in self._read}
+        return [option for option in options if option in words]
+
     def expand_files(self, args: list[str]) -> list[str]:
         """Arguments with those of each @file in its place."""
         try:

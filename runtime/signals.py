@@ -37,24 +37,31 @@ class StopSignals:
 
 @contextmanager
 def hold_signals() -> Iterator[None]:
-    """Within it StopSignals' signals wait, and processes that are started within it never see them.
+    """Within it StopSignals' signals and Ctrl-C wait, and processes that are started within it never see them.
 
     A DataLoader's worker that is ended between its start and `begin_worker` would end the main process too.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR2))
+    # Ctrl-C reaches Python by any thread, whatever this one blocks.
+    in_main, noted = threading.current_thread() is threading.main_thread(), []
+    handler = signal.signal(signal.SIGINT, lambda *_: noted.append(True)) if in_main else None
     try:
         yield
     finally:
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if noted:
+            signal.raise_signal(signal.SIGINT)
 
 
 def begin_worker(worker: int = 0) -> None:
-    """For a DataLoader's `worker_init_fn`: StopSignals' signals, which a whole process group may get, are for the main
-    process; a worker that one of them ends would end it too, in the middle of a step. And a worker looks for no garbage
-    among what it shares with the main process: each object that is looked at would be copied.
+    """For a DataLoader's `worker_init_fn`: what a whole process group may get is for the main process; a worker that
+    such a signal ends would end it too, in the middle of a step. And a worker looks for no garbage among what it shares
+    with the main process: each object that is looked at would be copied.
     """
     gc.freeze()
-    for number in (signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

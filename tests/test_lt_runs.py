@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -116,6 +117,31 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(road, tmp_pa
     assert checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["epoch"] == 2
     train(road, tmp_path / "r")
     assert np.array_equal(logits_of(tmp_path / "whole"), logits_of(tmp_path / "r"))
+
+
+def test_loading_processes_leave_ctrl_c_to_the_main_process():
+    """A terminal sends it to all of them; one that ended first brought a traceback in place of 'interrupted'."""
+    held = False
+    with pytest.raises(KeyboardInterrupt), signals.hold_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        held = True
+    assert held
+    worker = multiprocessing.get_context("fork").Process(target=get_ctrl_c)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+
+
+def get_ctrl_c() -> None:
+    signals.begin_worker()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+
+def test_a_spectrum_that_no_curriculum_uses_is_said(road, tmp_path, capsys):
+    train(road, tmp_path / "r", *ONE_EPOCH, "--curriculum", "none", "--spectrum", str(road.spectrum))
+    assert "not used, as --curriculum none trains on real images alone" in capsys.readouterr().out
 
 
 def test_handlers_are_put_back():
@@ -342,8 +368,17 @@ def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path, drawn):
 
 
 @pytest.mark.slow
-def test_a_signal_to_the_whole_process_group_stops_a_run_and_not_its_loading_processes(photographs, tmp_path):
-    """Slurm, timeout and systemd send SIGTERM to all of a job's processes."""
+@pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [
+        (signal.SIGTERM, runs.RESUMABLE, "SIGTERM came; checkpoint written"),
+        (signal.SIGINT, 130, "train_lt.py: interrupted; run the same command again to resume"),
+    ],
+)
+def test_a_signal_to_the_whole_process_group_stops_a_run_and_not_its_loading_processes(
+    photographs, tmp_path, number, code, says
+):
+    """Slurm, timeout and systemd send SIGTERM to all of a job's processes, a terminal SIGINT (Ctrl-C)."""
     command = [sys.executable, str(ROOT / "train_lt.py"), "--dataset", "imagefolder", "--data-root", str(photographs)]
     command += ["--model", "resnet8", "--image-size", "32", "--batch-size", "2", "--epochs", "200", "--device", "cpu"]
     command += ["--workers", "2", "--out", str(tmp_path / "r")]
@@ -352,9 +387,9 @@ def test_a_signal_to_the_whole_process_group_stops_a_run_and_not_its_loading_pro
     while not (tmp_path / "r/checkpoint.pt").exists():
         assert running.poll() is None and time.monotonic() < end
         time.sleep(0.05)
-    os.killpg(running.pid, signal.SIGTERM)
+    os.killpg(running.pid, number)
     said = running.communicate(timeout=60)[0].decode()
-    assert running.returncode == runs.RESUMABLE and "SIGTERM came; checkpoint written" in said, said
+    assert running.returncode == code and says in said and "Traceback" not in said, said
 
 
 def test_a_curriculum_longer_than_the_training_is_refused(road, tmp_path):
