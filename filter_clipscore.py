@@ -31,6 +31,7 @@ from spectrum.acceptance import SHOWN, no_score
 from spectrum.flags import add_clip_flag, add_device_flags
 from spectrum.units import SCORED_FIELDS, Unit
 
+PREVIOUS = "scores.previous.csv"  # the scores of another CLIP
 SAVE_SECONDS = 30  # between two saves while images are scored; more where a save, which writes all rows, takes long
 SAVE_PAUSE = 20  # times what the save before took, at least: a twentieth of the time at most, however many rows
 
@@ -147,17 +148,17 @@ def score_images(rows: list[dict], prompts: dict[int, dict], train, clip, args, 
 def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict[str, dict]:
     """The scores of scores.csv that are still valid: by the same CLIP against the same text.
 
-    Images without a score are scored again. A table by another CLIP is set aside as scores.previous.csv.
+    Images without a score are scored again, and all where another CLIP made the table.
     """
     if not path.exists():
         return {}
     scores = tables.read_scores(path)
-    for name in ("clip", "clip_digest"):
-        if note.get(name) != made_by[name]:
-            aside = path.with_name("scores.previous.csv")
-            path.replace(aside)
-            print(f"{path}: made with {name} {note.get(name)!r}, not {made_by[name]!r}; it is {aside} now")
-            return {}
+    for name in other_clip(note, made_by):
+        print(
+            f"{path}: made with {name} {note.get(name)!r}, not {made_by[name]!r}; all images are scored anew, "
+            f"and it becomes {path.with_name(PREVIOUS)}"
+        )
+        return {}
     before, now = note.get("score_prompts", {}), made_by["score_prompts"]
     same = {int(label) for label in now if before.get(label) == now[label]}
     valid = {}
@@ -166,6 +167,11 @@ def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict
         if entry and row["label"] in same and not math.isnan(entry["text_score"]):
             valid[row["file_name"]] = entry
     return valid
+
+
+def other_clip(note: dict, made_by: dict) -> list[str]:
+    """Which of a CLIP's name and digest differ between the note of a scores.csv and now."""
+    return [name for name in ("clip", "clip_digest") if note.get(name) != made_by[name]]
 
 
 def read_note(path: Path) -> dict:
@@ -343,7 +349,10 @@ def report_missing(rows: list[dict], scores: dict[str, dict], args) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if parser.typed("--share-of") and args.keep_share is None:
+        raise cli.UserError("--share-of: expected with --keep-share only")
     # Read the spectrum, and the scores that there are already.
     settings, rows = spectrum_folder.read_spectrum(args)
     prompts = tables.read_prompts(args.prompts, {row["label"] for row in rows})
@@ -372,7 +381,11 @@ def main(argv: list[str] | None = None) -> int:
     # Score the new images, and decide which are kept.
     def save() -> None:
         acceptance.decide_kept(rows, scores, args.threshold, args.keep_share, args.share_of)
-        tables.write_scores(args.spectrum / "scores.csv", (row["file_name"] for row in rows), scores)
+        # Another CLIP's table is set aside, and only now: a CLIP that cannot be loaded costs no scores.
+        path = args.spectrum / "scores.csv"
+        if path.exists() and other_clip(read_note(note_path), made_by):
+            path.replace(path.with_name(PREVIOUS))
+        tables.write_scores(path, (row["file_name"] for row in rows), scores)
         files.write_json(note_path, note)
 
     if new or args.distance:

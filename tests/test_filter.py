@@ -135,6 +135,14 @@ def test_scores_by_another_clip_are_set_aside(road, copy, tmp_path, capsys):
     assert "165 newly scored" in capsys.readouterr().out
 
 
+def test_a_clip_that_cannot_be_loaded_costs_no_scores(road, copy, tmp_path):
+    (tmp_path / "empty").mkdir()
+    before = (copy / "scores.csv").read_bytes()
+    with pytest.raises(UserError, match="--clip .*empty: expected a folder"):
+        run(copy, road, "--clip", str(tmp_path / "empty"))
+    assert (copy / "scores.csv").read_bytes() == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what is kept, by hand
 
@@ -370,7 +378,7 @@ def test_a_clip_that_gives_nan_is_named(road, copy, tmp_path):
     before = (copy / "scores.csv").read_bytes()
     with pytest.raises(UserError, match="gives a text an embedding that is not finite"):
         run(copy, road, "--clip", str(tmp_path / "nan"))
-    assert (copy / "scores.previous.csv").read_bytes() == before
+    assert (copy / "scores.csv").read_bytes() == before
 
 
 def test_nan_scores_and_two_rows_for_one_file_are_named(road, copy):
