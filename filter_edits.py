@@ -365,6 +365,21 @@ def read_inputs(args) -> tuple[list[dict], dict[int, dict], dict | None]:
     return rows, prompts, content
 
 
+def stop_on_unknown_domains(args, rows: list[dict], prompts: dict, content: dict, domains: list[str]) -> None:
+    """Raise UserError where edits toward a domain are of none of domains.json: the rule could not judge them."""
+    known = {domain["name"] for domain in content["domains"]}
+    unknown = [
+        row["prompt"]
+        for row, domain in zip(rows, domains, strict=True)
+        if prompts[row["label"]].get("domains") and domain not in known
+    ]
+    if unknown:
+        raise cli.UserError(
+            f"--rules domain: {len(unknown)} of {len(rows)} edits are of no domain that both {args.prompts} and "
+            f"{args.domains} have, the first {unknown[0]!r}; expected the files that they were drawn with"
+        )
+
+
 def warn_of_bias(rows: list[dict], judged: np.ndarray, reasons: np.ndarray) -> None:
     """Say so where CLIP sees the class asked for in most edits that the base model calls corrupted.
 
@@ -405,6 +420,8 @@ def main(argv: list[str] | None = None) -> int:
             f"--domains {args.domains}: none of its domains is one that {args.prompts} names for an edit; expected the "
             "file that these prompts were written from"
         )
+    if "domain" in args.rules:
+        stop_on_unknown_domains(args, rows, prompts, content, domains)
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     taken = check_runs(args, data) if "confidence" in args.rules else ()
     note: dict = {"rules": args.rules, "judge_class": args.judge_class, "keep_dropped": args.keep_dropped}

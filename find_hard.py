@@ -270,14 +270,16 @@ def print_counts(hard: list[dict], data: DataSet) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.rule == "confidence" and not (args.checkpoint or args.clip):
         raise cli.UserError(
             "--rule confidence: expected --checkpoint or --clip, the model that gives the probabilities"
         )
-    # Some data sets have a --clip by default, which --rule all needs no more than they do.
-    if args.checkpoint and args.rule != "confidence" or args.clip and args.rule == "few":
-        raise cli.UserError("--checkpoint and --clip: expected with --rule confidence only")
+    # Only what was typed: some data sets have these by default.
+    unused = parser.typed("--fraction", "--threshold", "--checkpoint", "--clip", "--templates")
+    if unused and args.rule != "confidence":
+        raise cli.UserError(f"{unused[0]}: expected with --rule confidence only, not with --rule {args.rule}")
     if args.clip and any("{}" not in template for template in args.templates):
         raise cli.UserError("--templates: expected texts with {}, where the class name goes")
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)

@@ -445,9 +445,12 @@ def validate(folder: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
     if args.validate:
         return validate(args.out)
+    if args.per_class and parser.typed("--levels") and args.levels != [0]:
+        raise cli.UserError("--per-class: draws N images of a class at level 0; expected no other --levels")
     complete_flags(args)
     hard, prompts = read_inputs(args)
 

@@ -209,6 +209,16 @@ def check_flags(args) -> None:
         raise cli.UserError(f"--score-prompt {args.score_prompt!r}: expected a text with one {{}}, for the class name")
 
 
+def check_sources(args, hard: list[tables.Hard]) -> None:
+    """Raise UserError where hard.csv names files and --dataset, perhaps by default, has its images in the project."""
+    source = next((row.source for row in hard if not row.source.startswith("index:")), None)
+    if source is not None and datasets.TABLE[args.dataset].root == "unused":
+        raise cli.UserError(
+            f"--dataset {args.dataset}: {args.hard} names image files, the first {source}, which {args.dataset} has "
+            "not; expected the --dataset that find_hard.py was given"
+        )
+
+
 def check_names(args, names: dict[int, str], prompts: dict[int, dict]) -> None:
     """Raise UserError where classes are called otherwise in the prompts that exist, or are called by numbers."""
     tables.stop_on_other_names(args.out, prompts, names, args.hard, ", or another --out")
@@ -267,7 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     check_flags(args)
     # Find the classes without prompts.
-    names = {row.label: row.class_name for row in tables.read_hard(args.hard)}
+    hard = tables.read_hard(args.hard)
+    check_sources(args, hard)
+    names = {row.label: row.class_name for row in hard}
     prompts = tables.read_prompts(args.out, []) if args.out.exists() else {}
     check_names(args, names, prompts)
     new = sorted(label for label in names if not prompts.get(label, {}).get("prompts"))

@@ -234,6 +234,16 @@ def test_what_cannot_be_judged_is_named(made, base, tmp_path):
     others = tmp_path / "others.json"
     files.write_json(others, DOMAINS | {"domains": [DOMAINS["domains"][0] | {"name": "at sea"}]})
     refused("none of its domains is one that .*prompts.json", "--rules", "domain", "--clip", CLIP, "--domains", others)
+    files.write_json(others, DOMAINS | {"domains": DOMAINS["domains"][:1]})  # edits on pink paper cannot be judged
+    refused(
+        "of 60 edits are of no domain that both .*prompts.json",
+        "--rules",
+        "domain",
+        "--clip",
+        CLIP,
+        "--domains",
+        others,
+    )
     bare = tmp_path / "bare"
     bare.mkdir()
     refused("no plan.json", "--rules", "class", "--clip", CLIP, spectrum=bare)

@@ -252,8 +252,8 @@ def test_reading_training_images_goes_on_after_a_bad_one(tmp_path):
     ("arguments", "message"),
     [
         (["--rule", "confidence"], "--rule confidence: expected --checkpoint or --clip"),
-        (["--clip", "x:y"], "--checkpoint and --clip: expected with --rule confidence"),
-        (["--rule", "all", "--checkpoint", "."], "--checkpoint and --clip: expected with --rule confidence"),
+        (["--clip", "x:y"], "--clip: expected with --rule confidence only, not with --rule few"),
+        (["--rule", "all", "--checkpoint", "."], "--checkpoint: expected with --rule confidence only"),
         ([*CLIP, "--templates", "a photo"], "--templates: expected texts with {}"),
         ([*CLIP, "--threshold", "0"], "--threshold 0.0: no image of digits is hard; the lowest"),
     ],

@@ -278,7 +278,7 @@ def test_sources_may_be_files_of_any_size_and_hostile_class_names_survive(tmp_pa
     import write_prompts
 
     hard, prompts, out = tmp_path / "hard.csv", tmp_path / "prompts.json", tmp_path / "s"
-    write_prompts.main(["--hard", str(hard), "--out", str(prompts)])
+    write_prompts.main(["--dataset", "imagefolder", "--hard", str(hard), "--out", str(prompts)])
     flags = [*image_folder(tmp_path / "images"), *SMALL]
     assert generate_spectrum.main(["--hard", str(hard), "--prompts", str(prompts), "--out", str(out), *flags]) == 0
     rows = spectrum_folder.read_rows(out, decode=True)

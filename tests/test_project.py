@@ -446,13 +446,13 @@ def test_odd_class_names_survive_hard_csv(odd_hard):
 
 def test_odd_class_names_survive_prompts_json(odd_hard, tmp_path):
     out = tmp_path / "prompts.json"
-    assert write_prompts.main(["--hard", str(odd_hard), "--out", str(out)]) == 0
+    assert write_prompts.main(["--dataset", "imagefolder", "--hard", str(odd_hard), "--out", str(out)]) == 0
     prompts = tables.read_prompts(out, range(len(CLASS_NAMES)))
     assert [prompts[label]["class_name"] for label in range(len(CLASS_NAMES))] == CLASS_NAMES
     assert list(json.loads(out.read_text(encoding="utf-8"))) == [str(label) for label in range(len(CLASS_NAMES))]
     for label, name in enumerate(CLASS_NAMES):
         assert prompts[label]["score_prompt"] == "a photo of a " + name
-        assert "a " + name + " in red ink" in prompts[label]["prompts"]
+        assert "a 8k real photo: a " + name + " outdoors" in prompts[label]["prompts"]
 
 
 def test_odd_class_names_survive_metadata(tmp_path):
@@ -480,7 +480,7 @@ def test_file_names_are_safe_and_distinct_whatever_the_source():
 
 
 def test_classes_that_share_a_name_stay_two_classes(odd_hard, tmp_path):
-    write_prompts.main(["--hard", str(odd_hard), "--out", str(tmp_path / "prompts.json")])
+    write_prompts.main(["--dataset", "imagefolder", "--hard", str(odd_hard), "--out", str(tmp_path / "prompts.json")])
     prompts = tables.read_prompts(tmp_path / "prompts.json", [0, 1])
     assert prompts[0] == prompts[1] and len(prompts) == len(CLASS_NAMES)
 

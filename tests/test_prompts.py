@@ -32,7 +32,7 @@ def hard(tmp_path):
     tables.write_hard(
         path,
         [
-            {"source": f"{label}.jpg", "label": label, "class_name": name, "reason": "few", "score": 1}
+            {"source": f"index:{label}", "label": label, "class_name": name, "reason": "few", "score": 1}
             for label, name in rows
         ],
     )
@@ -320,7 +320,7 @@ def test_domain_flags_go_together(hard, arguments, message):
 
 
 def test_a_class_of_empty_images_has_prompts_of_its_own_and_numbers_for_names_stop(tmp_path):
-    rows = [{"source": f"{i}.jpg", "label": i, "class_name": name, "reason": "x", "score": 0}
+    rows = [{"source": f"index:{i}", "label": i, "class_name": name, "reason": "x", "score": 0}
             for i, name in enumerate(["empty", "red_fox"])]  # fmt: skip
     tables.write_hard(tmp_path / "hard.csv", rows)
     for source in ("template", "scenes"):

@@ -366,7 +366,9 @@ def test_a_bad_imbalance_ratio_names_its_flag(tmp_path, capsys, ratio):
 
 
 def test_write_prompts_completes_a_file_without_changing_what_is_there(tmp_path):
-    hard = write(tmp_path / "hard.csv", HARD_HEADER + "a,3,three,few,1\nb,5,five,few,1\nc,10,ten,few,1\n")
+    hard = write(
+        tmp_path / "hard.csv", HARD_HEADER + "index:1,3,three,few,1\nindex:2,5,five,few,1\nindex:3,10,ten,few,1\n"
+    )
     mine = {"class_name": "three", "score_prompt": "mine – 3", "prompts": ["one", "two"], "note": "by hand"}
     old = {"class_name": "forty-two", "score_prompt": "old", "prompts": ["old"]}
     out = write(tmp_path / "prompts.json", json.dumps({"42": old, "3": mine}))
@@ -383,7 +385,7 @@ def test_write_prompts_completes_a_file_without_changing_what_is_there(tmp_path)
 
 
 def test_write_prompts_leaves_a_damaged_file_as_it_is(tmp_path):
-    hard = write(tmp_path / "hard.csv", HARD_HEADER + "a,3,three,few,1\n")
+    hard = write(tmp_path / "hard.csv", HARD_HEADER + "index:1,3,three,few,1\n")
     out = write(tmp_path / "prompts.json", '{"3": {')
     with pytest.raises(UserError, match="prompts.json: not valid JSON"):
         write_prompts.main(["--hard", str(hard), "--out", str(out)])
