@@ -55,7 +55,7 @@ def class_folders(root: Path, part: str, left_out: Counter | None = None) -> lis
             if names:
                 classes.append((folder.name, names))
             else:
-                left_out[f"class folders without an image ({part}/{folder.name} ...)"] += 1
+                left_out[f"class folders of {part} without an image"] += 1
     if not classes:
         raise UserError(f"--data-root {root}: no class folder with an image in {part}; expected {part}/CLASS/* images")
     return classes

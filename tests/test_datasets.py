@@ -490,10 +490,11 @@ def test_what_is_no_data_is_left_out_and_counted(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "train/a/folder.png").mkdir()
     (tmp_path / "train/c").mkdir()
+    (tmp_path / "train/d").mkdir()
     data = datasets.load("imagefolder", None, tmp_path)
     assert data.class_names == ["a", "b"] and data.published_counts.tolist() == [6, 6]
     assert data.note.endswith(
-        "left out: 1 class folders without an image (train/c ...), 1 files beside the class folders, "
+        "left out: 2 class folders of train without an image, 1 files beside the class folders, "
         "1 files ending in .GIF, 1 files ending in .txt, 2 folders within classes, 4 hidden files and folders"
     )
 
