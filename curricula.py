@@ -11,7 +11,7 @@ import random
 
 import numpy as np
 
-from runtime.cli import UserError
+from runtime.text import UserError, counted
 
 REAL = 100  # the guidance level of a real image
 # Every curriculum, for --help and in a table's order. A new one needs its name here and its levels in `epoch_levels`.
@@ -126,7 +126,7 @@ def describe_schedule(
 ) -> str:
     """The whole schedule in words: "12 epochs of level 0, 12 of level 10, then 5 of all real images"."""
     if curriculum == "none":
-        return f"{epochs} epochs of all real images"
+        return f"{counted(epochs, 'epoch')} of all real images"
     parts: list[tuple[int, str]] = []
     if curriculum in ("random", "cyclic", "adaptive"):
         names = ", ".join(str(level) for level in sorted(set(levels)))
@@ -139,7 +139,7 @@ def describe_schedule(
                 parts[-1] = (parts[-1][0] + 1, what)
             else:
                 parts.append((1, what))
-    words = [f"{count}{' epochs' * (number == 0)} of {what}" for number, (count, what) in enumerate(parts)]
+    words = [f"{count if number else counted(count, 'epoch')} of {what}" for number, (count, what) in enumerate(parts)]
     if epochs > curriculum_epochs:
         words.append(f"then {epochs - curriculum_epochs} of all real images")
     return ", ".join(words)

@@ -31,6 +31,7 @@ import numpy as np
 
 import datasets
 from runtime import cli, files, runs, signals
+from runtime.text import counted
 from spectrum import captions as captioning
 from spectrum import domains as summary
 
@@ -373,7 +374,10 @@ def summarise(args, data, rows: dict[str, dict]) -> None:
     table = summary.count_table(np.array(labels), assigned, len(spoken), len(names))
     bits = summary.mutual_information(table)
     chance = summary.shuffled_information(np.array(labels), assigned, len(spoken), len(names))
-    print(f"{args.out / 'domains.json'}: {len(names)} domains from {len(readable)} captions ({args.summary})")
+    print(
+        f"{args.out / 'domains.json'}: {counted(len(names), 'domain')} from "
+        f"{counted(len(readable), 'caption')} ({args.summary})"
+    )
     for domain in content["domains"]:
         print(f"  {domain['share']:6.1%}  {domain['prompt']}   ({domain.get('source', 'file')})")
     print(f"the domain tells {bits:.2f} bits about the class; shuffled captions {chance:.2f}")
@@ -417,7 +421,10 @@ def main(argv: list[str] | None = None) -> int:
     rows = read_all(args.out)
     missing = [name for name in data.train.sources if name not in rows]
     if stop.received:
-        print(f"{args.out}: {stop.received}, {len(missing)} captions missing; run the same command again to resume")
+        print(
+            f"{args.out}: {stop.received}, {counted(len(missing), 'caption')} missing; run the same command again to "
+            "resume"
+        )
         return runs.RESUMABLE
     print(f"{args.out}: {len(data.train) - len(missing)} of {len(data.train)} images captioned", flush=True)
     if missing:
@@ -430,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
     summarise(args, data, rows)
     unreadable = [name for name, row in rows.items() if row["caption"] is None]
     if unreadable:
-        print(f"{len(unreadable)} images cannot be read and have no caption, the first: {unreadable[0]}")
+        print(f"{counted(len(unreadable), 'image')} cannot be read and have no caption, the first: {unreadable[0]}")
     return 1 if unreadable else 0
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import datasets
 from runtime import cli, files
+from runtime.text import counted
 from spectrum import acceptance, distances, quotas, tables
 from spectrum import folder as spectrum_folder
 from spectrum.acceptance import SHOWN, no_score
@@ -255,7 +256,7 @@ def plan_top_up(rows, prompts, settings, names, made, kept, note: dict, args) ->
         return
     tables.write_top_up(path, planned)
     print(
-        f"{path}: {len(planned)} images to draw in round {note['rounds'] + 1} of {args.max_rounds}; run "
+        f"{path}: {counted(len(planned), 'image')} to draw in round {note['rounds'] + 1} of {args.max_rounds}; run "
         f"generate_spectrum.py with the flags of before and --also-draw {path}, then this command again"
     )
 

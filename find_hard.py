@@ -26,6 +26,7 @@ import numpy as np
 import datasets
 from loaders.base import DataSet
 from runtime import cli, files, runs
+from runtime.text import counted
 from spectrum import folder as spectrum_folder
 from spectrum import tables
 from spectrum.flags import add_clip_flag, add_device_flags
@@ -310,7 +311,10 @@ def main(argv: list[str] | None = None) -> int:
     ]
     tables.write_hard(args.out, hard)
     classes = {row["label"] for row in hard}
-    print(f"{args.out}: {len(hard)} hard images of {len(data.train)}, in {len(classes)} classes of {len(data.counts)}")
+    print(
+        f"{args.out}: {counted(len(hard), 'hard image')} of {len(data.train)}, in "
+        f"{counted(len(classes), 'class', 'classes')} of {len(data.counts)}"
+    )
     print_counts(hard, data)
     for name in missing[:SHOWN]:
         print(f"{name}: unreadable, left out")

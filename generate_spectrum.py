@@ -47,7 +47,7 @@ from generation.writer import SAVE_OPTIONS
 from loaders.base import DataSet
 from loaders.sources import Sources
 from runtime import cli, files, runs, signals
-from runtime.text import parse_whole
+from runtime.text import counted, parse_whole
 from spectrum import folder as spectrum_folder
 from spectrum.tables import Hard, read_hard, read_prompts, stop_on_other_names
 
@@ -396,7 +396,7 @@ def draw(plan: DrawPlan, folder: Path, sources: Sources, weights: dict[str, Path
         files.write_json(args.out / "plan.json", plan.settings)
         job.draw(todo, done, stop)
     if stop.received:
-        print(f"{args.out}: {stop.received} after {job.saved} images; run the same command again to resume")
+        print(f"{args.out}: {stop.received} after {counted(job.saved, 'image')}; run the same command again to resume")
         return runs.RESUMABLE
     return job.report()
 
@@ -440,7 +440,9 @@ def validate(folder: Path) -> int:
     if settings.get("per_class"):
         planned = settings["per_class"] * len(settings["hard_classes"])
     planned = settings.get("units", planned)
-    print(f"{folder}: {count} images with a row, {planned} in plan.json, {len(errors)} things wrong")
+    print(
+        f"{folder}: {counted(count, 'image')} with a row, {planned} in plan.json, {counted(len(errors), 'thing')} wrong"
+    )
     return 1 if errors else 0
 
 

@@ -37,6 +37,7 @@ from loaders import fewshot
 from loaders.base import stop_on_unreadable
 from runtime import cli, files, runs
 from runtime.signals import StopSignals
+from runtime.text import counted
 from spectrum import tables
 from spectrum.captions import read_caption_table
 from spectrum.units import short_name
@@ -349,7 +350,11 @@ def main(argv: list[str] | None = None) -> int:
     todo = [group for group in mine if not all(is_tuned(args.out, unit.name) for unit in group)]
     count = sum(map(len, mine))
     left = sum(not is_tuned(args.out, unit.name) for group in todo for unit in group)
-    print(f"{args.out}: {count} adapters of {len(data.train)} images, {count - left} done, {left} to tune", flush=True)
+    print(
+        f"{args.out}: {counted(count, 'adapter')} of {counted(len(data.train), 'image')}, "
+        f"{count - left} done, {left} to tune",
+        flush=True,
+    )
     if args.dry_run:
         print_forecast(args, todo)
         return 0
@@ -385,10 +390,13 @@ def main(argv: list[str] | None = None) -> int:
             for group in todo:
                 work.tune(group, bar)
         if stop.received:
-            print(f"{args.out}: {stop.received} after {work.saved} adapters; run the same command again to resume")
+            print(
+                f"{args.out}: {stop.received} after {counted(work.saved, 'adapter')}; run the same command again to "
+                "resume"
+            )
             return runs.RESUMABLE
         files.write_json(folder / "speed.json", {"steps_per_second": work.steps / (time.monotonic() - began)})
-    print(f"{args.out}: {work.saved} adapters tuned")
+    print(f"{args.out}: {counted(work.saved, 'adapter')} tuned")
     for name, why in work.failed.items():
         print(f"{name}: not tuned: {why}; expected a lower --lr")
     return 1 if work.failed else 0

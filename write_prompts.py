@@ -265,9 +265,10 @@ def write(args, labels: list[int], names: dict[int, str]) -> Iterator[tuple[int,
         own = read_own(args.file, names)
         missing = [label for label in labels if label not in own]
         if missing:
+            others = text.counted(len(missing) - 1, "other")
             raise cli.UserError(
                 f"{args.file}: no prompt for class {missing[0]} ({names[missing[0]]})"
-                f"{f' and {len(missing) - 1} others' if len(missing) > 1 else ''}; expected one or more for each class"
+                f"{f' and {others}' if len(missing) > 1 else ''}; expected one or more for each class"
             )
         for label in labels:
             yield label, {"prompts": own[label], "source": f"file {args.file.name}"}
@@ -305,7 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     save()
 
     # Report how many are new, kept, and filled up.
-    print(f"{args.out}: prompts for {len(prompts)} classes, {len(new)} of them new, from {args.source}")
+    print(
+        f"{args.out}: prompts for {text.counted(len(prompts), 'class', 'classes')}, {len(new)} of them new, "
+        f"from {args.source}"
+    )
     kept = len(names) - len(new)
     if kept:
         print(f"{kept} classes had prompts there and keep them; for other prompts take another --out")

@@ -17,6 +17,7 @@ from generation.sizes import resize
 from generation.worklist import Batch
 from generation.writer import ImageWriter, as_saved
 from runtime import cli, files, signals
+from runtime.text import counted
 from spectrum.domains import domain_of_prompt
 from spectrum.units import Unit
 
@@ -273,20 +274,25 @@ class Job:
             for name, why in sorted(self.prefetcher.unreadable.items())
         ]
         redraws = self.args.max_redraws if self.scorer else MAX_REDRAWS
-        failures += [unit._asdict() | {"reason": f"blank or not finite, {redraws} redraws"} for unit in self.failed]
+        failures += [
+            unit._asdict() | {"reason": f"blank or not finite, {counted(redraws, 'redraw')}"} for unit in self.failed
+        ]
         path = self.folder / "failures.jsonl"
         path.unlink(missing_ok=True)
         reached = f", {self.reached} of them with a CLIPScore of {self.args.threshold:g} or more" if self.scorer else ""
-        print(f"{self.args.out}: {self.saved} images drawn, {self.redraws} redraws{reached}")
+        print(f"{self.args.out}: {counted(self.saved, 'image')} drawn, {counted(self.redraws, 'redraw')}{reached}")
         if not failures:
             return 0
         files.write_text(path, "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failures))
         if self.prefetcher.unreadable:
-            print(f"{len(self.prefetcher.unreadable)} sources cannot be read, the first: {failures[0]['reason']}")
+            print(
+                f"{counted(len(self.prefetcher.unreadable), 'source')} cannot be read, the first: "
+                f"{failures[0]['reason']}"
+            )
         if self.failed:
             print(
-                f"{len(self.failed)} images stayed blank or not finite after {redraws} redraws, the first "
-                f"{self.failed[0].source} at level {self.failed[0].level}"
+                f"{counted(len(self.failed), 'image')} stayed blank or not finite after "
+                f"{counted(redraws, 'redraw')}, the first {self.failed[0].source} at level {self.failed[0].level}"
             )
         print(f"{path}: all that could not be drawn")
         return 1

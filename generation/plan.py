@@ -20,6 +20,7 @@ from loaders.sources import Sources
 from runtime import files
 from runtime.cli import UserError
 from runtime.files import digest_int
+from runtime.text import counted
 from spectrum import domains, tables
 from spectrum.folder import describe_clip, done_units, freeze_sizes, read_frozen_sizes, read_source_digests
 from spectrum.units import Unit, short_name
@@ -330,14 +331,14 @@ class DrawPlan:
     def find_todo(self) -> tuple[list[Batch], set[Unit]]:
         """The batches of this shard in which an image is missing, and the units that are drawn; prints how many."""
         args, mine = self.args, self.share()
-        many = f"{args.per_class} images a class" if args.per_class else f"{args.seeds} seeds"
+        many = f"{counted(args.per_class, 'image')} a class" if args.per_class else counted(args.seeds, "seed")
         many += " of each prompt" if args.each_prompt else ""
         wanted = {unit for batch in mine for unit in batch.units}
         done = done_units(args.out, wanted, delete=not args.dry_run)
         print(
-            f"{args.out}: {len(wanted)} images ({len(self.hard)} sources, levels {self.settings['levels']}, "
-            f"{many}{f', shard {args.shard}' if args.shard.count > 1 else ''}), {len(done)} done, "
-            f"{len(wanted) - len(done)} to draw",
+            f"{args.out}: {counted(len(wanted), 'image')} ({counted(len(self.hard), 'source')}, levels "
+            f"{self.settings['levels']}, {many}{f', shard {args.shard}' if args.shard.count > 1 else ''}), "
+            f"{len(done)} done, {len(wanted) - len(done)} to draw",
             flush=True,
         )
         return [batch for batch in mine if not done.issuperset(batch.units)], done
@@ -403,7 +404,7 @@ class DrawPlan:
         for batch in todo:
             by_level[batch.level] += len(batch.units)
         for level, number in sorted(by_level.items()):
-            print(f"  level {level:>2}: {number} images of {self.steps_of(level)} steps")
+            print(f"  level {level:>2}: {counted(number, 'image')} of {counted(self.steps_of(level), 'step')}")
         # Estimate the hours from the last run's rate.
         speeds = [files.read_json(path) for path in args.out.glob("shard-*/speed.json")]
         rate = args.steps_per_second or max((speed["steps_per_second"] for speed in speeds), default=None)
@@ -416,7 +417,8 @@ class DrawPlan:
         gigabytes = (sum(sample) / len(sample) * count if sample else pixels * BYTES_PER_PIXEL[args.format]) / 1e9
         place = next(folder for folder in [args.out.resolve(), *args.out.resolve().parents] if folder.exists())
         print(
-            f"  {count} images, {len(todo)} batches, {steps} denoising steps: {hours}; about {gigabytes:.3g} GB of "
+            f"  {counted(count, 'image')}, {counted(len(todo), 'batch', 'batches')}, {steps} denoising steps: {hours}; "
+            f"about {gigabytes:.3g} GB of "
             f"{shutil.disk_usage(place).free / 1e9:.4g} GB free"
         )
         if self.settings.get("image_guidance"):

@@ -136,7 +136,10 @@ def load(name: str, imb_ratio: float | None, root: Path, seed: int) -> DataSet:
         if part == "train" and imb_ratio is not None:
             wanted = long_tail_counts(max(counts.values()), max(2, len(classes)), imb_ratio)
             if min(wanted) < 1:
-                raise UserError(f"--imb-ratio {imb_ratio:g}: leaves classes of {max(counts.values())} images none")
+                raise UserError(
+                    f"--imb-ratio {imb_ratio:g}: the smallest class would keep none of its images; expected at most "
+                    f"{max(counts.values())}, the images of the largest"
+                )
             classes = [
                 (folder, sorted(np.random.default_rng([seed, label]).permutation(names)[: wanted[label]].tolist()))
                 for label, (folder, names) in enumerate(classes)

@@ -100,6 +100,9 @@ class Parser(argparse.ArgumentParser):
         parsed = super().parse_args(args, namespace)
         if getattr(parsed, "data_root", "") is None and self.get_default("dataset"):
             parsed.data_root = self.default_root(parsed.dataset)
+        root, out = getattr(parsed, "data_root", None), getattr(parsed, "out", None)
+        if root and out and Path(out).resolve() == Path(root).resolve():  # where a message might say to delete it
+            self.error(f"--out {out}: is --data-root, the folder of the images; expected another folder")
         return parsed
 
 

@@ -25,6 +25,11 @@ MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError
 MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """A count and its noun, whose plural adds an s where `many` does not say otherwise: "1 image", "3 images"."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def read_text(path: Path, hint: str = "") -> str:
     """The text of a UTF-8 file, with or without a byte-order mark, line ends as they are.
 

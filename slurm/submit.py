@@ -30,7 +30,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from runtime import cli, files, runs
+from runtime import cli, files, runs, text
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
         print("everything is finished: nothing to submit")
         return 0
     folder = args.folder or Path("runs/jobs") / Path(scripts[0][0]).stem
-    print(f"{len(first)} tasks{f', then {len(then)} more' if then else ''}; logs in {folder}")
+    print(f"{text.counted(len(first), 'task')}{f', then {len(then)} more' if then else ''}; logs in {folder}")
     if args.dry_run:
         for line in [*first, *then]:
             print("  " + shlex.join(line))

@@ -59,6 +59,7 @@ def test_imagenet_lt_has_twelve_epochs_a_level_then_five_real():
 
 def test_schedules_in_words():
     assert describe_schedule("none", 3, 0, LEVELS) == "3 epochs of all real images"
+    assert describe_schedule("d2s", 3, 2, [0, 50]) == "1 epoch of level 0, 1 of level 50, then 1 of all real images"
     assert describe_schedule("all", 3, 3, [50, 100]) == "3 epochs of levels 50, 100"
     found = describe_schedule("adaptive", 20, 15, [50, 70, 90, 100])
     assert found == "15 epochs of one of the levels 50, 70, 90, 100 (adaptive), then 5 of all real images"

@@ -239,7 +239,7 @@ def test_own_prompts_by_index_and_by_name(hard, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("own.csv", "class,prompt\n0,a\n", r"no prompt for class 4 \(bow/arrow\) and 1 others"),
+        ("own.csv", "class,prompt\n0,a\n", r"no prompt for class 4 \(bow/arrow\) and 1 other;"),
         ("own.csv", "class,prompt\n0,\n", "own.csv row 2: the prompt is empty"),
         ("own.csv", "class,prompt\nfox,a\n", r"row 2: classes \[0, 7\] are all called 'fox'; expected a class index"),
         ("own.csv", "name,text\n0,a\n", "expected columns class and prompt"),

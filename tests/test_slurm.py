@@ -264,7 +264,7 @@ def test_captions_are_sent_as_shards_and_the_filter_after_the_edits(blank_figure
     assert "nothing to submit" in capsys.readouterr().out
     (tmp_path / "domains/domains.json").unlink()
     assert submit.main(["--dry-run", "--cluster", "local", *captions]) == 0
-    assert "1 tasks" in capsys.readouterr().out
+    assert "1 task;" in capsys.readouterr().out
     edits = ["generate_spectrum.py", *data, "--hard", "hard.csv", "--prompts", "prompts.json", "--out", "edits"]
     rules = ["filter_edits.py", *data, "--rules", "class", "--spectrum", "edits", "--prompts", "prompts.json"]
     for name in ("hard.csv", "prompts.json"):
