@@ -121,13 +121,17 @@ def read_arguments(folder: Path, *names: str) -> dict:
     """The effective arguments of a run folder, by its args.json.
 
     Args:
-        names: what must be among them.
+        names: what must be among them; a run of train_lt.py has it.
 
     Raises:
         UserError: no run folder, or one that lacks one of `names`.
     """
     path = folder / "args.json"
-    return check_object(read_object(path, "args")["args"], f"{path}: args", names)
+    found = check_object(read_object(path, "args")["args"], f"{path}: args")
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise UserError(f"{path}: its args have no {', '.join(missing)}; expected a run of train_lt.py")
+    return found
 
 
 def effective_arguments(args: Namespace) -> dict:

@@ -231,7 +231,7 @@ ROWS = [
     Row("find_hard", "confidence by nothing", "--rule confidence", "expected --checkpoint or --clip"),
     Row("find_hard", "run folder without args.json", "--rule confidence --checkpoint r --out h.csv", "args.json: no such file", {"r/checkpoint.pt": b""}),
     Row("find_hard", "args.json is a list", "--rule confidence --checkpoint r --out h.csv", "args.json", {"r/args.json": "[]", "r/checkpoint.pt": b""}),
-    Row("find_hard", "args.json lacks what is needed", "--rule confidence --checkpoint r --out h.csv", "args.json", {"r/args.json": '{"args": {"dataset": "digits"}}', "r/checkpoint.pt": b""}),
+    Row("find_hard", "args.json lacks what is needed", "--rule confidence --checkpoint r --out h.csv", "args.json: its args have no model, loss, image_size, augment, pretrained; expected a run of train_lt.py", {"r/args.json": '{"args": {"dataset": "digits"}}', "r/checkpoint.pt": b""}),
     Row("find_hard", "run of another data set", "--rule confidence --checkpoint r --out h.csv", "was trained with --dataset toycam; expected digits", trained(dataset="toycam")),
     Row("find_hard", "checkpoint that would run a command", "--rule confidence --checkpoint r --out h.csv", "not a readable checkpoint", trained()),
     Row("find_hard", "CLIP that there is not", "--rule confidence --clip ViT-Z-99:openai --out h.csv", "--clip ViT-Z-99:openai"),
