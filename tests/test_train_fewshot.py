@@ -106,6 +106,7 @@ def test_a_classifier_is_trained_on_the_images_that_are_asked_for(spectrum, tmp_
     history = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert history[0]["images"] == {"real": 20, "synthetic": 30, "both": 60}[images]
     assert history[0]["synthetic_share"] == {"real": 0, "synthetic": 1, "both": 0.5}[images]
+    assert history[0]["levels"] == {"real": [100], "synthetic": [0], "both": [0, 100]}[images]
     assert found["train_counts"] == [2] * 10 and "zero_shot" not in found
     assert (tmp_path / "shots.csv").read_text().count("\n") == 21
     row = names.row_name(json.loads((tmp_path / "args.json").read_text())["args"])

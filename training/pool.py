@@ -112,7 +112,8 @@ def prepare_spectrum(args) -> tuple[list[int], list[int]]:
             print(f"{args.spectrum}: no finished spectrum there; making it first", flush=True)
             steps.make_spectrum(args.spectrum.parent, args.dataset, args.imb_ratio)
     plan = spectrum_folder.read_plan(args.spectrum)
-    levels = curricula.needed_levels(args.curriculum, args.levels or [*plan["levels"], REAL], args.fixed_level)
+    real = [] if getattr(args, "images", "") == "synthetic" else [REAL]
+    levels = curricula.needed_levels(args.curriculum, args.levels or [*plan["levels"], *real], args.fixed_level)
     if distributed.rank() == 0:
         schedule = curricula.describe_schedule(
             args.curriculum, args.epochs, args.curriculum_epochs, levels, args.fixed_level, args.level_shares
