@@ -249,7 +249,7 @@ def find_domains(args, captions: list[str], labels: list[int], class_names: list
     # Ask the language model, and fill up by counting.
     domains = ask_for_domains(args, captions, class_names) if args.summary == "llm" else []
     if len(domains) < LEAST_DOMAINS:
-        counted, attributes = summary.count_domains(
+        by_count, attributes = summary.count_domains(
             captions, labels, class_names, args.superclass, args.most, args.least_share, args.agnostic
         )
         for phrase, name in attributes[:SHEET]:
@@ -260,9 +260,9 @@ def find_domains(args, captions: list[str], labels: list[int], class_names: list
                 "(domains.answers.jsonl has the answers)"
             )
         there = {summary.phrase_key(domain["name"]) for domain in domains}
-        counted = [entry for entry in counted if summary.phrase_key(entry["name"]) not in there]
+        by_count = [entry for entry in by_count if summary.phrase_key(entry["name"]) not in there]
         domains += [
-            summary.complete_domain(entry, args.prefix, "count") for entry in counted[: args.most - len(domains)]
+            summary.complete_domain(entry, args.prefix, "count") for entry in by_count[: args.most - len(domains)]
         ]
     if not domains:
         raise cli.UserError(
@@ -437,7 +437,7 @@ def main(argv: list[str] | None = None) -> int:
     summarise(args, data, rows)
     unreadable = [name for name, row in rows.items() if row["caption"] is None]
     if unreadable:
-        print(f"{counted(len(unreadable), 'image')} cannot be read and have no caption, the first: {unreadable[0]}")
+        print(f"{counted(len(unreadable), 'image')} cannot be read: no caption; the first: {unreadable[0]}")
     return 1 if unreadable else 0
 
 
