@@ -374,7 +374,7 @@ def test_nan_from_the_model_is_never_saved_and_listed(few, tmp_path, monkeypatch
     assert [Unit(row["source"], row["level"], row["seed"]) for row in failures(out)] == [spoilt["unit"]]
     expected = {name: image for name, image in contents(few[1]).items() if name != spoilt["unit"].file_name}
     assert contents(out) == expected
-    assert "1 images stayed blank or not finite after 3 redraws" in capsys.readouterr().out
+    assert "1 image stayed blank or not finite after 3 redraws" in capsys.readouterr().out
 
 
 def test_a_model_that_gives_nothing_but_nan_is_noticed_early(few, tmp_path, monkeypatch):
@@ -437,7 +437,7 @@ def test_a_dry_run_counts_and_touches_nothing(few, tmp_path, capsys):
     assert generate_spectrum.main([*few[0], "--out", str(out), "--dry-run", "--steps-per-second", "0.01"]) == 0
     text = capsys.readouterr().out
     # 12 images of 2 steps and 12 of 1 are 36 steps: one hour at 0.01 steps a second
-    assert "level 50: 12 images of 2 steps" in text and "level 90: 12 images of 1 steps" in text
+    assert "level 50: 12 images of 2 steps" in text and "level 90: 12 images of 1 step" in text
     assert "24 images, 6 batches, 36 denoising steps: 1.00 hours at 0.01 steps a second" in text
     assert not out.exists()
     generate_spectrum.main([*few[0], "--out", str(few[1]), "--dry-run"])

@@ -240,7 +240,7 @@ def test_an_epochs_images_follow_the_curriculum(road, tmp_path, capsys):
     """7 of 10 classes are hard: 39 of the 129 other images stay, 39 * 0.7 / 0.3 = 91 hard ones, 55 of them real."""
     flags = ["--levels", "0", "90", "100", "--keep-others", "0.3"]
     train(road, tmp_path / "r", "--curriculum", "d2s", *flags)
-    assert "schedule: 1 epochs of level 0, 1 of level 90, 1 of level 100, then 1 of all real" in capsys.readouterr().out
+    assert "schedule: 1 epoch of level 0, 1 of level 90, 1 of level 100, then 1 of all real" in capsys.readouterr().out
     history = files.read_json_lines(tmp_path / "r/history.jsonl")
     assert [record["levels"] for record in history] == [[0], [90], [100], [100]]
     assert [record["images"] for record in history] == [39 + 91] * 3 + [184]
