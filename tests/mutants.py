@@ -174,7 +174,7 @@ def notices(folder: Path, fault: Fault) -> bool:
         raise SystemExit(f"{fault.name}: its text stands {whole.count(fault.old)} times in {fault.file}; expected once")
     path.write_text(whole.replace(fault.old, fault.new), encoding="utf-8")
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", *fault.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *fault.tests.split()]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     path.write_text(whole, encoding="utf-8")
     if done.returncode not in (0, 1):

@@ -213,6 +213,7 @@ def test_a_captioner_halves_its_batch(tmp_path):
     assert Captioner(loaded, None, 5).caption(images) == expected and met == [5, 2, 2, 1]
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_anywhere_else_is_one_line():
     script = "import sys; sys.argv[0] = 'x.py'; from runtime import cli; import torch\n"
     script += "def main(): raise torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB\\nmore')\ncli.run(main)"

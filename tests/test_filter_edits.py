@@ -135,6 +135,7 @@ def base(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_thresholds_come_from_images_that_the_model_has_not_seen(made, base, capsys):
     root, rows, _ = made
     folds = [base / f"fold{i}" for i in range(2)]

@@ -143,6 +143,7 @@ def test_ddim_follows_its_formula_unclipped(level):
         assert (ours - euler_from(pipe, *asked, timesteps)).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_four_step_spectrum_by_noise_has_six_levels(road, tmp_path, capsys):
     command = [*road.inputs, "--out", str(tmp_path / "s"), "--levels", "0", "10", "30", "50", "70", "90"]
     command += ["--seeds", "1", "--steps", "4"]

@@ -142,6 +142,7 @@ def test_sources_that_are_kept_in_memory_are_read_once(few, tmp_path, monkeypatc
     assert sorted(read) == sorted(set(read)) and len(read) == 6
 
 
+@pytest.mark.slow
 def test_shards_and_signals_change_nothing(few, scored, tmp_path, monkeypatch, capsys):  # noqa: F811
     """Stopped after one batch, then finished in three shards: the same bytes, and the same rows."""
     real = generators.to_host

@@ -26,6 +26,7 @@ from spectrum import tables
 from spectrum.units import Unit, short_name
 from training import lora
 
+pytestmark = pytest.mark.slow
 LABELS = (2, 3, 4)
 TINY = str(ASSETS / "tiny_sd")
 FILE = "pytorch_lora_weights.safetensors"
@@ -248,7 +249,6 @@ def test_mixed_adapters_count_for_alpha_over_rank_each():
     torch.testing.assert_close(total, torch.tensor([[3.5, 6.0], [4.0, 8.5]]))
 
 
-@pytest.mark.slow
 def test_captions_stand_in_the_prompts_of_tuning_and_are_drawn_at_random_in_generation(tmp_path):
     train = datasets.load("fewshot_digits", None).train
     (tmp_path / "captions.csv").write_text(

@@ -33,7 +33,7 @@ from training import evaluation, log, loop, losses
 
 SHORT = ["--epochs", "3", "--curriculum-epochs", "2", "--progress-images", "4", "--real-pass-images", "32"]
 SHORT += ["--batch-size", "16", "--device", "cpu"]
-pytestmark = pytest.mark.usefixtures("blank_figures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blank_figures")]  # whole runs
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,6 @@ def test_a_run_leaves_what_it_says_and_its_figures_agree(small, tmp_path):
     assert train_iwildcam.finished(train_iwildcam.build_parser().parse_args(["--out", str(tmp_path / "r")]))
 
 
-@pytest.mark.slow
 def test_flyp_adds_edits_to_all_real_images(small, tmp_path):
     """ALIA inside FLYP: none of the real images is replaced, and each source gives one edit an epoch."""
     flags = ["--curriculum", "all", "--levels", "50", "90", "--epochs", "2", "--curriculum-epochs", "1"]
@@ -161,7 +160,6 @@ def test_flyp_adds_edits_to_all_real_images(small, tmp_path):
         train(small, tmp_path / "other", *flags, "--add", "all", "--edits", "domains")
 
 
-@pytest.mark.slow
 def test_the_tuned_weights_are_read_back_by_find_hard(small, tmp_path):
     train(small, tmp_path / "r", "--epochs", "1", "--warmup-epochs", "0")
     shutil.copytree(cameratraps.TOYCAM_CLIP, tmp_path / "clip")
@@ -196,7 +194,6 @@ def test_a_linear_head_trains(small, tmp_path, loss):
     assert not torch.equal(state["clip.visual.conv1.weight"], original["visual.conv1.weight"])
 
 
-@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(small, tmp_path):
     for name, extra in (("a", []), ("b", ["--grad-checkpointing"])):
         train(small, tmp_path / name, "--epochs", "1", "--warmup-epochs", "0", *extra)
@@ -278,7 +275,6 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on_to_the_same_end(small, tmp_pa
     assert history_of(tmp_path / "whole") == history_of(tmp_path / "r")
 
 
-@pytest.mark.slow
 def test_a_kill_between_epochs_goes_on_to_the_same_end(small, tmp_path, monkeypatch):
     train(small, tmp_path / "whole", "--loss", "lpft")
     log_epoch, calls = log.log_epoch, []
@@ -442,7 +438,6 @@ assert not [name for name in threads if "gloo" in name], threads  # at exit they
 """
 
 
-@pytest.mark.slow
 def test_the_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
     script = tmp_path / "gradients.py"
     script.write_text(GRADIENTS.format(root=str(ROOT)))
@@ -458,7 +453,6 @@ def test_the_gradient_of_two_processes_is_that_of_the_whole_batch(tmp_path):
         assert torch.allclose(one, two, atol=1e-6) and one.abs().max() > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["flyp", "ce"])
 def test_two_processes_have_the_loss_curve_of_one(small, tmp_path, loss):
     flags = ["--data-root", str(broken(small, tmp_path / "t", 1)), "--spectrum", str(small.spectrum), *SHORT]

@@ -27,7 +27,7 @@ from training import augmentations, distributed, evaluation, losses, stores
 
 SHORT = ["--epochs", "4", "--curriculum-epochs", "3", "--model", "resnet8", "--levels", "0", "50", "90"]
 ONE_EPOCH = ["--epochs", "1", "--curriculum-epochs", "0"]
-pytestmark = pytest.mark.usefixtures("blank_figures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blank_figures")]  # whole runs
 
 
 def train(road, out, *extra) -> int:
@@ -98,7 +98,6 @@ def test_a_signal_while_a_checkpoint_is_written_is_answered_after_it(road, tmp_p
     assert checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")["epoch"] == 1
 
 
-@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(road, tmp_path, monkeypatch):
     train(road, tmp_path / "whole")
     save, calls = torch.save, []
@@ -253,7 +252,6 @@ def test_looking_changes_no_weight_and_no_statistics(road, tmp_path, monkeypatch
 # losses and flags
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", losses.LOSSES)
 def test_every_loss_trains(road, tmp_path, loss):
     extra = ["--drw", "--drw-epoch", "2"] if loss in ("ce", "ldam") else []
@@ -337,7 +335,6 @@ def test_a_loss_that_is_not_finite_in_a_later_epoch_keeps_the_checkpoint_before(
     assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
 
 
-@pytest.mark.slow
 def test_the_moving_average_is_that_of_the_weights(road, tmp_path):
     train(road, tmp_path / "r", "--ema", "0")  # keeps nothing: the average is the weights
     state = checkpoints.load_checkpoint(tmp_path / "r/checkpoint.pt", "cpu")
@@ -367,7 +364,6 @@ def test_tensorboard_holds_pictures_and_hparams_once(road, tmp_path, drawn):
     assert not [path for path in (tmp_path / "r").iterdir() if path.is_dir()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "says"),
     [
@@ -464,7 +460,6 @@ def test_more_processes_than_images_evaluate_them(tmp_path):
         assert np.allclose(json.loads(done.stdout), expected, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launch", "extra"),
     [(torchrun, ["--batch-size", "16"]), (train_in_two, ["--batch-size", "15", "--real-weight", "0.8"])],
@@ -485,7 +480,6 @@ def test_two_processes_have_the_loss_curve_of_one(road, tmp_path, launch, extra)
     assert np.allclose(logits_of(tmp_path / "one"), logits_of(tmp_path / "two"), atol=1e-4)
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both_and_they_go_on_together(road, tmp_path):
     flags = ["--spectrum", str(road.spectrum), "--curriculum", "d2s", "--epochs", "4", "--curriculum-epochs", "3"]
     flags += ["--model", "timm:test_vit", "--device", "cpu", "--optimizer", "sgd", "--lr", "0.01", "--batch-size", "8"]
@@ -540,7 +534,6 @@ LOADED = ["--dataset", "imagefolder", "--model", "resnet8", "--image-size", "32"
 LOADED += ["--workers", "2", "--device", "cpu"]
 
 
-@pytest.mark.slow
 def test_a_failing_run_with_loading_processes_ends(photographs, tmp_path):
     """Its workers leave signals to the main process, which waited for them at its end for ever."""
     script = tmp_path / "failing.py"
@@ -720,7 +713,6 @@ def test_a_spectrum_of_another_data_set_is_refused(road, tmp_path):
               "--curriculum", "d2s", "--batch-size", "8")  # fmt: skip
 
 
-@pytest.mark.slow
 def test_channels_last_and_bf16_are_flags_of_the_same_run(road, tmp_path):
     train(road, tmp_path / "a", "--epochs", "2", "--curriculum-epochs", "0")
     train(road, tmp_path / "b", "--epochs", "2", "--curriculum-epochs", "0", "--memory-format", "channels_last")

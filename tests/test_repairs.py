@@ -21,7 +21,7 @@ from runtime.cli import UserError
 from training import fewshot, loop
 from training.pool import describe_splits
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blank_figures")]  # whole runs
 SHORT = ["--epochs", "2", "--warmup-epochs", "0", "--batch-size", "6", "--workers", "0", "--device", "cpu"]
 SMALL = ["--dataset", "imagefolder", "--model", "resnet8", "--image-size", "32", *SHORT]
 

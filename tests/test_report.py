@@ -417,6 +417,7 @@ def test_results_that_were_kept_without_a_history_make_the_table(tmp_path):
     assert not list((tmp_path / "out").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_tables_in_the_documents_are_what_report_makes_of_the_kept_results(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes.read_all, "__defaults__", (recipes.FOLDER,))
     monkeypatch.setattr(recipes, "read_all", functools.cache(recipes.read_all))

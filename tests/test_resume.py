@@ -21,7 +21,7 @@ import train_lt
 from runtime import checkpoints, files, runs
 from training import fewshot, log, loop
 
-pytestmark = pytest.mark.usefixtures("blank_figures")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("blank_figures")]  # whole runs
 # Rates at which a step that lacks its momentum ends elsewhere; what draws from torch's generator and from the pass's.
 LT = "--curriculum none --model resnet8 --epochs 3 --batch-size 64 --lr 0.05 --mix mixup --augment crop_flip"
 STEPS = {

@@ -143,6 +143,7 @@ def test_a_local_sweep_runs_from_the_snapshot_and_finished_runs_are_skipped(tmp_
     assert status.returncode == 0 and "2 completed" in status.stdout, status.stdout + status.stderr
 
 
+@pytest.mark.slow
 def test_a_snapshot_holds_every_module(tmp_path):
     """Nothing that a script imports may be missing there: a job would end at its first line."""
     submit.take_snapshot(tmp_path)
@@ -217,6 +218,7 @@ def test_a_task_gets_its_cores(tmp_path, monkeypatch):
     assert executor._executor.parameters["setup"] == ["export SRUN_CPUS_PER_TASK=7", "module load cuda"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "seconds", "requeued", "code"),
     [

@@ -27,6 +27,7 @@ from runtime.cli import UserError
 from spectrum import tables
 from training import clip, diffusion, tuner
 
+pytestmark = pytest.mark.slow
 LABELS = (2, 3, 4, 5)
 SHORT = ["--dataset", "fewshot_digits", "--shots", "2", "--batch-size", "2", "--epochs", "4", "--warmup-steps", "2",
          "--samples", "0", "--rank", "2"]  # fmt: skip
@@ -229,7 +230,6 @@ def test_images_are_read_as_they_are_encoded_and_a_signal_ends_it(tune, tuned, t
     assert tune(tmp_path, "--crops", 8) == 0 and adapters(tmp_path) == adapters(tuned)
 
 
-@pytest.mark.slow
 def test_shards_share_the_classes_and_change_nothing(tune, tuned, tmp_path):
     assert tune(tmp_path, "--shard", "1/3") == 0
     assert len(list(tmp_path.glob(f"*/{tuner.FILE}"))) == 1
@@ -276,7 +276,6 @@ def test_a_class_whose_loss_is_not_finite_stops_and_the_others_go_on(tune, tuned
     assert distance(tuned / "4", tmp_path / "4") < 0.01  # its neighbour in the batch
 
 
-@pytest.mark.slow
 def test_one_adapter_for_all_learns_every_class_and_shows_itself(tune, tmp_path):
     assert tune(tmp_path, "--mode", "dset", "--samples", 2, "--sample-steps", 1, "--lr", 0.01) == 0
     with safe_open(tmp_path / "all" / tuner.FILE, "pt") as file:
@@ -339,7 +338,6 @@ def test_two_classes_of_one_name_are_refused(tune, tmp_path, monkeypatch):
         tune(tmp_path)
 
 
-@pytest.mark.slow
 def test_activations_computed_twice_change_nothing(tune, tuned, tmp_path, monkeypatch):
     from diffusers import UNet2DConditionModel
 
@@ -349,7 +347,6 @@ def test_activations_computed_twice_change_nothing(tune, tuned, tmp_path, monkey
     assert asked and all(distance(tuned / str(label), tmp_path / str(label)) < 1e-4 for label in LABELS)
 
 
-@pytest.mark.slow
 def test_a_compiled_generator_learns_the_same_and_is_compiled_once_for_all_classes(tune, tuned, tmp_path, monkeypatch):
     """Traced and run as graphs of forward and backward; their kernels are torch's own, which take a minute here."""
     from torch._dynamo.utils import counters

@@ -52,6 +52,7 @@ def test_few_shot_classes_of_a_long_tail_tune_the_generator_of_their_spectrum(tm
     assert [row["levels"] for row in history] == [[0], [50], [90], [100], [100]] and 0 <= found["last"]["few"] <= 100
 
 
+@pytest.mark.slow
 def test_few_shots_train_on_a_tuned_spectrum_from_text_to_the_real_images(tmp_path):
     """As recipes/fewshot/cars_dset_d2s.args."""
     data, tuned, drawn = ["--dataset", "fewshot_digits"], tmp_path / "tuned", tmp_path / "spectrum"
