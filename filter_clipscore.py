@@ -154,7 +154,8 @@ def read_scored(path: Path, note: dict, made_by: dict, rows: list[dict]) -> dict
     if not path.exists():
         return {}
     scores = tables.read_scores(path)
-    for name in other_clip(note, made_by):
+    if different := other_clip(note, made_by):
+        name = different[0]
         print(
             f"{path}: made with {name} {note.get(name)!r}, not {made_by[name]!r}; all images are scored anew, "
             f"and it becomes {path.with_name(PREVIOUS)}"

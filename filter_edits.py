@@ -368,6 +368,11 @@ def read_inputs(args) -> tuple[list[dict], dict[int, dict], dict | None]:
 def stop_on_unknown_domains(args, rows: list[dict], prompts: dict, content: dict, domains: list[str]) -> None:
     """Raise UserError where edits toward a domain are of none of domains.json: the rule could not judge them."""
     known = {domain["name"] for domain in content["domains"]}
+    if not known & set(domains):
+        raise cli.UserError(
+            f"--domains {args.domains}: none of its domains is one that {args.prompts} names for an edit; expected the "
+            "file that these prompts were written from"
+        )
     unknown = [
         row["prompt"]
         for row, domain in zip(rows, domains, strict=True)
@@ -415,11 +420,6 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(args)
     rows, prompts, content = read_inputs(args)
     domains = [summary.domain_of_prompt(prompts[row["label"]], row["prompt"]) for row in rows]
-    if "domain" in args.rules and not {domain["name"] for domain in content["domains"]} & set(domains):
-        raise cli.UserError(
-            f"--domains {args.domains}: none of its domains is one that {args.prompts} names for an edit; expected the "
-            "file that these prompts were written from"
-        )
     if "domain" in args.rules:
         stop_on_unknown_domains(args, rows, prompts, content, domains)
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)

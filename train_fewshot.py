@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.model == "clip" and (digest := spectrum_folder.describe_clip(args.clip)["clip_digest"]):
         inputs["clip"] = digest
     if args.curriculum != "none":
-        levels, _ = prepare_spectrum(args)
+        levels, _ = prepare_spectrum(args, with_real=args.images != "synthetic")
         if min(levels) == REAL:
             raise cli.UserError(f"--images {args.images}: no level below {REAL} is asked for; expected one")
         for one in [args, *(point for _, point in points)]:

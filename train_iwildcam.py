@@ -37,7 +37,7 @@ from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
 from training import additions, distributed, epochs, flags, log, loop, losses, optimization
-from training.pool import build_pool, check_files, describe_splits, prepare_spectrum
+from training.pool import build_pool, check_files, describe_splits, prepare_spectrum, say_unused_spectrum
 
 LOSSES = ("flyp", "ce", "lpft")
 ALPHAS = [i / 10 for i in range(11)]  # of WiSE-FT
@@ -359,8 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(args)
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
-    if args.curriculum == "none" and parser.typed("--spectrum") and distributed.rank() == 0:
-        print(f"--spectrum {args.spectrum}: not used, as --curriculum none trains on real images alone", flush=True)
+    say_unused_spectrum(args, parser)
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.batch_size > len(data.train):
         raise cli.UserError(f"--batch-size {args.batch_size}: expected at most the {len(data.train)} training images")

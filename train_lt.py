@@ -37,7 +37,15 @@ from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
 from training import additions, distributed, epochs, flags, log, loop, losses, optimization
-from training.pool import build_pool, check_files, describe_splits, method_of, prepare_spectrum, print_gaps
+from training.pool import (
+    build_pool,
+    check_files,
+    describe_splits,
+    method_of,
+    prepare_spectrum,
+    print_gaps,
+    say_unused_spectrum,
+)
 
 # Data sets that --imb-ratio draws a part of.
 DRAWN = ("cifar10_lt", "cifar100_lt", "cifar100_lt_20", "cifar100_lt_20_plus_web", "imagefolder")
@@ -382,8 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     check_flags(args)
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
-    if args.curriculum == "none" and parser.typed("--spectrum") and distributed.rank() == 0:
-        print(f"--spectrum {args.spectrum}: not used, as --curriculum none trains on real images alone", flush=True)
+    say_unused_spectrum(args, parser)
     # Load the data set.
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.extra_real or args.leave_out:

@@ -105,15 +105,25 @@ def describe_splits(splits: dict[str, ImageSet], *classes: object) -> dict[str, 
     return {name: describe(part) for name, part in splits.items()}
 
 
-def prepare_spectrum(args) -> tuple[list[int], list[int]]:
-    """The levels that the curriculum may ask for, and the hard classes; makes the default spectrum if it is missing."""
+def say_unused_spectrum(args, parser) -> None:
+    """Say so where the command line names a spectrum, and no curriculum that would train on it."""
+    if args.curriculum == "none" and parser.typed("--spectrum") and distributed.rank() == 0:
+        print(f"--spectrum {args.spectrum}: not used, as --curriculum none trains on real images alone", flush=True)
+
+
+def prepare_spectrum(args, with_real: bool = True) -> tuple[list[int], list[int]]:
+    """The levels that the curriculum may ask for, and the hard classes; makes the default spectrum if it is missing.
+
+    Args:
+        with_real: whether the real images are one of the levels where --levels does not say which.
+    """
     with distributed.first_process_first(args.device):
         if args.spectrum == EMBEDDED.get(args.dataset) and not (args.spectrum / "scores.csv").exists():
             print(f"{args.spectrum}: no finished spectrum there; making it first", flush=True)
             steps.make_spectrum(args.spectrum.parent, args.dataset, args.imb_ratio)
     plan = spectrum_folder.read_plan(args.spectrum)
-    real = [] if getattr(args, "images", "") == "synthetic" else [REAL]
-    levels = curricula.needed_levels(args.curriculum, args.levels or [*plan["levels"], *real], args.fixed_level)
+    levels = args.levels or [*plan["levels"], *([REAL] if with_real else [])]
+    levels = curricula.needed_levels(args.curriculum, levels, args.fixed_level)
     if distributed.rank() == 0:
         schedule = curricula.describe_schedule(
             args.curriculum, args.epochs, args.curriculum_epochs, levels, args.fixed_level, args.level_shares
