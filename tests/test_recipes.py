@@ -354,6 +354,21 @@ STARTED = {
 }
 
 
+@pytest.mark.parametrize("ratio", ["ir10", "ir50"])
+def test_ratios_of_cifar_differ_in_numbers_alone(ratio):
+    """So that those at ratio 100 may stand for them below."""
+
+    def without_numbers(path) -> list[str]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [re.sub(r"\d+(\.\d+)?", "N", line) for line in lines if not line.startswith("#")]
+
+    folder = ROOT / "recipes/cifar100_lt"
+    paths = [folder / f"{ratio}.args", *folder.glob(f"{ratio}_*.args")]
+    assert len(paths) == 46
+    for path in paths:
+        assert without_numbers(path) == without_numbers(folder / path.name.replace(ratio, "ir100", 1)), path.name
+
+
 def stop_in_the_second_step(monkeypatch) -> list[int]:
     """Every run is told to stop at the second step of its training; the list holds the steps so far."""
     steps, rate = [], loop.Trainer.rate
