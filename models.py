@@ -7,6 +7,7 @@ imported where they load.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 from pathlib import Path
@@ -23,6 +24,7 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 # The same word means two families in the literature: by these depths a name is one for small or for large images.
 SMALL_DEPTHS = (8, 14, 20, 32, 44, 56, 110)
 LARGE_DEPTHS = (10, 18, 34, 50, 101, 152)
+HUB_SECONDS = 10  # to wait for an answer of the Hugging Face hub
 
 
 def build_classifier(
@@ -47,26 +49,18 @@ def build_classifier(
         UserError: no such classifier, or one without pre-trained weights.
     """
     # Build the network.
-    match = re.fullmatch(r"resnet(\d+)", name)
-    depth = int(match[1]) if match else 0
-    if pretrained and not name.startswith("timm:"):
-        raise UserError(f"--pretrained with --model {name}: expected a model of timm, such as timm:resnet50")
-    if depth in SMALL_DEPTHS:
-        model: nn.Module = CifarResNet(depth, num_classes)
-    elif depth in LARGE_DEPTHS:
+    check_classifier(name, pretrained)
+    if name.startswith("timm:"):
+        model = _build_timm(name, num_classes, image_size, pretrained)
+    elif (depth := int(name.removeprefix("resnet"))) in SMALL_DEPTHS:
+        model = CifarResNet(depth, num_classes)
+    else:
         from torchvision.models import resnet
 
         if depth == 10:
             model = resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
         else:
             model = getattr(resnet, name)(num_classes=num_classes)
-    elif name.startswith("timm:"):
-        model = _build_timm(name, num_classes, image_size, pretrained)
-    else:
-        raise UserError(
-            f"--model {name}: unknown; expected resnetN with N of {SMALL_DEPTHS} for small images or {LARGE_DEPTHS} "
-            "for large ones, or timm:NAME"
-        )
     # Exchange its last layer.
     linear = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     if not linear:  # some of timm's end in a convolution
@@ -86,18 +80,34 @@ def build_classifier(
     return model
 
 
+def check_classifier(name: str, pretrained: bool) -> None:
+    """Raise UserError where `build_classifier` knows no such classifier, or none with pre-trained weights."""
+    if name.startswith("timm:"):
+        import timm
+
+        if not timm.is_model(name.removeprefix("timm:")):
+            raise UserError(f"--model {name}: timm has no model of that name; expected one of timm.list_models()")
+    elif name not in {f"resnet{depth}" for depth in SMALL_DEPTHS + LARGE_DEPTHS}:
+        raise UserError(
+            f"--model {name}: unknown; expected resnetN with N of {SMALL_DEPTHS} for small images or {LARGE_DEPTHS} "
+            "for large ones, or timm:NAME"
+        )
+    elif pretrained:
+        raise UserError(f"--pretrained with --model {name}: expected a model of timm, such as timm:resnet50")
+
+
 def _build_timm(name: str, num_classes: int, image_size: int | None, pretrained: bool) -> nn.Module:
     import timm
 
     plain = name.removeprefix("timm:")
-    if not timm.is_model(plain):
-        raise UserError(f"--model {name}: timm has no model of that name; expected one of timm.list_models()")
     config = timm.get_pretrained_cfg(plain)
     sized = {"img_size": image_size} if image_size and config is not None and config.fixed_input_size else {}
+    if pretrained:
+        look_here_if_offline(plain)
     try:
         return timm.create_model(plain, pretrained=pretrained, num_classes=num_classes, **sized)
     except Exception as error:  # no network, no weights, a size that the model cannot have: each its own class
-        raise UserError(f"--model {name}: cannot be built: {first_line(error)}") from error
+        raise UserError(f"--model {name}: cannot be built: {why_not_loaded(error)}") from error
 
 
 def with_own_statistics(data, name: str, pretrained: bool):
@@ -269,6 +279,7 @@ def pipeline_config(name_or_path: str, revision: str | None = None) -> dict:
     Raises:
         UserError: nothing of that name can be loaded, or it is no pipeline's.
     """
+    look_here_if_offline(name_or_path)
     try:
         if Path(name_or_path).is_dir():
             config = read_json(Path(name_or_path) / "model_index.json")
@@ -283,8 +294,32 @@ def pipeline_config(name_or_path: str, revision: str | None = None) -> dict:
     return config
 
 
+def look_here_if_offline(name_or_path: str) -> None:
+    """Have a hub's model looked for among the copies here at once where the hub cannot be reached.
+
+    The libraries ask for each file six times before they look, half a minute a file.
+    """
+    if not Path(name_or_path).exists():
+        _ask_hub()
+
+
+@functools.cache
+def _ask_hub() -> None:
+    """Take huggingface_hub offline, as HF_HUB_OFFLINE=1 does, where the hub gives no answer; asked once a process."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # each version of huggingface_hub asks by another library, with errors of its own
+        print(f"{constants.ENDPOINT}: {first_line(error)}; looking for copies of its models here", flush=True)
+        constants.HF_HUB_OFFLINE = True
+
+
 def why_not_loaded(error: Exception) -> str:
-    """The first line of an error of diffusers, which says that a file is missing where the hub cannot be reached."""
+    """The first line of a library's error, which says that a file is missing where the hub cannot be reached."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     cause: BaseException | None = error
@@ -330,8 +365,9 @@ def resolve_revision(name: str, revision: str) -> str:
     """The commit that a branch or tag means: as the hub says, else the copy here; itself if none knows."""
     import huggingface_hub
 
+    look_here_if_offline(name)
     try:
-        return huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10).sha
+        return huggingface_hub.HfApi().model_info(name, revision=revision, timeout=HUB_SECONDS).sha
     except Exception:  # no network, no such model, a private one: loading says so, if the copy here does not do
         cached = huggingface_hub.try_to_load_from_cache(name, "model_index.json", revision=revision)
         return Path(cached).parent.name if isinstance(cached, str) else revision
@@ -428,6 +464,7 @@ def load_clip(name_or_path: str, device: str):
             name, _, tag = name_or_path.partition(":")
             if not tag:
                 raise ValueError("expected a folder that exists, or ARCHITECTURE:TAG such as ViT-B-32:openai")
+        look_here_if_offline(tag or name_or_path)
         quick_gelu = tag == "openai" or bool(tag and open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"))
         model, preprocess = open_clip.create_model_from_pretrained(
             name, pretrained=tag, device=device, force_quick_gelu=quick_gelu
@@ -442,7 +479,7 @@ def load_clip(name_or_path: str, device: str):
                 f"--clip {name_or_path}: its checkpoint does not match its architecture: {lines[1][:200]}; "
                 "expected weights that were trained with this architecture"
             ) from error
-        raise UserError(f"--clip {name_or_path}: cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"--clip {name_or_path}: cannot be loaded: {why_not_loaded(error)}") from error
     return model.eval(), preprocess, tokenizer
 
 
@@ -457,12 +494,13 @@ def load_language_model(name_or_path: str, device: str):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     _check_path("--llm", name_or_path, "config.json")
+    look_here_if_offline(name_or_path)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, padding_side="left")
         model = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--llm {name_or_path}: cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"--llm {name_or_path}: cannot be loaded: {why_not_loaded(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return model.to(device).eval(), tokenizer
@@ -479,6 +517,7 @@ def load_captioner(name_or_path: str, device: str, revision: str | None = None):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     _check_path("--captioner", name_or_path, "config.json")
+    look_here_if_offline(name_or_path)
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         processor = transformers.AutoProcessor.from_pretrained(name_or_path, revision=revision)
@@ -486,7 +525,7 @@ def load_captioner(name_or_path: str, device: str, revision: str | None = None):
             name_or_path, revision=revision, dtype=dtype, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"--captioner {name_or_path}: cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"--captioner {name_or_path}: cannot be loaded: {why_not_loaded(error)}") from error
     return model.to(device).eval(), processor
 
 

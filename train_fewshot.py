@@ -177,6 +177,10 @@ def main(argv: list[str] | None = None) -> int:
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
     points = grid_points(args)
+    if args.model != "clip":
+        import models  # takes seconds
+
+        models.check_classifier(args.model, args.pretrained)
     data = datasets.load_shots(args)
     levels, synthetic = [], {}
     inputs: dict = {"data": files.digest_int(*data.train.sources, *data.val.sources, *data.test.sources)}

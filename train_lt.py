@@ -32,7 +32,7 @@ from curricula import REAL
 from loaders.base import DataSet, ImageSet
 from loaders.pictures import read_image
 from reporting import names
-from runtime import cli, files
+from runtime import cli, files, runs
 from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
@@ -391,6 +391,9 @@ def main(argv: list[str] | None = None) -> int:
     args.out = run_folder(args)
     args.device = distributed.start(args.device)
     say_unused_spectrum(args, parser)
+    import models  # takes seconds
+
+    models.check_classifier(args.model, args.pretrained)
     # Load the data set.
     data = datasets.load(args.dataset, args.imb_ratio, args.data_root, args.data_seed)
     if args.extra_real or args.leave_out:
@@ -426,6 +429,7 @@ def main(argv: list[str] | None = None) -> int:
         print_gaps(args, hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:
         inputs["init_checkpoint"] = files.digest_files([args.init_checkpoint])
+    runs.stop_on_other_arguments(args)
     check_files(args, data.splits)
 
     # Train.

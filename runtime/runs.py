@@ -117,6 +117,14 @@ def open_run(folder: Path, args: Namespace, inputs: dict, splits: dict[str, str]
     return results.exists()
 
 
+def stop_on_other_arguments(args: Namespace) -> None:
+    """Raise UserError where the run in `args.out` has other arguments: `open_run` comes after minutes of reading."""
+    path = args.out / "args.json"
+    if path.exists() and not args.overwrite:
+        found = {"args": read_object(path).get("args")}
+        stop_on_difference(path, found, {"args": effective_arguments(args)}, "--overwrite")
+
+
 def read_arguments(folder: Path, *names: str) -> dict:
     """The effective arguments of a run folder, by its args.json.
 

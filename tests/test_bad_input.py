@@ -349,6 +349,8 @@ ROWS = [
     Row("train_lt", "additions like a table without a row", "--curriculum all --spectrum $ROAD/spectrum --add like:a.csv --out r", "a.csv", {"a.csv": "label\n"}),
     Row("train_lt", "additions like a table with labels of 5000 digits", "--curriculum all --spectrum $ROAD/spectrum --add like:a.csv --out r", "a.csv", {"a.csv": f"label\n{HUGE}\n"}),
     Row("train_lt", "a test image is a text", "--dataset imagefolder --data-root d --curriculum none --model resnet10 --batch-size 4 --out r", "1 image cannot be used: test: d/test/cat/0.png", classes("d", train=6, test=2) | {"d/test/cat/0.png": "no image"}),
+    Row("train_lt", "no such model, known before files are read", "--dataset imagefolder --data-root d --curriculum none --model resnet9 --batch-size 4 --out r", "--model resnet9: unknown", classes("d", train=6, test=2) | {"d/test/cat/0.png": "no image"}),
+    Row("train_lt", "arguments of another run, known before files are read", "--dataset imagefolder --data-root d --curriculum none --model resnet10 --batch-size 4 --out r", "written by a run with other settings", classes("d", train=6, test=2) | {"d/test/cat/0.png": "no image", "r/args.json": '{"args": {}, "inputs": {}}'}),
     Row("train_lt", "scores keep an image twice", "--curriculum d2s --spectrum s --out r", "scores.csv", spectrum() | {"s/scores.csv": edited("scores.csv", lambda text: text + text.splitlines()[1] + "\n")}),
     Row("train_lt", "an accepted image is torn", "--curriculum d2s --spectrum s --epochs 6 --curriculum-epochs 5 --out r", "not a readable image", spectrum() | {"s/shard-00000": lambda path: [file.write_bytes(file.read_bytes()[:50]) for file in path.glob("*.png")]}),
     # train_iwildcam

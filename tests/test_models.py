@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -289,3 +292,28 @@ def test_a_revision_is_the_commit_that_the_hub_or_the_copy_here_says(monkeypatch
     assert models.describe_generator("a/b", None)["revision"] == "beef"
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     assert models.describe_generator("a/b", "v1")["revision"] == "v1"
+
+
+def test_without_a_network_copies_are_taken_at_once(tmp_path):
+    """The libraries ask six times for each file first, half a minute a file, whether a copy is here or not."""
+    copy = tmp_path / "hub/models--own--tiny"
+    shutil.copytree(ASSETS / "tiny_sd", copy / "snapshots" / ("c0ffee42" * 5))
+    (copy / "refs").mkdir()
+    (copy / "refs/main").write_text("c0ffee42" * 5)
+    code = (
+        "import models\n"
+        "print(models.describe_generator('own/tiny', None), type(models.load_generator('own/tiny', 'cpu')).__name__)\n"
+        "for load in (models.load_captioner, models.load_language_model, models.load_clip):\n"
+        "    try: load('hf-hub:own/other' if load is models.load_clip else 'own/other', 'cpu')\n"
+        "    except models.UserError as error: print(error)\n"
+    )
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ASSETS.parent, check=True
+    )
+    said, loaded, *missing = done.stdout.splitlines()
+    assert said.startswith("http://127.0.0.1:9: ") and said.endswith("looking for copies of its models here")
+    assert "'revision': '" + "c0ffee42" * 5 in loaded and loaded.endswith("StableDiffusionImg2ImgPipeline")
+    for flag, line in zip(("--captioner", "--llm", "--clip"), missing, strict=True):
+        assert line.startswith(f"{flag} ") and "the Hugging Face hub cannot be reached, and no copy is here" in line
+    assert "Retrying" not in done.stderr
