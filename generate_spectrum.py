@@ -297,6 +297,17 @@ def add_other_flags(group) -> None:
     group.add_argument("--validate", action="store_true", help="check every row and image of --out, and nothing else")
 
 
+def check_flags(args, parser) -> None:
+    """Raise UserError where a flag was typed that another one leaves without effect."""
+    if args.per_class and parser.typed("--levels") and args.levels != [0]:
+        raise cli.UserError("--per-class: draws N images of a class at level 0; expected no other --levels")
+    if args.per_class and parser.typed("--seeds"):
+        raise cli.UserError("--per-class: draws N images of a class; expected no --seeds beside it")
+    for flag in ("--clip", "--threshold", "--max-redraws"):
+        if parser.typed(flag) and not args.score:
+            raise cli.UserError(f"{flag}: expected with --score only")
+
+
 def complete_flags(args) -> None:
     """Defaults that follow from other flags: the inputs of --tuned, and what --per-class draws."""
     defaults = build_parser()
@@ -451,8 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.validate:
         return validate(args.out)
-    if args.per_class and parser.typed("--levels") and args.levels != [0]:
-        raise cli.UserError("--per-class: draws N images of a class at level 0; expected no other --levels")
+    check_flags(args, parser)
     complete_flags(args)
     hard, prompts = read_inputs(args)
 

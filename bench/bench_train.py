@@ -10,6 +10,11 @@
     loader    500x375 JPEGs, decoded, cropped at random to 224 and put into batches: training/stores.py, whose batches
               are bytes that the device flips and normalises, against torchvision's ImageFolder with its PIL transforms;
               as many worker processes on each side. A second line includes that work of the device, a third jitter
+    timm      the same up to normalised batches, against timm's create_loader, which collates bytes and normalises them
+              on the device too; a second line with jitter
+    ffcv      the same up to bytes that are flipped, and up to normalised batches, against FFCV's loader, where that is
+              installed (it is not in requirements-dev.txt: it builds with OpenCV and libturbojpeg); its file holds
+              the images at --jpeg-side
 
 Augmentations are drawn differently on each side, so that results are compared without any: of cifar the losses and
 logits after two equal steps on the same batches (at a rate of 0.01: at 0.1 on noise, rounding grows tenfold a step), of
@@ -53,7 +58,13 @@ from runtime.signals import StopSignals
 from training import stores
 
 MEAN, STD = cifar.STATISTICS["cifar100_lt"]
-PARTS = ("cifar", "v2", "plain", "compile", "together", "loader")
+PARTS = ("cifar", "v2", "plain", "compile", "together", "loader", "timm", "ffcv")
+# Of each part that reads JPEGs: whether the device's work is included, and the jitter.
+LOADERS = {
+    "loader": [(False, 0.0), (True, 0.0), (True, 0.4)],
+    "timm": [(True, 0.0), (True, 0.4)],
+    "ffcv": [(False, 0.0), (True, 0.0)],
+}
 
 
 def build_parser() -> cli.Parser:
@@ -66,6 +77,13 @@ def build_parser() -> cli.Parser:
     parser.add_argument("--rounds", type=cli.whole(1), default=3, metavar="N", help="measurements; the median counts")
     parser.add_argument("--workers", type=cli.whole(0), default=2, metavar="N", help="processes that load images")
     parser.add_argument("--jpegs", type=cli.whole(8), default=256, metavar="N", help="JPEGs that the loaders read")
+    parser.add_argument(
+        "--jpeg-side",
+        type=cli.whole(8),
+        default=500,
+        metavar="PIXELS",
+        help="their longer side, 4/3 of the other",
+    )
     parser.add_argument("--repeat", type=cli.whole(1), default=1, metavar="N", help="how often they read each")
     parser.add_argument("--runs", type=cli.whole(1), default=4, metavar="N", help="runs at once, of part together")
     parser.add_argument(
@@ -212,35 +230,28 @@ def bench_together(args, device: str) -> dict:
     return {"runs": args.runs, "failed": failed, "ours": sum(found), "slowest": min(found), "fastest": max(found)}
 
 
-def draw_jpegs(folder: Path, count: int) -> list[Path]:
-    """JPEGs of noise at the scale of a photograph's detail: they have about the size of ImageNet's."""
+def draw_jpegs(folder: Path, count: int, side: int = 500) -> list[Path]:
+    """JPEGs of noise at the scale of a photograph's detail: of 500 pixels they have about the size of ImageNet's."""
     rng = np.random.default_rng(0)
     (folder / "class").mkdir()
     for i in range(count):
         noise = Image.fromarray(rng.integers(0, 256, (94, 125, 3), dtype=np.uint8)).resize((500, 375))
-        noise.filter(ImageFilter.GaussianBlur(1)).save(folder / f"class/{i:04d}.jpg", quality=92)
+        noise = noise.filter(ImageFilter.GaussianBlur(1)).resize((side, side * 3 // 4), Image.Resampling.LANCZOS)
+        noise.save(folder / f"class/{i:04d}.jpg", quality=92)
     return sorted((folder / "class").iterdir())
 
 
-def bench_loader(args, device: str, root: Path, prepare: bool, jitter: float) -> dict:
+def bench_loader(args, device: str, root: Path, peer: str, prepare: bool, jitter: float) -> dict:
     """Reading of JPEGs alone; with `prepare` up to batches that a network can take."""
     import torch
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
 
     from training import augmentations
 
-    steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
-    steps += [transforms.ColorJitter(jitter, jitter, jitter)] if jitter else []
-    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    folder_set = ImageFolder(root, transforms.Compose(steps))
-    folder_set.samples *= args.repeat
-    plain = torch.utils.data.DataLoader(
-        folder_set, 64, shuffle=True, num_workers=args.workers, pin_memory=device != "cpu"
-    )
     paths = sorted((root / "class").iterdir()) * args.repeat
     store = stores.Decoded(paths, device, 224, args.workers)
     own = train_lt.build_parser().parse_args(["--augment", "resized_crop", "--color-jitter", str(jitter)])
+    make = {"loader": make_folder_loader, "timm": make_timm_loader, "ffcv": make_ffcv_loader}[peer]
+    plain = make(args, device, root, prepare, jitter)
 
     def ours() -> None:
         places = torch.randperm(len(paths)).split(64)
@@ -257,7 +268,59 @@ def bench_loader(args, device: str, root: Path, prepare: bool, jitter: float) ->
 
     size = statistics.mean(path.stat().st_size for path in paths)
     found = compare(ours, theirs, len(paths), args.rounds) | compare_pixels(store, root)
-    return found | {"jpeg_bytes": round(size), "device_work": prepare, "color_jitter": jitter}
+    found |= {"jpeg_side": args.jpeg_side, "jpeg_bytes": round(size)}
+    return found | {"device_work": prepare, "color_jitter": jitter}
+
+
+def make_folder_loader(args, device: str, root: Path, prepare: bool, jitter: float):
+    """torchvision's ImageFolder in a DataLoader; its workers normalise, whether asked for or not."""
+    import torch
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip()]
+    steps += [transforms.ColorJitter(jitter, jitter, jitter)] if jitter else []
+    steps += [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    images = ImageFolder(root, transforms.Compose(steps))
+    images.samples *= args.repeat
+    return torch.utils.data.DataLoader(images, 64, shuffle=True, num_workers=args.workers, pin_memory=device != "cpu")
+
+
+def make_timm_loader(args, device: str, root: Path, prepare: bool, jitter: float):
+    """timm's loader with its defaults, but for the jitter and a last batch that may be smaller."""
+    import torch
+    from timm.data import create_loader
+    from torchvision.datasets import ImageFolder
+
+    images = ImageFolder(root)
+    images.samples *= args.repeat
+    return create_loader(
+        images, (3, 224, 224), 64, is_training=True, color_jitter=jitter or None, num_workers=args.workers,
+        device=torch.device(device), pin_memory=device != "cpu", persistent_workers=False,
+    )  # fmt: skip
+
+
+def make_ffcv_loader(args, device: str, root: Path, prepare: bool, jitter: float):
+    """FFCV's loader, of a file of the same images; its threads flip, and normalise where asked for."""
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    path, images = root / "images.beton", ImageFolder(root)
+    field = RGBImageField(write_mode="jpg", max_resolution=args.jpeg_side, jpeg_quality=92)
+    DatasetWriter(str(path), {"image": field, "label": IntField()}, num_workers=1).from_indexed_dataset(images)
+    steps = [RandomResizedCropRGBImageDecoder((224, 224)), RandomHorizontalFlip()]
+    if prepare:
+        mean, std = (np.array(values) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD))
+        steps.append(NormalizeImage(mean, std, np.float32))
+    return Loader(
+        str(path), batch_size=64, num_workers=max(1, args.workers), order=OrderOption.RANDOM, os_cache=True,
+        indices=np.tile(np.arange(len(images)), args.repeat), drop_last=False,
+        pipelines={"image": [*steps, ToTensor(), ToTorchImage()], "label": [IntDecoder(), ToTensor()]},
+    )  # fmt: skip
 
 
 def compare_pixels(store, root: Path) -> dict:
@@ -266,7 +329,8 @@ def compare_pixels(store, root: Path) -> dict:
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import functional
 
-    left, top, right, bottom = map(round, stores.centre_box(500, 375, store.crop.zoom))
+    with Image.open(next((root / "class").iterdir())) as image:
+        left, top, right, bottom = map(round, stores.centre_box(*image.size, store.crop.zoom))
     part = (top, left, bottom - top, right - left)
     folder_set = ImageFolder(
         root, lambda image: functional.pil_to_tensor(functional.resized_crop(image, *part, (224,) * 2))
@@ -300,10 +364,11 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         work = [(part, simple[part]) for part in args.parts if part in simple]
-        if "loader" in args.parts:
-            draw_jpegs(root, args.jpegs)
-            for case in ((False, 0.0), (True, 0.0), (True, 0.4)):
-                work.append(("loader", lambda case=case: bench_loader(args, device, root, *case)))
+        if not LOADERS.keys().isdisjoint(args.parts):
+            draw_jpegs(root, args.jpegs, args.jpeg_side)
+        for peer in [part for part in args.parts if part in LOADERS]:
+            for case in LOADERS[peer]:
+                work.append((peer, lambda peer=peer, case=case: bench_loader(args, device, root, peer, *case)))
         # One part that fails costs no other its result.
         failed = 0
         for part, measure in work:
