@@ -278,7 +278,7 @@ ROWS = [
     Row("generate_spectrum", "generator whose index is a list", f"{DRAW} --generator g", "--generator g", {"g/model_index.json": "[]"}),
     Row("generate_spectrum", "generator of no known class", f"{DRAW} --generator g", "--generator g", {"g/model_index.json": '{"_class_name": "os"}'}),
     Row("generate_spectrum", "generator whose class is a number", f"{DRAW} --generator g", "--generator g", {"g/model_index.json": '{"_class_name": 3}'}),
-    Row("generate_spectrum", "seeds beside images of a class", f"{DRAW} --per-class 2 --seeds 3", "expected no --seeds beside it"),
+    Row("generate_spectrum", "seeds beside images of a class", f"{DRAW} --levels 0 --per-class 2", "expected no --seeds beside it"),
     Row("generate_spectrum", "threshold that nothing is compared with", f"{DRAW} --threshold 0.2", "--threshold: expected with --score only"),
     Row("generate_spectrum", "generator from an unknown place", f"{DRAW} --generator nobody/nothing", "--generator nobody/nothing: cannot be loaded: the Hugging Face hub cannot be reached, and no copy is here"),
     Row("generate_spectrum", "generator whose weights are torn", f"{DRAW} --generator g", "--generator g: cannot be loaded", {"g": lambda path: shutil.copytree(SD, path), "g/unet/diffusion_pytorch_model.safetensors": b"torn"}),
