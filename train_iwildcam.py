@@ -391,7 +391,8 @@ def say_hard(args, hard: int, levels: list[int], synthetic: dict) -> None:
     if distributed.rank() == 0:
         some = len({source for one in synthetic.values() for source in one.sources})
         rest = "are left out of the curriculum's epochs" if args.per_hard_image is None else "stay"
-        print(f"{some} of {hard} hard images have an accepted image of the levels {levels}; the others {rest}")
+        others = f"; the others {rest}" if some < hard else ""
+        print(f"{some} of {hard} hard images have an accepted image of the levels {levels}{others}")
 
 
 def prepare(

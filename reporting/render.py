@@ -165,7 +165,7 @@ def recipe_notes(table: Table) -> list[str]:
     """A line for each row that has a recipe's name but not its flags, or whose name has no room for its own."""
     lines = []
     for row in table.rows.values():
-        if row.name.endswith("flags more)") and not row.like:
+        if row.name.endswith(("flag more)", "flags more)")) and not row.like:
             flags = [tables.typed(flag, ours) for flag, (ours, _) in row.differences.items()]
             lines.append(f"{row.name} was run with {', '.join(flags)}; all else as the data set's defaults")
         if row.like and not row.recipe and row.name != ZERO_SHOT:

@@ -25,6 +25,7 @@ from reporting.names import (
 from reporting.recipes import SEEDS, Published, Recipe
 from runtime import files
 from runtime.cli import UserError
+from runtime.text import counted
 
 NOT_FIGURES = ("epoch", "per_class")
 INPUT_NAMES = {"init_checkpoint": "start model"}  # what a row's name calls an input that differs
@@ -345,7 +346,7 @@ def name_rows(rows: list[Row]) -> list[str]:
         if row.like is None:
             special = [flag for flag in special if flag not in common]
         words = [typed(flag, row.differences[flag][0]) for flag in special]
-        shown = words if len(words) <= SHOWN else [*words[:SHOWN], f"{len(words) - SHOWN} flags more"]
+        shown = words if len(words) <= SHOWN else [*words[:SHOWN], f"{counted(len(words) - SHOWN, 'flag')} more"]
         row.name = row.base + (f" ({', '.join(shown)})" if shown else "")
     for what in sorted({what for row in rows for what in compared_inputs(row.runs[0])} - {"data"}):
         for name in dict.fromkeys(row.name for row in rows):

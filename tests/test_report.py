@@ -222,12 +222,16 @@ def test_a_flag_that_all_rows_share_that_read_it_is_a_remark(tmp_path):
     assert table.remarks == ["Rows without a recipe were run with --curriculum-epochs 6, --epochs 7"]
 
 
-def test_a_row_with_many_flags_has_a_short_name_and_a_note(tmp_path):
-    flags = {"epochs": 3, "lr": 0.2, "optimizer": "sgd", "ema": 0.9, "weight_decay": 0.2}
+@pytest.mark.parametrize(("last", "more"), [({}, "1 flag more"), ({"weight_decay": 0.2}, "2 flags more")])
+def test_a_row_with_many_flags_has_a_short_name_and_a_note(tmp_path, last, more):
+    flags = {"epochs": 3, "lr": 0.2, "optimizer": "sgd", "ema": 0.9, **last}
     found, text = rows_of([write_run(tmp_path / "a", 0, 70, 40, **flags)], tmp_path)
     [name] = found
-    assert name == "CE (--ema 0.9, --epochs 3, --lr 0.2, 2 flags more)"
-    assert f"{name} was run with --ema 0.9, --epochs 3, --lr 0.2, --optimizer sgd, --weight-decay 0.2" in text
+    assert name == f"CE (--ema 0.9, --epochs 3, --lr 0.2, {more})"
+    assert (
+        f"{name} was run with --ema 0.9, --epochs 3, --lr 0.2, --optimizer sgd{', --weight-decay 0.2' * len(last)};"
+        in text
+    )
 
 
 def test_groups_at_their_bounds():
