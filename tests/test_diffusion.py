@@ -100,3 +100,36 @@ def test_distinct_prompts_are_read_once_and_come_back_in_their_places():
                          do_classifier_free_guidance=False)[0]  # fmt: skip
     assert len(read) == 1 and len(read[0]) == 4  # two equal parts
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("family", ["StableDiffusion", "StableDiffusionXL"])
+def test_samples_are_those_of_the_pipelines_own_call(family):
+    """SDXL's base is led away from embeddings of nought, Stable Diffusion from those of an empty text."""
+    import diffusers
+    from test_generate_jobs import tiny_base
+
+    import models
+    from runtime.signals import StopSignals
+
+    pipe = tiny_base() if family.endswith("XL") else models.load_generator(TINY, "cpu")
+    side, prompts = 32, ["a nine", "a nine in red ink"]
+    noise = torch.randn(2, pipe.vae.config.latent_channels, *2 * [side // pipe.vae_scale_factor])
+    drawn = diffusion.draw_samples(pipe, [prompts], noise, 5, 4.0, side, StopSignals())
+    plain = getattr(diffusers, f"{family}Pipeline").from_pipe(pipe)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain(
+        prompts, height=side, width=side, latents=noise, num_inference_steps=5, guidance_scale=4.0, output_type="pt"
+    ).images
+    assert (drawn - expected).abs().max() < 1e-4 and expected.std() > 0.01
+
+
+def test_the_refiner_is_led_away_from_a_low_aesthetic_score():
+    from test_generate_jobs import TINY_REFINER
+
+    from bench import bench_spectrum as bench
+
+    pipe = bench.build_refiner(TINY_REFINER)
+    embeddings = torch.zeros(2, 77, 8), torch.zeros(2, 64)
+    for negative, score in ((False, 6.0), (True, 2.5)):
+        told = diffusion.conditions(pipe, embeddings, 48, negative)["added_cond_kwargs"]
+        assert told["time_ids"].tolist() == [[48, 48, 0, 0, score]] * 2

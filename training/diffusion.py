@@ -169,18 +169,19 @@ def encode_prompts(pipe, prompts: list[list[str]]) -> tuple[torch.Tensor, ...]:
     return tuple(encoded[place][rows] for place in ((0, 2) if len(encoded) > 2 else (0,)))
 
 
-def conditions(pipe, embeddings: tuple[torch.Tensor, ...], side: int) -> dict:
+def conditions(pipe, embeddings: tuple[torch.Tensor, ...], side: int, negative: bool = False) -> dict:
     """The conditions of a UNet beside the timestep: embeddings, and for SDXL the pooled ones and the images' size.
 
-    Sizes are those of DataDream's images: `side` x `side`, not cropped; the refiner's aesthetic score is 6.
+    Sizes are those of DataDream's images: `side` x `side`, not cropped; the refiner's aesthetic score is 6, and 2.5
+    where it is led away from.
     """
     told = {"encoder_hidden_states": embeddings[0]}
     if len(embeddings) > 1:
         size, width = (side, side), embeddings[1].shape[-1]
-        ids, _ = pipe._get_add_time_ids(
+        pair = pipe._get_add_time_ids(
             size, (0, 0), size, 6.0, 2.5, size, (0, 0), size, embeddings[1].dtype, text_encoder_projection_dim=width
         )
-        ids = ids.to(pipe.device).expand(len(embeddings[1]), -1)
+        ids = pair[negative].to(pipe.device).expand(len(embeddings[1]), -1)
         told["added_cond_kwargs"] = {"text_embeds": embeddings[1], "time_ids": ids}
     return told
 
@@ -224,8 +225,10 @@ def draw_samples(
         prompts: for each adapter, as many as for the others.
         noise: float (N, C, h, w).
     """
-    empty = [[""] * len(some) for some in prompts]
-    positive, negative = (conditions(pipe, encode_prompts(pipe, texts), side) for texts in (prompts, empty))
+    embedded, empty = (encode_prompts(pipe, texts) for texts in (prompts, [[""] * len(some) for some in prompts]))
+    if pipe.config.get("force_zeros_for_empty_prompt"):  # SDXL's base model: nothing, and not an empty text
+        empty = tuple(map(torch.zeros_like, empty))
+    positive, negative = conditions(pipe, embedded, side), conditions(pipe, empty, side, negative=True)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     scheduler.set_timesteps(steps, device=pipe.device)
     z = noise.to(pipe.device) * scheduler.init_noise_sigma
