@@ -45,8 +45,9 @@ TRAINERS = ("train_lt", "train_iwildcam", "train_fewshot")  # the scripts whose 
 MOST_CLASSES = 150  # that a figure shows one by one: thousands would make it taller than an image can be
 INTRODUCTION = (
     "Every number is from a run's own test figures after its last epoch: mean and, in brackets, standard deviation "
-    "over seeds. Many-, medium- and few-shot are classes by their training images. Published figures are quoted "
-    "from the row's recipe; differences are in points."
+    "over seeds. Many-, medium- and few-shot are classes with more than 100, with 20 to 100 and with fewer than 20 "
+    "images in the long-tailed training set (on digits many begins above 30). Published figures are quoted from the "
+    "row's recipe; differences are in points."
 )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from statistics import mean, stdev
 
 from reporting.names import ZERO_SHOT, added_names
-from reporting.tables import Row
+from reporting.tables import Row, same
 
 
 def summary(values: list[float | None]) -> tuple[float, float | None] | None:
@@ -58,12 +59,10 @@ def is_plain(row: Row) -> bool:
     return args.get("curriculum", "none") == "none" and args.get("augment") != "cuda" and not added_names(args)
 
 
-def plain_row(rows: Iterable[Row], row: Row) -> Row | None:
-    """The row of `rows` that a curriculum, CUDA or additions are compared with: same loss and start, without them."""
-    if not row.runs or row.base == ZERO_SHOT:
-        return None
-    if is_plain(row):
-        return None
+def plain_rows(rows: Iterable[Row], row: Row) -> list[Row]:
+    """The rows that a curriculum, CUDA or additions may be compared with: same loss and start, without them."""
+    if not row.runs or row.base == ZERO_SHOT or is_plain(row):
+        return []
     options = [
         other
         for other in rows
@@ -74,6 +73,22 @@ def plain_row(rows: Iterable[Row], row: Row) -> Row | None:
         and other.args.get("merge_same_class") == row.args.get("merge_same_class")
     ]
     # The paper compares with the model that was trained on real images alone, before its further epochs.
-    return next(
-        (other for other in options if not other.name.endswith(", trained on")), options[0] if options else None
-    )
+    return [other for other in options if not other.name.endswith(", trained on")] or options
+
+
+def plain_row(rows: Iterable[Row], row: Row) -> Row | None:
+    """Of `plain_rows` the one that trained on the nearest number of images, in steps of a tenth, and then the one whose
+    flags differ least."""
+
+    def unlike(other: Row) -> tuple[int, int]:
+        images, ours = images_of(other), images_of(row)
+        length = round(10 * abs(math.log(images / ours))) if images and ours else 0
+        return length, sum(not same(value, row.settings.get(flag)) for flag, value in other.settings.items())
+
+    return min(plain_rows(rows, row), key=unlike, default=None)
+
+
+def images_of(row: Row) -> float | None:
+    """How many images a row's runs trained on, on average; None where a run did not record it."""
+    found = [run["results"].get("images") for run in row.runs]
+    return mean(found) if all(isinstance(count, int) and count > 0 for count in found) else None

@@ -44,7 +44,7 @@ def add_legend(figure, axes) -> None:
     if found:
         names = [textwrap.fill(name, LEGEND) for name in found]
         columns = max(1, min(3, LEGEND // (max(map(len, names)) + 6)))
-        below = figure.subplotpars.bottom - 0.55 / figure.get_figheight()  # room for the axis label, in inches
+        below = figure.subplotpars.bottom - 0.62 / figure.get_figheight()  # room for the axis label, in inches
         figure.legend(found.values(), names, fontsize=9, loc="upper left", bbox_to_anchor=(0, below), ncols=columns)
 
 
@@ -320,8 +320,8 @@ def draw_by_frequency(
     for name, values in by_group.items():
         _draw_band(axis, range(len(groups)), values, name, styles[name], linewidth=widths[name], marker=".")
     ranges = [(counts[group].max(), counts[group].min()) for group in groups]
-    axis.set_xticks(range(len(groups)), [f"{most}" if most == least else f"{most}–{least}" for most, least in ranges])
-    axis.tick_params(axis="x", labelsize=8)
+    words = [f"{most}" if most == least else f"{most}–\n{least}" for most, least in ranges]
+    axis.set_xticks(range(len(groups)), words, fontsize=8)  # in two lines: ten of them have no room in one
     axis.set(xlabel="training images of a class", ylabel=label)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.grid(alpha=0.3)

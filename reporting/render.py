@@ -17,9 +17,9 @@ COMPARED = (
 )  # the figures that rows are compared by; the first pair there is
 SPOKEN = {"few": "few-shot accuracy", "overall": "accuracy over all classes", "ood": "accuracy out of distribution"}
 RULE = (
-    "± is the standard error of the difference over seeds; 'better' and 'worse' are written only beyond two of them, "
-    "which chance alone passes in about one case in eight where both have three seeds; the spread of published figures "
-    "is not known and not counted"
+    "± is the standard error of the difference over seeds, which are not paired; 'better' and 'worse' are written only "
+    "beyond two of them, which chance alone passes in about one case in eight where both have three seeds; the spread "
+    "of published figures is not known and not counted"
 )
 
 
@@ -148,7 +148,7 @@ def notes(table: Table) -> list[str]:
     lines = [f"{remark}." for remark in table.remarks]
     if has_gains(table) or has_published(table):
         lines.append(f"{RULE}.")
-    lines += recipe_notes(table) + input_notes(table) + published_notes(table) + code_notes(table)
+    lines += plain_notes(table) + recipe_notes(table) + input_notes(table) + published_notes(table) + code_notes(table)
     waiting = tables.missing(table)
     begun = {row.recipe.path for row in table.rows.values() if row.recipe and row.runs}
     some = [f"{name} (seed {', '.join(map(str, seeds))})" for name, (recipe, seeds) in waiting.items()
@@ -159,6 +159,18 @@ def notes(table: Table) -> list[str]:
     if none:
         lines.append(f"Missing rows: {'; '.join(none)}")
     return lines
+
+
+def plain_notes(table: Table) -> list[str]:
+    """Which of several rows without a curriculum each row with one is compared with."""
+    rows, compared = list(table.rows.values()), {}
+    for row in rows:
+        if len(comparisons.plain_rows(rows, row)) > 1:
+            compared.setdefault(comparisons.plain_row(rows, row).name, []).append(row.name)
+    parts = [f"{', '.join(names)} with {plain}" for plain, names in compared.items()]
+    return (
+        [f"Of several rows without, the nearest in images trained on is compared: {'; '.join(parts)}"] if parts else []
+    )
 
 
 def recipe_notes(table: Table) -> list[str]:

@@ -411,6 +411,8 @@ def test_the_page_holds_everything_and_needs_no_other_file(tmp_path, two_recipes
     assert pictures == {f"{name}.png" for name in ("curriculum", "groups", "synthetic", "frequency", "gain")}
     assert len(page.pictures) == len(pictures) and all(picture["alt"] for picture in page.pictures)
     assert page.cells == 2 * 8 and 'name="viewport"' in text
+    # Not "by their training images": with the web's images added the groups stay those of the long-tailed set.
+    assert "with fewer than 20 images in the long-tailed training set" in text
     assert "few&nbsp;−1.5, all&nbsp;+0.0" in text
 
 
@@ -453,6 +455,46 @@ def test_gain_is_over_the_same_loss_without_a_curriculum(tmp_path, monkeypatch):
     report.draw_table(table, tmp_path, "")
     assert list(drawn["gain (points)"]) == ["CE + d2s"]  # no LA without a curriculum to compare with
     assert np.allclose(drawn["gain (points)"]["CE + d2s"], [[-2, 0, 0, 5, 20], [0, 0, 0, 15, 20]])
+
+
+def test_of_several_rows_without_the_one_of_as_many_images_is_compared(tmp_path, monkeypatch):
+    """Not the first by name, which here trained twice as long, and with one seed takes the errors away."""
+    for name, images, curriculum, few, more in (
+        ("long", 2000, "none", (45,), {"epochs": 60}),
+        ("short", 1010, "none", (40, 42), {"epochs": 70}),
+        ("decay", 1020, "none", (20, 22), {"epochs": 70, "weight_decay": 0.1}),  # further from d2s by a flag
+        ("d2s", 1000, "d2s", (50, 52), {"epochs": 60}),
+    ):
+        for seed, value in enumerate(few):
+            write_run(tmp_path / f"{name}{seed}", seed, 70, value, curriculum, per_class=[value] * 5, **more)
+            path = tmp_path / f"{name}{seed}/results.json"
+            files.write_json(path, files.read_json(path) | {"images": images})
+    drawn = {}
+    monkeypatch.setattr(
+        report.figures, "draw_by_frequency", lambda lines, counts, styles, label, path: drawn.update({label: lines})
+    )
+    [table] = tables.read(tables.run_folders([tmp_path]), [], report.effective_arguments)
+    text = render.markdown([table])
+    report.draw_table(table, tmp_path, "")
+    # 51 - 41; the standard error of the mean of 50 and 52 is 1, as that of 40 and 42; of their difference root 2.
+    assert "few +10.0 ± 1.4 better" in text
+    assert "nearest in images trained on is compared: CE + d2s with CE (--epochs 70)\n" in text
+    assert np.allclose(drawn["gain (points)"]["CE + d2s"], [[9] * 5, [11] * 5])
+
+
+def test_what_stands_below_a_figure_by_frequency_does_not_overlap(tmp_path, monkeypatch, drawn):
+    """Ten ranges of three digits each, the axis's label below them, and the legend below that."""
+    kept = []
+    monkeypatch.setattr(report.figures, "save_figure", lambda figure, path: kept.append(figure))
+    report.figures.draw_by_frequency(
+        {"a": np.ones((1, 40))}, np.arange(999, 199, -20), {"a": {}}, "", tmp_path / "x.png"
+    )
+    [figure] = kept
+    figure.canvas.draw()
+    [axis] = figure.axes
+    words = [label.get_window_extent() for label in axis.get_xticklabels()]
+    assert len(words) == 10 and all(left.x1 < right.x0 for left, right in zip(words, words[1:], strict=False))
+    assert figure.legends[0].get_window_extent().y1 < axis.xaxis.label.get_window_extent().y0 < min(w.y0 for w in words)
 
 
 def test_classes_are_grouped_by_their_training_images(tmp_path, monkeypatch):
