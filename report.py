@@ -38,6 +38,7 @@ from reporting.curves import comparative_figures
 from runtime import cli, files, runs
 from spectrum import acceptance, edits
 from spectrum import folder as spectrum_folder
+from spectrum.acceptance import no_score
 from spectrum.edits import EDITS, read_edits
 from spectrum.tables import read_scores
 
@@ -207,7 +208,11 @@ def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
         if threshold is None:  # a kept share has none: begin at the lowest score that it kept
             threshold = min((entry["text_score"] for entry in scores.values() if entry["kept"]), default=0.0)
         about += f" scores.csv keeps {kept:,} ({rule}), scored by the CLIP {note['clip']}."
+        about += "" if note.get("threshold") is not None else " The slider begins at the lowest score kept."
         command = filter_command(folder, data_root, plan, note)
+        # An image that is gone has no score for the filter either.
+        there = spectrum_folder.image_names(folder)
+        scores |= {row["file_name"]: no_score("missing") for row in rows if row["file_name"] not in there}
     # Load the sources, and write the page.
     root = data_root or datasets.default_data_root(plan["dataset"])
     train = datasets.load(plan["dataset"], plan["imb_ratio"], root, plan["data_seed"]).train

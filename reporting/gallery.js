@@ -78,7 +78,8 @@ function order(found, sort) {
 function arrange() {
   const want = wanted(), found = [];
   for (let i = 0; i < number; i++) if (matches(i, want)) found.push(i);
-  $("matching").textContent = `${found.length.toLocaleString("en")} images match the filters`;
+  const words = found.length === 1 ? "image matches" : "images match";
+  $("matching").textContent = `${found.length.toLocaleString("en")} ${words} the filters`;
   const perLine = Math.max(1, Math.floor($("list").clientWidth / CELL));
   blocks = [];
   if (want.sort === "class") {
@@ -203,7 +204,11 @@ function count() {
 }
 
 function choose() {
-  threshold = data.threshold === null ? null : Number($("threshold").value);
+  threshold = Number($("threshold").value);
+  apply();
+}
+
+function apply() {
   $("shown").textContent = String(threshold);
   $("command").textContent = threshold === null ? data.command : `${data.command} --threshold ${threshold}`;
   count();
@@ -238,7 +243,7 @@ options("domain", data.domains.map((name, k) => [k, name]));
 $("domains").hidden = !data.domains.length;
 options("reason", data.reasons.map((name) => [name, name]));
 fillCounts();
-choose();
+apply(); // the threshold itself: the slider has steps of 0.001
 arrange();
 let waiting = false;
 slider.oninput = () => {

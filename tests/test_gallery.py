@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shutil
 from collections import Counter
@@ -128,6 +129,48 @@ def test_slider_filters_and_order(tmp_path, browser):
     browser.execute_script("document.querySelector('[data-image]').click()")
     detail = text(browser, "detail")
     assert "a photo" in detail and "text score0.4" in detail and "shard-0/b_0.png" in detail
+
+
+def test_the_page_begins_at_the_very_threshold(tmp_path, browser):
+    """As scores.csv has it, also between two steps of the slider: nothing is newly kept or rejected."""
+    rows = [row("a", 0, 0), row("b", 1, 0), row("c", 1, 0)]
+    scores = {r["file_name"]: entry(*e) for r, e in zip(rows, [(0.2504, False), (0.250512, True), (0.251, True)],
+                                                        strict=True)}  # fmt: skip
+    browser.get(write_page(tmp_path, rows, scores, 0.250512).as_uri())
+    assert text(browser, "total") == "2 of 3 kept" and text(browser, "command").endswith("--threshold 0.250512")
+    assert browser.execute_script("return document.querySelectorAll('[data-image] .moved').length") == 0
+    set_value(browser, "threshold", 0.251)
+    assert text(browser, "total") == "1 of 3 kept" and text(browser, "command").endswith("--threshold 0.251")
+    set_value(browser, "class", 0)
+    assert text(browser, "matching") == "1 image matches the filters"
+
+
+def test_an_image_that_is_gone_is_kept_at_no_threshold(road, tmp_path):
+    """As filter_clipscore.py, run again, has it."""
+    spectrum = tmp_path / "spectrum"
+    shutil.copytree(road.spectrum, spectrum)
+    kept = [name for name, score in read_scores(spectrum / "scores.csv").items() if score["kept"]]
+    (spectrum / kept[0]).unlink()
+    assert report.main(["--spectrum", str(spectrum), "--gallery", "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/gallery/index.html").read_text()
+    images = json.loads(re.search(r'id="data">(.+?)</script>', page)[1])["images"]
+    lost = dict(zip(images["file"], images["lost"], strict=True))
+    assert lost[kept[0]] == "missing" and sum(images["kept"]) == len(kept) - 1
+    threshold = str(json.loads((spectrum / "scores.json").read_text())["threshold"])
+    words = ["--spectrum", str(spectrum), "--prompts", str(road.prompts), "--threshold", threshold]
+    assert filter_clipscore.main(words) == 1
+    again = read_scores(spectrum / "scores.csv")
+    assert dict(zip(images["file"], images["kept"], strict=True)) == {name: e["kept"] for name, e in again.items()}
+
+
+def test_a_kept_share_begins_at_the_lowest_score_kept(road, tmp_path):
+    spectrum = tmp_path / "spectrum"
+    shutil.copytree(road.spectrum, spectrum)
+    words = ["--spectrum", str(spectrum), "--prompts", str(road.prompts), "--keep-share", "0.5"]
+    assert filter_clipscore.main(words) == 0
+    assert report.main(["--spectrum", str(spectrum), "--gallery", "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/gallery/index.html").read_text()
+    assert "(--keep-share 0.5), scored by the CLIP tiny_clip. The slider begins at the lowest score kept." in page
 
 
 def test_edits_stand_under_their_domains(tmp_path, browser):
