@@ -8,6 +8,7 @@ import io
 from reporting import comparisons, overview, tables
 from reporting.names import FIGURE_NAMES, ZERO_SHOT
 from reporting.tables import Row, Table
+from runtime.text import counted
 
 SHOWN = 3  # folders that a line names
 COMPARED = (
@@ -15,7 +16,12 @@ COMPARED = (
     ("few", "overall"),
     ("ood_f1", "id_f1"),
 )  # the figures that rows are compared by; the first pair there is
-SPOKEN = {"few": "few-shot accuracy", "overall": "accuracy over all classes", "ood": "accuracy out of distribution"}
+SPOKEN = {
+    "few": "few-shot accuracy",
+    "overall": "accuracy over all classes",
+    "ood": "accuracy out of distribution",
+    "worst_group": "accuracy of the worst group",
+}
 RULE = (
     "± is the standard error of the difference over seeds, which are not paired; 'better' and 'worse' are written only "
     "beyond two of them, which chance alone passes in about one case in eight where both have three seeds; the spread "
@@ -100,6 +106,8 @@ def _leader(table: Table, name: str) -> str:
         return f"{best.name} has {value:.1f} % {what} ({_seeds(best)})."
     text = f"Highest in {what}: {best.name}, {value:.1f} % ({_seeds(best)})"
     ahead, error = comparisons.against_row(best, others[0], name)
+    if not ahead:
+        return f"{text}, and {others[0].name} ({_seeds(others[0])})."
     text += (
         f", {ahead:.1f}{f' ± {error:.1f}' if error is not None else ''} above {others[0].name} ({_seeds(others[0])})"
     )
@@ -109,7 +117,7 @@ def _leader(table: Table, name: str) -> str:
 
 
 def _curricula(table: Table, name: str) -> str:
-    """How many rows with a curriculum or CUDA differ clearly from the same loss without, and which gains most."""
+    """How many rows with a curriculum, CUDA or additions differ clearly from the same loss without; the best one."""
     gains = {}
     for row in table.rows.values():
         plain = comparisons.plain_row(table.rows.values(), row)
@@ -124,10 +132,11 @@ def _curricula(table: Table, name: str) -> str:
         return f"The most {what}: {best}, {_points(gains[best][0])}, of one seed."
     verdicts = [comparisons.verdict(*pair) for pair in known.values()]
     best = max(known, key=lambda row: known[row][0])
+    left_out = len(gains) - len(known)
     return (
-        f"Of {len(known)} rows with a curriculum or CUDA, {verdicts.count('better')} are clearly better and "
-        f"{verdicts.count('worse')} clearly worse {what}; the most: {best}, {_points(known[best][0])} ± "
-        f"{known[best][1]:.1f}."
+        f"Of {counted(len(known), 'row')} with a curriculum, CUDA or additions, {what}: {verdicts.count('better')} "
+        f"clearly better, {verdicts.count('worse')} clearly worse; the most: {best}, {_points(known[best][0])} ± "
+        f"{known[best][1]:.1f}." + (f" {counted(left_out, 'row')} with one seed not counted." if left_out else "")
     )
 
 
@@ -199,7 +208,8 @@ def input_notes(table: Table) -> list[str]:
         for row in table.rows.values():
             for run in row.runs if row.name != ZERO_SHOT else []:
                 digest = str(run["inputs"].get(what) or "not recorded")[:8]
-                by_base.setdefault(row.base, {}).setdefault(digest, []).append(str(run["args"].get(what)))
+                draw = f", shot seed {run['args'].get('shot_seed') or 0}" if run["args"].get("shots") else ""
+                by_base.setdefault(row.base + draw, {}).setdefault(digest, []).append(str(run["args"].get(what)))
         for base, digests in by_base.items():
             if len(digests) > 1:
                 parts = [f"{digest} ({', '.join(dict.fromkeys(paths))})" for digest, paths in digests.items()]

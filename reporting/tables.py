@@ -56,6 +56,7 @@ READ_WITH = {
     "prior": ("loss", ("bs", "la", "ldam")),
     "drw_epoch": ("drw", (True,)),
     "momentum": ("optimizer", ("sgd",)),
+    "template": ("model", ("clip",)),
     "step_epochs": ("schedule", ("steps",)),
     "step_factor": ("schedule", ("steps",)),
 }
@@ -240,13 +241,14 @@ def split_by_data(found: list[dict]) -> dict[str, list[dict]]:
 
 
 def compared_inputs(run: dict) -> dict:
-    """The digests that runs of one row share. Few-shot draws, which a row averages over, have images of their own."""
+    """The digests that all runs of a row share. Few-shot draws, which a row averages over, have images of their own."""
     return {} if run["args"].get("shots") else run["inputs"]
 
 
 def group_runs(found: list[dict], wanted: list[Recipe], effective: Callable[[str, list[str]], dict]) -> list[Row]:
     """Runs of one table as rows; `name_rows` gives them names."""
     groups: dict[str, Row] = {}
+    of_draw: dict[str, list[dict]] = {}  # the different inputs of one few-shot draw, which are not averaged
     for run in found:
         args = run["args"]
         script = "train_fewshot" if "shots" in args else "train_iwildcam" if "clip" in args else "train_lt"
@@ -259,7 +261,12 @@ def group_runs(found: list[dict], wanted: list[Recipe], effective: Callable[[str
         base = row_name(args)
         like, differences = nearest_recipe(args, defaults, [one for one in wanted if row_name(one.args) == base])
         settings = changing(defaults | args)
-        key = json.dumps([base, settings, compared_inputs(run)], sort_keys=True, default=str)
+        drawn = json.dumps([base, settings, args.get("shot_seed")], sort_keys=True, default=str)
+        versions = of_draw.setdefault(drawn, []) if args.get("shots") else [run["inputs"]]
+        if run["inputs"] not in versions:
+            versions.append(run["inputs"])
+        version = versions.index(run["inputs"])
+        key = json.dumps([base, settings, compared_inputs(run), version], sort_keys=True, default=str)
         row = groups.setdefault(key, Row(base, [], base, settings, differences, None if differences else like, like))
         add_run(row, run)
     for row in groups.values():
@@ -367,8 +374,10 @@ def names_say(flag: str, args: dict) -> bool:
     return (
         flag
         in ("fixed_level", "merge_same_class", "balanced", "fill", "edits", "edit_rules", "randaugment", "extra_real")
+        or flag == "method"
+        or (flag in ("images", "shots") and "images" in args)
         or (flag == "add" and args.get("add") == "all")
-        or (flag == "curriculum_epochs" and args.get("add") and args[flag] == args.get("epochs"))
+        or (flag == "curriculum_epochs" and (args.get("add") or "images" in args) and args[flag] == args.get("epochs"))
         or (flag == "mix" and args.get("mix") in MIX_NAMES)
         or (flag == "prior" and args.get("loss") == "bs")
         or (flag == "augment" and args.get("augment") == "cuda")

@@ -7,6 +7,7 @@ import functools
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -251,6 +252,34 @@ def test_few_shot_draws_are_averaged_though_their_images_differ(tmp_path):
     [table] = tables.read(folders, [], lambda *_: {})
     assert [len(row.runs) for row in table.rows.values()] == [6]
     assert comparisons.results_of(next(iter(table.rows.values())), "overall")[0] == 71
+    assert not render.input_notes(table)  # each draw has a spectrum of its own, and none of them a row of its own
+
+
+def test_another_spectrum_of_one_few_shot_draw_makes_another_row(tmp_path):
+    """And is not averaged with the first, whatever the seeds; the note says which spectra these were."""
+    for draw, seed, spectrum in ((0, 0, "a"), (0, 1, "a"), (1, 0, "b"), (0, 2, "c"), (0, 3, "c")):
+        inputs, more = {"data": draw, "spectrum": spectrum}, {"spectrum": f"runs/{spectrum}"}
+        write_run(tmp_path / f"{draw}{seed}", seed, 70, 40, shots=4, shot_seed=draw, inputs=inputs, **more)
+    [table] = tables.read(tables.run_folders([tmp_path]), [], lambda *_: {})
+    assert [[run["inputs"]["spectrum"] for run in row.runs] for row in table.rows.values()] == [
+        ["a", "a", "b"],
+        ["c", "c"],
+    ]
+    [note] = render.input_notes(table)
+    assert note.startswith(
+        "CE, shot seed 0 was trained with several spectra, each in a row of its own: a (runs/a); c ("
+    )
+
+
+def test_a_few_shot_row_is_named_by_what_its_table_does_not_say(tmp_path):
+    args = {"dataset": "fewshot_digits", "imb_ratio": None, "shots": 4, "model": "resnet8", "seed": 0, "epochs": 4,
+            "template": "a photo of a {}"}  # fmt: skip
+    more = {"real": {"curriculum": "none"}, "both": {"curriculum": "all", "curriculum_epochs": 4, "method": "untuned"}}
+    for images, own in more.items():
+        files.write_json(tmp_path / images / "args.json", {"args": args | own | {"images": images}})
+        files.write_json(tmp_path / images / "results.json", {"last": {"overall": 90.0}})
+    [table] = tables.read(tables.run_folders([tmp_path]), [], lambda *_: {"epochs": 4, "images": "both"})
+    assert list(table.rows) == ["real", "real + untuned synthetic"] and not table.remarks
 
 
 def test_better_and_worse_need_two_standard_errors():
@@ -555,8 +584,8 @@ def test_the_first_paragraph_says_which_row_leads_and_over_what_noise(tmp_path):
     assert said.startswith(
         "digits IR30, ResNet-8. Highest in few-shot accuracy: CE + d2s, 52.0 % (3 seeds), 1.0 ± 1.6 above CE + all "
         "levels (3 seeds), within the noise. Highest in accuracy over all classes: CE + all levels, 72.0 % (3 seeds), "
-        "1.0 ± 0.0 above CE + d2s (3 seeds), a clear lead. Of 2 rows with a curriculum or CUDA, 2 are clearly better "
-        "and 0 clearly worse in few-shot accuracy against the same loss without; the most: CE + d2s, +10.0 ± 1.6."
+        "1.0 ± 0.0 above CE + d2s (3 seeds), a clear lead. Of 2 rows with a curriculum, CUDA or additions, in few-shot "
+        "accuracy against the same loss without: 2 clearly better, 0 clearly worse; the most: CE + d2s, +10.0 ± 1.6."
     )
     assert report.main(["--runs", *folders, "--out", str(tmp_path / "out")]) == 0
     assert f"</h1>\n<p>{said}</p>" in (tmp_path / "out/report.html").read_text()
@@ -565,11 +594,22 @@ def test_the_first_paragraph_says_which_row_leads_and_over_what_noise(tmp_path):
     assert "The most in few-shot accuracy against the same loss without: CE + d2s, +10.0, of one seed." in (
         render.findings(one[0])
     )
+    some = [*sorted(tmp_path.glob("[ab][0-9]")), tmp_path / "c0"]
+    some = render.findings(tables.read(tables.run_folders(some), [], report.effective_arguments)[0])
+    assert "Of 1 row with a curriculum, CUDA or additions, in" in some
+    assert "the most: CE + d2s, +10.0 ± 1.6. 1 row with one seed not counted." in some
     alone = tables.read(tables.run_folders([tmp_path / "b0"]), [], report.effective_arguments)
     assert render.findings(alone[0]) == (
         "digits IR30, ResNet-8. CE + d2s has 50.0 % few-shot accuracy (1 seed). CE + d2s has 71.0 % accuracy over all "
         "classes (1 seed)."
     )
+
+
+def test_two_rows_may_lead_together(tmp_path):
+    """As two whose worst group has 0 %."""
+    folders = [write_run(tmp_path / name, 0, 70, 0, name) for name in ("none", "d2s")]
+    [table] = tables.read(tables.run_folders(map(Path, folders)), [], report.effective_arguments)
+    assert "Highest in few-shot accuracy: CE, 0.0 % (1 seed), and CE + d2s (1 seed)." in render.findings(table)
 
 
 def test_the_spectrum_sheet_and_the_acceptance_map_are_drawn(road, tmp_path, drawn):
