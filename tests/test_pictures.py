@@ -6,6 +6,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from loaders import pictures
@@ -142,3 +143,24 @@ def test_a_header_tells_what_it_can(tmp_path):
     halves().save(tmp_path / "fine.png")
     found = [pictures.header_error(tmp_path / name) for name in ("fine.png", "empty.png", "none.png", "text.jpg")]
     assert found[:3] == ["", "empty", "missing"] and found[3].startswith("not a readable image")
+
+
+@pytest.mark.parametrize("part", [stores.PART, None])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_whole_and_in_order_whatever_workers_decode_at_a_time(workers, part, tmp_path):
+    """Workers get parts of a GPU's batches; each file here is of one grey value, its place's."""
+    paths = [tmp_path / f"{place}.png" for place in range(90)]
+    for place, path in enumerate(paths):
+        Image.new("L", (8, 8), place).save(path)
+    assert stores.Decoded(paths, "cuda", 8, workers).part == stores.PART
+    store = stores.Decoded(paths, "cpu", 8, workers)
+    assert store.part is None
+    store.part = part
+    order = np.random.default_rng(0).permutation(90)
+    wanted = [order[:1], order[1 : 1 + stores.PART], order[1 + stores.PART : 85], order[85:]]  # 1, 32, 52 and 5
+    places = [torch.from_numpy(part) for part in wanted]
+    for found in (list(store.training(places, places, 0)), list(store.training(places[::-1], places[::-1], 0))[::-1]):
+        assert [batch[:, 0, 0, 0].tolist() for batch in found] == [part.tolist() for part in wanted]
+    found = list(store.evaluation(order, 40))
+    assert [batch.shape for batch in found] == [(40, 3, 8, 8), (40, 3, 8, 8), (10, 3, 8, 8)]
+    assert torch.cat(found)[:, 0, 0, 0].tolist() == order.tolist() and not list(store.evaluation(order[:0], 40))
