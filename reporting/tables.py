@@ -266,12 +266,20 @@ def group_runs(found: list[dict], wanted: list[Recipe], effective: Callable[[str
         if run["inputs"] not in versions:
             versions.append(run["inputs"])
         version = versions.index(run["inputs"])
-        key = json.dumps([base, settings, compared_inputs(run), version], sort_keys=True, default=str)
+        key = json.dumps([base, as_numbers(settings), compared_inputs(run), version], sort_keys=True, default=str)
         row = groups.setdefault(key, Row(base, [], base, settings, differences, None if differences else like, like))
         add_run(row, run)
     for row in groups.values():
         row.runs.sort(key=draw_and_seed)
     return list(groups.values())
+
+
+def as_numbers(settings: dict) -> dict:
+    """Settings with whole numbers as such: older code noted 5 epochs of warm-up where this notes 5.0."""
+    return {
+        flag: int(value) if isinstance(value, float) and value.is_integer() else value
+        for flag, value in settings.items()
+    }
 
 
 def draw_and_seed(run: dict) -> tuple[int, int]:

@@ -223,6 +223,13 @@ def test_a_flag_that_all_rows_share_that_read_it_is_a_remark(tmp_path):
     assert table.remarks == ["Rows without a recipe were run with --curriculum-epochs 6, --epochs 7"]
 
 
+def test_five_epochs_are_five_whether_noted_as_a_whole_number_or_not(tmp_path):
+    for seed, warmup in enumerate((5, 5.0, 5.5)):
+        write_run(tmp_path / f"{seed}", seed, 70, 40, warmup_epochs=warmup)
+    [table] = tables.read(tables.run_folders([tmp_path]), [], report.effective_arguments)
+    assert [len(row.runs) for row in table.rows.values()] == [2, 1]
+
+
 @pytest.mark.parametrize(("last", "more"), [({}, "1 flag more"), ({"weight_decay": 0.2}, "2 flags more")])
 def test_a_row_with_many_flags_has_a_short_name_and_a_note(tmp_path, last, more):
     flags = {"epochs": 3, "lr": 0.2, "optimizer": "sgd", "ema": 0.9, **last}
