@@ -12,7 +12,8 @@ from conftest import ROOT
 from bench import timing
 
 COMMANDS = {
-    "bench_train": "--parts cifar v2 one loader --steps 2 --rounds 1 --workers 0 --jpegs 8 --device cpu",
+    "bench_train": "--parts cifar v2 one loader timm --steps 2 --rounds 1 --workers 0 --jpegs 8 --jpeg-side 320 "
+    "--device cpu",
     "bench_filter": "--images 4 --size 32 --rounds 1 --workers 0 --device cpu",
     "bench_growth": "--parts plan filter --units 2000",
     "bench_flyp": "--batch-size 8 --steps 2 --rounds 1 --workers 0 --device cpu",
@@ -31,11 +32,11 @@ def test_a_bench_notes_what_it_measured(name, tmp_path):
     whole = name in ("bench_filter", "bench_rethreshold", "bench_spectrum")
     found = [json.loads(text)] if whole else [json.loads(line) for line in text.splitlines()]
     rates = [row.get("images_per_second", row.get("ours", row.get("cpu_seconds"))) for row in found]
-    assert len(found) == {"bench_train": 6, "bench_growth": 2}.get(name, 1) and all(rate > 0 for rate in rates)
+    assert len(found) == {"bench_train": 8, "bench_growth": 2}.get(name, 1) and all(rate > 0 for rate in rates)
     assert not [key for row in found for key in row if "error" in key]
     # What is timed against something else is timed in turns, and each round is kept.
     sides = [row["rounds"] for row in found if "rounds" in row]
-    count = {"bench_train": 5, "bench_growth": 0}.get(name, 1)
+    count = {"bench_train": 7, "bench_growth": 0}.get(name, 1)
     assert len(sides) == count
     assert {len(rates) for side in sides for rates in side.values()} <= {2 if name == "bench_spectrum" else 1}
     # Both sides come to the same: up to rounding, to one of 255 in a pixel, and to what two steps make of rounding.
