@@ -58,9 +58,9 @@ def split_by_loss(rows: list[Row]) -> list[list[Row]]:
 
 
 def curves(row: Row, name: str) -> np.ndarray | None:
-    """A figure of the history by seed and epoch, (S, E); None where it was not kept or has no class."""
-    found = [[record.get(name) for record in run["history"]] for run in row.runs]
-    if not all(found) or len({len(one) for one in found}) > 1 or any(value is None for one in found for value in one):
+    """A figure by seed and epoch, (S, E), of the runs whose history was kept; None where none was, or has no class."""
+    found = [[record.get(name) for record in run["history"]] for run in row.runs if run["history"]]
+    if not found or len({len(one) for one in found}) > 1 or any(value is None for one in found for value in one):
         return None
     return np.array(found, dtype=float)
 
@@ -100,13 +100,20 @@ def by_epoch(rows: list[Row], styles: dict) -> Iterator[tuple]:
     # Levels, and the validation figures of all classes below them.
     points = {}
     for row in rows:
-        history = row.runs[0]["history"]
+        history = next((run["history"] for run in row.runs if run["history"]), [])
         found = [(record["epoch"] + 1, level) for record in history for level in record["levels"]]
         # Rows with the same levels, as CE and BS with one curriculum, share their points.
         if history and row.args.get("curriculum", "none") != "none" and found not in points.values():
             points[row.name] = found
     panels = {title: lines for name, title in PANELS.items() if (lines := all_curves(rows, name))}
-    if panels:
+    if panels and not points:  # real images alone
+        yield (
+            "curriculum",
+            "Accuracy on the validation set by epoch, mean of five epochs; the band is one standard deviation over "
+            "seeds.",
+            figures.draw_lines, panels, styles, figures.SMOOTHED,
+        )  # fmt: skip
+    elif panels:
         yield (
             "curriculum",
             "Above: the guidance level of each epoch's synthetic images; 100 is the real image. Markers are shifted "
@@ -118,7 +125,7 @@ def by_epoch(rows: list[Row], styles: dict) -> Iterator[tuple]:
     # Accuracy of each group that has no panel there.
     missing = [group for group in GROUPS if PANELS.get(f"val_{group}") not in panels]
     groups = {f"{group} (%)": lines for group in missing if (lines := all_curves(rows, f"val_{group}"))}
-    if groups:
+    if len(groups) + len(GROUPS) - len(missing) > 1:  # where all classes are in one group, it is the overall accuracy
         yield (
             "groups",
             "Validation accuracy of each group of classes by epoch, mean of five epochs; the band is one standard "
@@ -141,7 +148,8 @@ def by_class(rows: list[Row], styles: dict) -> Iterator[tuple]:
     """Figures by how many training images a class has."""
     counts = next((row.runs[0]["results"].get("train_counts") for row in rows), None)
     known = {row.name: line for row in rows if (line := per_class(row)) is not None and counts}
-    if not known:
+    # Where classes have about as many images each, their order says nothing.
+    if not known or max(counts) < 2 * min(counts):
         return
     yield (
         "frequency",

@@ -261,6 +261,7 @@ def _draw_panels(axes, panels: dict, styles: dict[str, dict], smoothed: int = SM
         axis.grid(alpha=0.3)
     if len(axes):
         axes[-1].set_xlabel("epoch")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_band(axis, places, values: np.ndarray, name: str, style: dict, **more) -> None:

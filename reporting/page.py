@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from html import escape
+import html
+import re
 from pathlib import Path
 
 from runtime import files
@@ -18,7 +19,7 @@ th, td { padding: .25rem .75rem; text-align: right; white-space: nowrap; border-
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
 tbody th { font-weight: normal; white-space: normal; min-width: 8rem; max-width: 22rem; overflow-wrap: anywhere; }
 td.long { white-space: normal; min-width: 11rem; }
-p { max-width: 60rem; } img { max-width: 100%; height: auto; }
+.flag { white-space: nowrap; } p { max-width: 60rem; } img { max-width: 100%; height: auto; }
 .figures { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 0 1.5rem; }
 figure { margin: 1.5rem 0; max-width: 100%; } figcaption { width: 0; min-width: 100%; }
 figcaption, .note { color: #444; font-size: .9rem; overflow-wrap: anywhere; }
@@ -36,9 +37,14 @@ def table(heading: list[str], rows: list[list[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
 
 
+def escape(text: str) -> str:
+    """A text as HTML, in which no line ends within the name of a flag."""
+    return re.sub(r"--[a-z][\w-]*", r'<span class="flag">\g<0></span>', html.escape(text))
+
+
 def _cell(word: str) -> str:
     """A list may be broken after its commas, and nowhere else."""
-    parts = [escape(part).replace(" ", "&nbsp;") for part in word.split(", ")]
+    parts = [html.escape(part).replace(" ", "&nbsp;") for part in word.split(", ")]
     return f"<td>{parts[0]}</td>" if len(parts) == 1 else f'<td class="long">{", ".join(parts)}</td>'
 
 
@@ -48,7 +54,7 @@ def note(text: str) -> str:
 
 def commands(title: str, lines: list[str]) -> str:
     """Command lines that open at a click."""
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(chr(10).join(lines))}</pre></details>"
+    return f"<details><summary>{escape(title)}</summary><pre>{html.escape(chr(10).join(lines))}</pre></details>"
 
 
 def figures(drawn: list[tuple[Path, str]]) -> str:
@@ -58,7 +64,7 @@ def figures(drawn: list[tuple[Path, str]]) -> str:
 
 def _figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
-    text = escape(caption)
+    text = html.escape(caption)
     picture = f'<div class="wide"><img alt="{text}" src="data:image/png;base64,{data}"></div>'
     return f"<figure>{picture}<figcaption>{text}</figcaption></figure>\n"
 
@@ -76,7 +82,7 @@ def write(path: Path, title: str, paragraphs: list[str], sections: list[tuple[st
     opening = "".join(f"<p>{escape(text)}</p>\n" for text in paragraphs)
     files.write_text(
         path,
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style></head>\n'
         f"<body><h1>{escape(title)}</h1>\n{opening}{body}</body></html>\n",
     )

@@ -90,7 +90,8 @@ def difference(name: str, pair: tuple[float, float | None]) -> str:
 def findings(table: Table) -> str:
     """What a table shows, in words: which row leads in each figure and by how much, and what the curricula add."""
     names = next((pair for pair in COMPARED if set(pair) & set(table.figures)), ())
-    sentences = [text for name in names if name in table.figures and (text := _leader(table, name))]
+    names = [name for name in names if name in table.figures]
+    sentences = [text for name in names if (text := _leader(table, name))]
     sentences += [text for name in names[:1] if (text := _curricula(table, name))]
     return f"{table.name}. {' '.join(sentences)}" if sentences else ""
 
@@ -157,7 +158,8 @@ def notes(table: Table) -> list[str]:
     lines = [f"{remark}." for remark in table.remarks]
     if has_gains(table) or has_published(table):
         lines.append(f"{RULE}.")
-    lines += plain_notes(table) + recipe_notes(table) + input_notes(table) + published_notes(table) + code_notes(table)
+    lines += plain_notes(table) + recipe_notes(table) + input_notes(table) + published_notes(table)
+    lines += history_notes(table) + code_notes(table)
     waiting = tables.missing(table)
     begun = {row.recipe.path for row in table.rows.values() if row.recipe and row.runs}
     some = [f"{name} (seed {', '.join(map(str, seeds))})" for name, (recipe, seeds) in waiting.items()
@@ -233,6 +235,21 @@ def published_notes(table: Table) -> list[str]:
     return lines if by_source else []
 
 
+def history_notes(table: Table) -> list[str]:
+    """Which runs the curves leave out."""
+    made = [run for row in table.rows.values() if row.name != ZERO_SHOT for run in row.runs]
+    without = [str(run["folder"]) for run in made if not run["history"]]
+    if not without or len(without) == len(made):
+        return []
+    return [f"Curves by epoch leave out runs without a history: {_some(without)}"]
+
+
+def _some(folders: list[str]) -> str:
+    """The first folders of a list, and how many more there are."""
+    more = f" and {len(folders) - SHOWN} more" if len(folders) > SHOWN else ""
+    return ", ".join(folders[:SHOWN]) + more
+
+
 def code_notes(table: Table) -> list[str]:
     """Which code made which runs, where it was not one version."""
     by_commit: dict[str, list[str]] = {}
@@ -242,11 +259,7 @@ def code_notes(table: Table) -> list[str]:
                 by_commit.setdefault(run["commit"], []).append(str(run["folder"]))
     if len(by_commit) < 2:
         return []
-    parts = [
-        f"{commit} made {', '.join(folders[:SHOWN])}"
-        + (f" and {len(folders) - SHOWN} more" if len(folders) > SHOWN else "")
-        for commit, folders in by_commit.items()
-    ]
+    parts = [f"{commit} made {_some(folders)}" for commit, folders in by_commit.items()]
     return [f"Mixed code versions, comparable only if nothing between them matters: {'; '.join(parts)}"]
 
 

@@ -287,6 +287,10 @@ def test_a_few_shot_row_is_named_by_what_its_table_does_not_say(tmp_path):
         files.write_json(tmp_path / images / "results.json", {"last": {"overall": 90.0}})
     [table] = tables.read(tables.run_folders([tmp_path]), [], lambda *_: {"epochs": 4, "images": "both"})
     assert list(table.rows) == ["real", "real + untuned synthetic"] and not table.remarks
+    # A table without a few-shot column is summed up by its accuracy over all classes.
+    assert "The most in accuracy over all classes against the same loss without: real + untuned" in render.findings(
+        table
+    )
 
 
 def test_better_and_worse_need_two_standard_errors():
@@ -446,6 +450,8 @@ def test_the_page_holds_everything_and_needs_no_other_file(tmp_path, two_recipes
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert pictures == {f"{name}.png" for name in ("curriculum", "groups", "synthetic", "frequency", "gain")}
     assert len(page.pictures) == len(pictures) and all(picture["alt"] for picture in page.pictures)
+    # A narrow screen breaks no line after the hyphens of a flag.
+    assert report.page.note("<b> (--lr 3e-3)") == '<p class="note">&lt;b&gt; (<span class="flag">--lr</span> 3e-3)</p>'
     assert page.cells == 2 * 8 and 'name="viewport"' in text
     # Not "by their training images": with the web's images added the groups stay those of the long-tailed set.
     assert "with fewer than 20 images in the long-tailed training set" in text
@@ -457,6 +463,31 @@ def test_results_that_were_kept_without_a_history_make_the_table(tmp_path):
     report.main(["--runs", run, "--out", str(tmp_path / "out")])
     assert "| CE | – | 50.0 | 40.0 | 70.0 | 1 |" in (tmp_path / "out/table.md").read_text()
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_run_without_a_history_takes_no_curve_from_the_other_seeds(tmp_path):
+    for seed, history in enumerate((0, 3, 3)):
+        write_run(tmp_path / f"r{seed}", seed, 70, 40, "d2s", history=history)
+    [table] = tables.read(tables.run_folders([tmp_path]), [], report.effective_arguments)
+    [row] = table.rows.values()
+    assert curves.curves(row, "val_few").tolist() == [[20.0] * 3] * 2
+    _, _, _, points, *_ = next(curves.by_epoch([row], {"CE + d2s": {}}))
+    assert points == {"CE + d2s": [(1, 50), (2, 50), (3, 50)]}
+    assert f"Curves by epoch leave out runs without a history: {tmp_path / 'r0'}" in render.notes(table)
+
+
+def test_figures_that_would_show_nothing_are_not_drawn(tmp_path):
+    """Levels where no row has a curriculum, a group that has all classes, and classes in order of equal counts."""
+    write_run(tmp_path / "a", 0, 70, 40, per_class=[90, 80, 70, 50, 20])
+    record = {"epoch": 0, "levels": [100], "val_overall": 10.0, "val_medium": 10.0}
+    (tmp_path / "a/history.jsonl").write_text(json.dumps(record) + "\n")
+    for counts, wanted in (([400, 200, 50, 10, 5], ["curriculum", "frequency"]), ([30] * 5, ["curriculum"])):
+        path = tmp_path / "a/results.json"
+        files.write_json(path, files.read_json(path) | {"train_counts": counts})
+        [table] = tables.read(tables.run_folders([tmp_path]), [], report.effective_arguments)
+        found = list(curves.comparative_figures(list(table.rows.values())))
+        assert [figure[0] for figure in found] == wanted
+        assert found[0][1].startswith("Accuracy on") and found[0][2] is report.figures.draw_lines
 
 
 @pytest.mark.slow
@@ -688,10 +719,10 @@ def test_a_figure_that_fails_is_a_warning_after_the_tables(tmp_path, capsys, mon
         raise RuntimeError("no such font\nat all")
 
     monkeypatch.setattr(report.figures, "draw_curriculum", fail)
-    assert report.main(["--runs", write_run(tmp_path / "a", 0, 70, 40), "--out", str(tmp_path / "out")]) == 0
+    assert report.main(["--runs", write_run(tmp_path / "a", 0, 70, 40, "d2s"), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "warning: curriculum.png: not drawn: no such font (" in said
-    assert "| CE |" in (tmp_path / "out/table.md").read_text() and (tmp_path / "out/report.html").is_file()
+    assert "| CE + d2s |" in (tmp_path / "out/table.md").read_text() and (tmp_path / "out/report.html").is_file()
     assert (tmp_path / "out/groups.png").is_file()  # the others are drawn
 
 
