@@ -20,6 +20,7 @@ from runtime.cli import UserError
 HERE = Path(__file__).resolve().parent
 THUMB = 96  # pixels of a thumbnail's side, at most; smaller pictures keep their size
 QUALITY = 85  # of the strips' JPEG
+WIDEST = 65500  # pixels that a JPEG may have
 
 
 def write_gallery(
@@ -72,7 +73,7 @@ def strip_name(number: int) -> str:
 
 def write_strip(real: Image.Image, rows: list[dict], read_image: Callable, path: Path) -> None:
     """A source's thumbnails side by side, the source first."""
-    side = min(THUMB, max(real.size))
+    side = min(THUMB, max(real.size), WIDEST // (1 + len(rows)))
     strip = Image.new("RGB", (side * (1 + len(rows)), side), "grey")
     strip.paste(thumbnail(real, side), (0, 0))
     for place, row in enumerate(rows, 1):
@@ -107,6 +108,9 @@ def describe(
     domains = sorted({row["domain"] for row in rows}) if column == "level" and rows and "domain" in rows[0] else []
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     prompt_of, column_of = {p: k for k, p in enumerate(prompts)}, {c: k for k, c in enumerate(columns)}
+    names = {row["label"]: row["class_name"] for row in rows}
+    if len(set(names.values())) < len(names):  # names may repeat: tell the classes apart by index
+        names = {label: f"{name} ({label})" for label, name in names.items()}
     entries = [scores.get(row["file_name"]) or {} for row in rows]
     finite = [math.isfinite(entry.get("text_score", math.nan)) for entry in entries]
     # Why an image is not kept at any threshold: an edit filter dropped it, or it has no score.
@@ -122,7 +126,7 @@ def describe(
         "column_name": column,
         "columns": columns,
         "domains": domains,
-        "classes": {row["label"]: row["class_name"] for row in rows},
+        "classes": names,
         "labels": sorted({row["label"] for row in rows}),
         "prompts": prompts,
         "reasons": ["kept", *(["low text score"] if threshold is not None else []), *sorted(set(lost) - {""})],

@@ -173,6 +173,19 @@ def test_a_kept_share_begins_at_the_lowest_score_kept(road, tmp_path):
     assert "(--keep-share 0.5), scored by the CLIP tiny_clip. The slider begins at the lowest score kept." in page
 
 
+def test_many_images_of_one_source_are_one_strip(tmp_path):
+    """A JPEG has at most 65,500 pixels a side: 700 thumbnails of 96 are more."""
+    gallery.write_strip(Image.new("RGB", (96, 96)), [{"file_name": ""}] * 700, lambda _: Image.new("RGB", (4, 4)),
+                        tmp_path / "0.jpg")  # fmt: skip
+    assert Image.open(tmp_path / "0.jpg").size == (701 * 93, 93)
+
+
+def test_classes_of_one_name_are_told_apart():
+    images = [row("a", 0, 0, class_name="crane"), row("b", 1, 0, class_name="crane")]
+    told = gallery.describe({name: [image] for name, image in zip("ab", images, strict=True)}, {}, {}, None, "", "")
+    assert told["classes"] == {0: "crane (0)", 1: "crane (1)"}
+
+
 def test_edits_stand_under_their_domains(tmp_path, browser):
     rows = [row("a", 0, 50, domain="snow"), row("a", 0, 50, domain="night") | {"file_name": "b"}]
     browser.get(write_page(tmp_path, rows, {r["file_name"]: entry(0.3, True) for r in rows}).as_uri())
