@@ -47,8 +47,8 @@ MOST_CLASSES = 150  # that a figure shows one by one: thousands would make it ta
 INTRODUCTION = (
     "Every number is from a run's own test figures after its last epoch: mean and, in brackets, standard deviation "
     "over seeds. Many-, medium- and few-shot are classes with more than 100, with 20 to 100 and with fewer than 20 "
-    "images in the long-tailed training set (on digits many begins above 30). Published figures are quoted from the "
-    "row's recipe; differences are in points."
+    "images in the long-tailed training set (on digits many begins above 30). Published figures are those that "
+    "recipes/ quotes; differences are in points."
 )
 
 
@@ -201,6 +201,8 @@ def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
         found = edits.read_edits(folder / edits.EDITS)
         dropped = {name: entry["reason"] for name, entry in found.items() if entry["kept"] == "0"}
         about += f" edits.csv drops {len(dropped):,} of them."
+        # Training leaves out what was drawn since.
+        dropped |= {row["file_name"]: "not in edits.csv" for row in rows if row["file_name"] not in found}
     if (folder / "scores.json").is_file():
         note, scores = files.read_object(folder / "scores.json", "clip"), read_scores(folder / "scores.csv")
         kept, threshold = sum(entry["kept"] for entry in scores.values()), note.get("threshold")

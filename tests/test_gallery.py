@@ -15,6 +15,7 @@ import filter_clipscore
 import report
 from reporting import gallery
 from runtime.cli import UserError
+from spectrum import edits
 from spectrum.tables import read_scores
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -161,6 +162,24 @@ def test_an_image_that_is_gone_is_kept_at_no_threshold(road, tmp_path):
     assert filter_clipscore.main(words) == 1
     again = read_scores(spectrum / "scores.csv")
     assert dict(zip(images["file"], images["kept"], strict=True)) == {name: e["kept"] for name, e in again.items()}
+
+
+def test_an_image_drawn_since_the_edits_were_filtered_is_not_kept(road, tmp_path):
+    """Training leaves it out."""
+    spectrum = tmp_path / "spectrum"
+    shutil.copytree(road.spectrum, spectrum)
+    names = sorted(row["file_name"] for row in report.spectrum_folder.read_made(spectrum))
+    verdict = ["0", *["1"] * (len(names) - 2)]
+    edits.write_edits(spectrum / "edits.csv", {"file_name": names[:-1], "kept": verdict, "reason": ["x", *verdict[1:]]})
+    (spectrum / "scores.json").unlink()
+    (spectrum / "scores.csv").unlink()
+    assert report.main(["--spectrum", str(spectrum), "--gallery", "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out/gallery/index.html").read_text()
+    images = json.loads(re.search(r'id="data">(.+?)</script>', page)[1])["images"]
+    lost = dict(zip(images["file"], images["lost"], strict=True))
+    assert {name: why for name, why in lost.items() if why} == {names[0]: "x", names[-1]: "not in edits.csv"}
+    used = report.spectrum_folder.kept_rows(spectrum, [0, 50, 90])
+    assert {name for name, why in lost.items() if not why} == {row["file_name"] for row in used}
 
 
 def test_a_kept_share_begins_at_the_lowest_score_kept(road, tmp_path):
