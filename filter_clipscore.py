@@ -282,9 +282,9 @@ def report_distances(table: list[dict], folder: Path) -> None:
             f"{row['frechet_floor']:>10.4f}"
         )
     print(
-        "MMD^2 is unbiased. The Frechet distance is not: its floor is the distance of an equally large sample from a "
-        f"Gaussian fitted to the {table[0]['real_count']} real images; compare rows of like count, or the height above "
-        "the floor"
+        "MMD^2 is unbiased. The Frechet distance is not: its floor is the mean distance of equally large samples from "
+        f"a Gaussian fitted to the {table[0]['real_count']} real images; compare rows of like count, or the height "
+        "above the floor"
     )
     # Draw a line for all images made and one for those kept, each beside its floor.
     figure, axes = new_figure(1, 2, figsize=(9, 3.5))
