@@ -405,6 +405,8 @@ def test_every_recipe_starts(dataset, tmp_path, monkeypatch, capsys):
             args = module.build_parser().parse_args(words)
         if script == "generate_spectrum" and args.image_guidance:
             extra[1] = str(tiny_editors.save_pix2pix(tmp_path / "editor"))
+        if script == "generate_spectrum" and args.per_class:
+            extra[extra.index("--seeds")] = "--per-class"
         if script == "filter_edits" and args.checkpoint and not args.checkpoint[0].exists():
             base = next(
                 ROOT / name
