@@ -17,11 +17,16 @@ def summary(values: list[float | None]) -> tuple[float, float | None] | None:
 
 
 def results_of(row: Row, figure: str, epoch: str = "last") -> tuple[float, float | None] | None:
-    return summary([(run["results"].get(epoch) or {}).get(figure) for run in row.runs])
+    """Mean and standard deviation over the row's runs; None for the latter of an untuned CLIP, which has no seeds."""
+    pair = summary([(run["results"].get(epoch) or {}).get(figure) for run in row.runs])
+    return (pair[0], None) if pair and row.base == ZERO_SHOT else pair
 
 
 def error_of_mean(row: Row, figure: str, epoch: str = "last") -> float | None:
-    """The standard error of a row's mean: standard deviation over the root of the number of seeds; None for one."""
+    """The standard error of a row's mean: standard deviation over the root of the number of seeds; None for one, and 0
+    for an untuned CLIP."""
+    if row.base == ZERO_SHOT:
+        return 0.0
     values = [(run["results"].get(epoch) or {}).get(figure) for run in row.runs]
     pair = summary(values)
     known = sum(value is not None for value in values)
@@ -33,7 +38,10 @@ def against_published(row: Row, figure: str, epoch: str = "last") -> tuple[float
     pair = results_of(row, figure, epoch)
     if pair is None or figure not in row.expected:
         return None
-    return pair[0] - row.expected[figure], error_of_mean(row, figure, epoch)
+    error = (
+        error_of_mean(row, figure, epoch) if row.base != ZERO_SHOT else None
+    )  # its 0 would make any rounding "better"
+    return pair[0] - row.expected[figure], error
 
 
 def against_row(row: Row, other: Row, figure: str) -> tuple[float, float | None] | None:

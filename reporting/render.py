@@ -53,7 +53,7 @@ def cells(table: Table, row: Row) -> list[str]:
         pair = comparisons.results_of(row, name)
         spread = f" ({pair[1]:.1f})" if pair and pair[1] is not None else ""
         words.append(f"{pair[0]:.1f}{spread}" if pair else "–")
-    words.append(str(len(row.runs)) if row.runs else "–")
+    words.append(str(len(row.runs)) if row.runs and row.base != ZERO_SHOT else "–")
     if has_gains(table):
         words.append(", ".join(gains(table, row)) or "–")
     if has_published(table):
@@ -146,7 +146,7 @@ def _points(value: float) -> str:
 
 
 def _seeds(row: Row) -> str:
-    return f"{len(row.runs)} seed{'s' if len(row.runs) > 1 else ''}"
+    return "untuned" if row.base == ZERO_SHOT else counted(len(row.runs), "seed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

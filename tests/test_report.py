@@ -763,12 +763,26 @@ def test_the_table_of_camera_traps_has_both_domains_and_what_the_paper_reports(t
     assert "OOD macro-F1 38.2, ID macro-F1 54.3" in cells["FLYP + adaptive"][-2]
     # Standard error 1 / root 3 = 0.58: +0.8 is less than two of it.
     assert cells["FLYP + adaptive"][-1].startswith("OOD macro-F1 +0.8 ± 0.6, ID macro-F1 −4.3 ± 0.0 worse")
-    assert cells["zero-shot"][1:3] == ["11.0 (0.0)", "8.0 (0.0)"] and "OOD macro-F1 11, ID macro-F1 8.7" in lines[2]
+    # An untuned CLIP has no seeds: no deviation, and no error of 0 beside which any rounding would be "better".
+    assert cells["zero-shot"][1:3] == ["11.0", "8.0"] and cells["zero-shot"][7] == "–"
+    assert cells["zero-shot"][-2:] == ["OOD macro-F1 11, ID macro-F1 8.7", "OOD macro-F1 +0.0, ID macro-F1 −0.7 |"]
     text = (tmp_path / "out/table.md").read_text()
     assert "Missing rows: LP-FT" in text and "zero-shot was not run" not in text
     rows = {(row["row"], row["epoch"], row["figure"]): row for row in read_csv(tmp_path / "out/table.csv")}
     assert rows["FLYP + adaptive", "last", "OOD macro-F1"]["source"].startswith("DisCL")
     assert rows["FLYP", "best_by_val", "OOD accuracy"]["mean"] == "70.00"
+
+
+def test_a_tuned_clip_is_compared_with_the_untuned_one_by_its_own_error_alone(tmp_path):
+    for seeds in (1, 3):
+        folders = [write_clip_run(tmp_path / f"{seeds}/{s}", s, "none", 35.0 + s, 36.0, 33.0) for s in range(seeds)]
+        [table] = tables.read(tables.run_folders([Path(folder) for folder in folders]), [], report.effective_arguments)
+        # Of 35, 36, 37 the mean is 36, the standard deviation 1, the error 1 / root 3.
+        said = {
+            1: "2.0 above zero-shot (untuned); with one seed",
+            3: "3.0 ± 0.6 above zero-shot (untuned), a clear lead",
+        }
+        assert said[seeds] in render.findings(table)
 
 
 def test_a_few_shot_clip_has_no_columns_of_camera_traps(tmp_path):
