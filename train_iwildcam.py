@@ -32,7 +32,7 @@ import datasets
 from curricula import REAL
 from loaders.base import ImageSet
 from reporting import names
-from runtime import cli, files, runs
+from runtime import cli, files
 from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
@@ -379,7 +379,6 @@ def main(argv: list[str] | None = None) -> int:
             args.edits = additions.check_edits(args)
         else:
             say_hard(args, len(hard), levels, synthetic)
-    runs.stop_on_other_arguments(args)
     # Of the training images some may be unreadable; the others have no second chance.
     check_files(args, {name: part for name, part in data.splits.items() if name != "train"})
     splits = describe_splits(data.splits, *data.class_names)

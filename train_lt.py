@@ -32,7 +32,7 @@ from curricula import REAL
 from loaders.base import DataSet, ImageSet
 from loaders.pictures import read_image
 from reporting import names
-from runtime import cli, files, runs
+from runtime import cli, files
 from runtime.signals import StopSignals
 from spectrum import folder as spectrum_folder
 from spectrum.kept import load_spectrum
@@ -429,7 +429,6 @@ def main(argv: list[str] | None = None) -> int:
         print_gaps(args, hard_classes, synthetic, data.class_names)
     if args.init_checkpoint:
         inputs["init_checkpoint"] = files.digest_files([args.init_checkpoint])
-    runs.stop_on_other_arguments(args)
     check_files(args, data.splits)
 
     # Train.

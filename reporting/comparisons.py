@@ -38,9 +38,8 @@ def against_published(row: Row, figure: str, epoch: str = "last") -> tuple[float
     pair = results_of(row, figure, epoch)
     if pair is None or figure not in row.expected:
         return None
-    error = (
-        error_of_mean(row, figure, epoch) if row.base != ZERO_SHOT else None
-    )  # its 0 would make any rounding "better"
+    # Without an error there is no verdict: an untuned CLIP's of 0 would make any rounding "better".
+    error = None if row.base == ZERO_SHOT else error_of_mean(row, figure, epoch)
     return pair[0] - row.expected[figure], error
 
 

@@ -76,8 +76,10 @@ FAULTS = [
      "return pair[0] - row.expected[figure], error", "return row.expected[figure] - pair[0], error",
      f"{REPORT} stands_beside_it"),
     ("runs on different spectra are averaged", "reporting/tables.py",
-     "json.dumps([base, settings, compared_inputs(run)]", "json.dumps([base, settings]", f"{REPORT} another_spectrum"),
+     "json.dumps([base, as_numbers(settings), compared_inputs(run), version]",
+     "json.dumps([base, as_numbers(settings)]", f"{REPORT} another_spectrum"),
     ("runs with different flags are averaged", "reporting/tables.py",
-     "json.dumps([base, settings, compared_inputs(run)]", "json.dumps([base, compared_inputs(run)]",
+     "json.dumps([base, as_numbers(settings), compared_inputs(run), version]",
+     "json.dumps([base, compared_inputs(run), version]",
      f"{REPORT} other_flags"),
 ]  # fmt: skip

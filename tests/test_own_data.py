@@ -14,7 +14,7 @@ from PIL import Image
 TINY = f"--clip {ROOT}/assets/tiny_clip"
 # What makes a command cheap, appended to it as typed.
 CHEAP = {
-    "generate_spectrum": f"--generator {ROOT}/assets/tiny_sd {TINY} --steps 10 --seeds 1 --size 16x16",
+    "generate_spectrum": f"--generator {ROOT}/assets/tiny_sd --steps 10 --seeds 1 --size 16x16",
     "filter_clipscore": f"{TINY} --threshold -1",
     "train_lt": "--epochs 6 --curriculum-epochs 5 --warmup-epochs 0 --step-epochs 1 --image-size 32 --workers 0",
 }

@@ -11,7 +11,7 @@ import numpy as np
 import curricula
 from curricula import REAL
 from loaders.base import DataSet, ImageSet, stop_on_unreadable
-from runtime import files, steps
+from runtime import files, runs, steps
 from runtime.cli import UserError
 from spectrum import folder as spectrum_folder
 from training import distributed
@@ -85,12 +85,14 @@ def check_files(args, splits: dict[str, ImageSet]) -> None:
     It takes minutes for a million files: cheaper checks come before it, and a complete run needs none.
 
     Raises:
-        UserError: a file is missing, empty or no image.
+        UserError: a file is missing, empty or no image; or the run was begun with other arguments.
     """
     if (args.out / "results.json").is_file() and not args.overwrite:
         return
     with distributed.first_process_first(args.device):
         if distributed.rank() == 0:
+            if not vars(args).get("grid"):  # its folder gets the arguments of its best run
+                runs.stop_on_other_arguments(args)
             stop_on_unreadable(splits)
 
 
