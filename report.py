@@ -204,13 +204,14 @@ def draw_gallery(folder: Path, data_root: Path | None, out: Path) -> Path:
         # Training leaves out what was drawn since.
         dropped |= {row["file_name"]: "not in edits.csv" for row in rows if row["file_name"] not in found}
     if (folder / "scores.json").is_file():
-        note, scores = files.read_object(folder / "scores.json", "clip"), read_scores(folder / "scores.csv")
-        kept, threshold = sum(entry["kept"] for entry in scores.values()), note.get("threshold")
+        note = files.read_object(folder / "scores.json", "clip", "threshold", "keep_share")
+        scores = read_scores(folder / "scores.csv")
+        kept, threshold = sum(entry["kept"] for entry in scores.values()), note["threshold"]
         rule = f"--threshold {threshold:g}" if threshold is not None else f"--keep-share {note['keep_share']:g}"
         if threshold is None:  # a kept share has none: begin at the lowest score that it kept
             threshold = min((entry["text_score"] for entry in scores.values() if entry["kept"]), default=0.0)
         about += f" scores.csv keeps {kept:,} ({rule}), scored by the CLIP {note['clip']}."
-        about += "" if note.get("threshold") is not None else " The slider begins at the lowest score kept."
+        about += "" if note["threshold"] is not None else " The slider begins at the lowest score kept."
         command = filter_command(folder, data_root, plan, note)
         # An image that is gone has no score for the filter either.
         there = spectrum_folder.image_names(folder)

@@ -377,6 +377,7 @@ ROWS = [
     Row("report", "gallery without scores", "--gallery --spectrum s --out o", "s has neither scores.json nor", {"s/plan.json": "{}"}),
     Row("report", "gallery without its data", "--gallery --spectrum s --out o", "--dataset imagefolder: expected --data-root", spectrum(plan_J=edit_plan(dataset="imagefolder"))),
     Row("report", "gallery whose note is a list", "--gallery --spectrum s --out o", "scores.json", spectrum() | {"s/scores.json": "[]"}),
+    Row("report", "gallery whose note has no rule", "--gallery --spectrum s --out o", "scores.json", spectrum() | {"s/scores.json": '{"clip": "x"}'}),
     # demo
     Row("demo", "no jobs", "--jobs 0", "--jobs: '0': expected a whole number of 1 or more"),
     Row("demo", "seed below nought", "--train-seeds -1", "--train-seeds"),
