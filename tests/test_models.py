@@ -294,6 +294,7 @@ def test_a_revision_is_the_commit_that_the_hub_or_the_copy_here_says(monkeypatch
     assert models.describe_generator("a/b", "v1")["revision"] == "v1"
 
 
+@pytest.mark.slow
 def test_without_a_network_copies_are_taken_at_once(tmp_path):
     """The libraries ask six times for each file first, half a minute a file, whether a copy is here or not."""
     copy = tmp_path / "hub/models--own--tiny"
