@@ -364,9 +364,10 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         work = [(part, simple[part]) for part in args.parts if part in simple]
-        if not LOADERS.keys().isdisjoint(args.parts):
+        peers = [part for part in args.parts if part in LOADERS]
+        if peers:
             draw_jpegs(root, args.jpegs, args.jpeg_side)
-        for peer in [part for part in args.parts if part in LOADERS]:
+        for peer in peers:
             for case in LOADERS[peer]:
                 work.append((peer, lambda peer=peer, case=case: bench_loader(args, device, root, peer, *case)))
         # One part that fails costs no other its result.

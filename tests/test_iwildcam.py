@@ -17,6 +17,7 @@ from PIL import Image
 import check_data
 import datasets
 import models
+import train_iwildcam
 from loaders import base, cameratraps, toycam
 from runtime.cli import UserError
 from training import clip as clip_tuning
@@ -322,3 +323,11 @@ def test_an_unreadable_image_is_noted_where_asked_and_an_error_elsewhere(traps, 
         assert list(store.unreadable) == [2] and "not a readable image" in store.unreadable[2]
     with pytest.raises(UserError, match="not a readable image"):
         list(stores.Decoded(paths, "cpu", 16, 0).evaluation(np.arange(4), 4))
+
+
+@pytest.mark.parametrize(("hard", "others"), [(2, ""), (3, "; the others are left out of the curriculum's epochs")])
+def test_hard_images_without_an_accepted_one_are_spoken_of_where_there_are_some(hard, others, capsys):
+    synthetic = {50: base.ImageSet([], np.zeros(2, dtype=np.int64), ["a.jpg", "b.jpg"])}
+    train_iwildcam.say_hard(SimpleNamespace(per_hard_image=None), hard, [50, 100], synthetic)
+    said = f"2 of {hard} hard images have an accepted image of the levels [50, 100]{others}\n"
+    assert capsys.readouterr().out == said
