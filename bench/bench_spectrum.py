@@ -276,10 +276,12 @@ class DenoiserTimer:
         return event
 
     def __enter__(self) -> DenoiserTimer:
+        @torch.compiler.disable  # or a compiled denoiser is compiled anew at each call: these change
         def before(module, args, kwargs):
             self.calls, self.last = self.calls + 1, (args, kwargs)
             self.marks.append([self.mark()])
 
+        @torch.compiler.disable
         def after(*_):
             self.marks[-1].append(self.mark())
 

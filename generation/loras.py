@@ -260,11 +260,16 @@ class Adapters:
         import torch
         from PIL import Image
 
-        side = 8 * 2 ** (len(self.pipe.vae.config.block_out_channels) - 1)
+        config = self.pipe.vae.config
+        side = 8 * 2 ** (len(config.block_out_channels) - 1)
+        grey = Image.new("RGB", (side, side), "grey")
+        if hasattr(self.pipe, "unet") and config.latent_channels == 4:
+            # A latent, which no pipeline encodes: the encoder may have another number type by now (prepare_vae).
+            grey = torch.zeros(1, 4, 8, 8, dtype=self.pipe.unet.dtype)
         with torch.inference_mode():
             latents = self.pipe(
                 prompt="a photo",
-                image=Image.new("RGB", (side, side), "grey"),
+                image=grey,
                 strength=1.0,
                 num_inference_steps=2,
                 generator=torch.Generator().manual_seed(0),

@@ -776,6 +776,27 @@ def test_a_lora_draws_what_its_merged_weights_draw(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "build",
+    [lambda: models.load_generator(TINY, "cpu"), lambda: bench.build_refiner(TINY_REFINER)],
+    ids=["stable-diffusion", "sdxl"],
+)
+def test_loras_are_switched_where_the_encoder_alone_is_of_float32(build, tmp_path):
+    """As on a GPU, whose generators are of bfloat16."""
+    pipe = build()
+    files = {f"class_{number}": tmp_path / f"{number}.safetensors" for number in (1, 2)}
+    for number, path in enumerate(files.values(), start=1):
+        save_lora(path, pipe, scale=number)
+    pipe.to(torch.bfloat16)
+    generator = generators.Generator(pipe, steps=2, text_guidance=2.0, adapters=loras.Adapters(pipe, files))
+    drawn = []
+    for name in files:
+        batch = worklist.Batch(50, (64, 64), name, [Unit("a", 50, 0)])
+        drawn.append(generator.draw(batch, 0, ["a nine"], {"a": Image.new("RGB", (64, 64), "grey")}))
+        assert generator.encoder_dtype == torch.float32 == next(pipe.vae.encoder.parameters()).dtype
+    assert not torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
     ("place", "scale"), [(PLACE, 0.0), ("text_model.other.to_v", 1.0)], ids=["untrained", "no such layer"]
 )
 def test_a_lora_that_changes_nothing_stops_the_job(few, tmp_path, place, scale):
