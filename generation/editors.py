@@ -83,16 +83,20 @@ class Editor(Generator):
         call = self._embeddings(texts, None)
         if "XL" in type(self.pipe).__name__:
             call |= {"width": batch.size[0], "height": batch.size[1]}
-        latents = self.call_pipeline(
-            image=sources.to(self.pipe.device, self.dtype),
-            num_inference_steps=self.steps,
-            guidance_scale=self.text_guidance,
-            image_guidance_scale=self.image_guidance[batch.level],
-            generator=generators,
-            output_type="latent",
-            **call,
-            **self._stop_between_steps(),
-        ).images
+        self.pipe.vae.to(self.dtype)  # SDXL's pipeline brings the sources to the type of its autoencoder
+        try:
+            latents = self.call_pipeline(
+                image=sources.to(self.pipe.device, self.dtype),
+                num_inference_steps=self.steps,
+                guidance_scale=self.text_guidance,
+                image_guidance_scale=self.image_guidance[batch.level],
+                generator=generators,
+                output_type="latent",
+                **call,
+                **self._stop_between_steps(),
+            ).images
+        finally:
+            self.prepare_vae()
         return self._decode(latents)
 
     def _stop_between_steps(self) -> dict:

@@ -147,6 +147,24 @@ def test_instruct_pix2pix_gives_the_pipelines_own_images_in_any_batch(save, tmp_
         assert (other - together).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("save", [tiny_editors.save_pix2pix, tiny_editors.save_pix2pix_xl], ids=["sd", "sdxl"])
+def test_instruct_pix2pix_draws_in_a_gpus_bfloat16_what_it_draws_in_float32(save, tmp_path):
+    import models
+    from generation.editors import Editor
+    from generation.worklist import Batch
+
+    images, units, texts = three_images((32, 16))
+    drawn = []
+    for dtype in ("float32", "bfloat16"):
+        pipe = models.load_generator(str(save(tmp_path / dtype)), "cpu", dtype=dtype)
+        editor = Editor(pipe, 4, 5.0, {50: 1.3})
+        drawn.append(editor.draw(Batch(50, (32, 16), None, units), 0, texts, images))
+        again = editor.draw(Batch(50, (32, 16), None, units), 0, texts, images)
+        assert torch.equal(again, drawn[-1])
+    apart = (drawn[0] - drawn[1]).abs()
+    assert apart.mean() < 0.02 < (drawn[0][0] - drawn[0][1]).abs().mean()
+
+
 @pytest.mark.parametrize(
     "save", [tiny_editors.save_pix2pix, tiny_editors.save_pix2pix_xl, tiny_editors.save_kontext],
     ids=["sd", "sdxl", "kontext"],
