@@ -395,7 +395,8 @@ def main(argv: list[str] | None = None) -> int:
                 "resume"
             )
             return runs.RESUMABLE
-        files.write_json(folder / "speed.json", {"steps_per_second": work.steps / (time.monotonic() - began)})
+        speed = {"steps_per_second": work.steps / (time.monotonic() - began), "environment": runs.environment()}
+        files.write_json(folder / "speed.json", speed)
     print(f"{args.out}: {counted(work.saved, 'adapter')} tuned")
     for name, why in work.failed.items():
         print(f"{name}: not tuned: {why}; expected a lower --lr")

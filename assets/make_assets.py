@@ -305,6 +305,10 @@ def train_clip(work: Work, tokenizer, out: Path) -> None:
 
     web, sizes = work.web, work.sizes
     config = clip_config(sizes, web.size, len(tokenizer))
+    # Prepare the texts' tokens: to tokenize a batch takes a GPU's step several times over.
+    captions = web.captions()
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    tokens = tokenize(tokenizer, captions).to(work.device)
     # Train it.
     model = open_clip.CLIP(**copy.deepcopy(config)).to(work.device)
 
@@ -312,7 +316,8 @@ def train_clip(work: Work, tokenizer, out: Path) -> None:
         images, captions, _ = web.batch(sizes.clip_batch, web.forms[done % len(web.forms)])
         number = {caption: i for i, caption in enumerate(captions)}
         kind = torch.tensor([number[caption] for caption in captions])
-        return images.to(work.device), tokenize(tokenizer, captions).to(work.device), kind.to(work.device)
+        rows = torch.tensor([row_of[caption] for caption in captions], device=work.device)
+        return images.to(work.device), tokens[rows], kind.to(work.device)
 
     def loss_of(images: torch.Tensor, tokens: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
         image, text, scale = model(images, tokens)

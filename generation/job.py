@@ -16,7 +16,7 @@ from generation.prefetch import Prefetcher
 from generation.sizes import resize
 from generation.worklist import Batch
 from generation.writer import ImageWriter, as_saved
-from runtime import cli, files, signals
+from runtime import cli, files, runs, signals
 from runtime.text import counted
 from spectrum.domains import domain_of_prompt
 from spectrum.units import Unit
@@ -93,7 +93,8 @@ class Job:
         self.saved = writer.saved
         if not stop.received:
             speed = {"steps_per_second": total / (time.monotonic() - began), "batch_size": args.batch_size}
-            files.write_json(self.folder / "speed.json", speed | {"seconds_waited_for_disk": writer.waited})
+            speed |= {"seconds_waited_for_disk": writer.waited, "environment": runs.environment()}
+            files.write_json(self.folder / "speed.json", speed)
 
     def build_generator(self, pipe, adapters):
         """What draws batches: by strength, or as an editor."""

@@ -48,6 +48,8 @@ def test_rows_describe_what_was_drawn(road):
         assert row["prompt"] in [text.replace("{}", row["class_name"]) for text in datasets.TEMPLATES["digits"]]
     starts = {row["level"]: row["start_timestep"] for row in rows}
     assert starts[0] > starts[50] > starts[90]
+    told = json.loads((road.spectrum / "shard-00000/speed.json").read_text())["environment"]
+    assert torch.__version__.startswith(told["packages"]["torch"])
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,8 @@ def test_every_class_has_an_adapter_that_says_what_it_is(tuned):
     weights = load_file(tuned / "3" / tuner.FILE)
     assert all(weight.abs().sum() > 0 for name, weight in weights.items() if "lora_B" in name)  # every layer learnt
     assert {name.split(".")[0] for name in weights} == {"unet", "text_encoder"}
+    [told] = [json.loads(path.read_text())["environment"] for path in tuned.glob("shard-*/speed.json")]
+    assert torch.__version__.startswith(told["packages"]["torch"])
     rows = [json.loads(line) for line in (tuned / "3" / "history.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 0 and rows[-1]["step"] == 4 and rows[-1]["held_out"] < rows[0]["held_out"]
 
