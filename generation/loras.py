@@ -177,9 +177,17 @@ class Adapters:
     Args:
         pipe: without adapters.
         files: by name, as `find_loras` gives them.
+
+    Raises:
+        UserError: the pipeline has no UNet.
     """
 
     def __init__(self, pipe, files: dict[str, Path]):
+        if not hasattr(pipe, "unet"):
+            raise UserError(
+                f"{next(iter(files.values()))}: {type(pipe).__name__} draws with a transformer; expected a generator "
+                "with a UNet, Stable Diffusion or SDXL, to put a LoRA into"
+            )
         self.pipe, self.files, self.slots, self.settings = pipe, files, {}, None
         self.plain = self._look()
 
@@ -201,9 +209,9 @@ class Adapters:
                 self._load(None if others else path, weights, settings)
         except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as error:
             raise UserError(f"{path}: not a LoRA of this generator: {first_line(error)}") from error
-        latents, embeddings = self._look()
+        drawn, read = self._look()
         wants_text = any(key.startswith(TEXT) for key in weights)
-        if torch.equal(latents, self.plain[0]) or (wants_text and torch.equal(embeddings, self.plain[1])):
+        if torch.equal(drawn, self.plain[0]) or (wants_text and torch.equal(read, self.plain[1])):
             raise UserError(
                 f"{path}: changes nothing that the generator draws; expected a trained LoRA of this very architecture"
             )
@@ -256,29 +264,30 @@ class Adapters:
         return slots
 
     def _look(self) -> tuple:
-        """What the pipeline draws of a grey image, latents, and how it reads a text."""
-        import torch
-        from PIL import Image
+        """What the UNet makes of noise, and how the text encoders read a text: tensors.
 
-        config = self.pipe.vae.config
-        side = 8 * 2 ** (len(config.block_out_channels) - 1)
-        grey = Image.new("RGB", (side, side), "grey")
-        if hasattr(self.pipe, "unet") and config.latent_channels == 4:
-            # A latent, which no pipeline encodes: the encoder may have another number type by now (prepare_vae).
-            grey = torch.zeros(1, 4, 8, 8, dtype=self.pipe.unet.dtype)
+        They are called themselves, for each pipeline has a call of its own, and a compiled UNet would be compiled for
+        these sizes too.
+        """
+        import torch
+
+        unet, seed = self.pipe.unet, torch.Generator().manual_seed(0)
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=seed).to(unet.device, unet.dtype)
+
+        call = {"encoder_hidden_states": noise(1, 4, unet.config.cross_attention_dim)}
+        if unet.config.addition_embed_type == "text_time":  # SDXL: a text's vector, and numbers of any count
+            width = unet.config.projection_class_embeddings_input_dim - unet.config.addition_time_embed_dim
+            call["added_cond_kwargs"] = {"text_embeds": noise(1, width), "time_ids": noise(1, 1)}
+        read = []
         with torch.inference_mode():
-            latents = self.pipe(
-                prompt="a photo",
-                image=grey,
-                strength=1.0,
-                num_inference_steps=2,
-                generator=torch.Generator().manual_seed(0),
-                output_type="latent",
-            ).images
-            text = self.pipe.encode_prompt(
-                prompt="a photo", device=self.pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )[0]
-        return latents, text
+            drawn = unet.forward(noise(1, unet.config.in_channels, 8, 8), 500, **call).sample
+            for number in ("", "_2"):
+                if encoder := getattr(self.pipe, f"text_encoder{number}", None):
+                    tokens = getattr(self.pipe, f"tokenizer{number}")("a photo", return_tensors="pt").input_ids
+                    read.append(encoder(tokens.to(encoder.device))[0].flatten())
+        return drawn, torch.cat(read)
 
 
 def modules_of(pipe) -> list:

@@ -796,6 +796,19 @@ def test_loras_are_switched_where_the_encoder_alone_is_of_float32(build, tmp_pat
     assert not torch.equal(*drawn)
 
 
+def test_loras_go_into_pipelines_for_masks_and_instructions_and_not_into_a_transformer(tmp_path):
+    import tiny_editors
+    import tiny_flow
+
+    editor = tiny_editors.save_pix2pix_xl(tmp_path / "editor")
+    for pipe in (models.load_generator(TINY, "cpu", masked=True), models.load_generator(str(editor), "cpu")):
+        files = {"all": tmp_path / f"{type(pipe).__name__}.safetensors"}
+        save_lora(files["all"], pipe)
+        loras.Adapters(pipe, files).switch("all")
+    with pytest.raises(UserError, match="Diffusion3.* draws with a transformer; expected a generator with a UNet"):
+        loras.Adapters(tiny_flow.build_sd3(), files)
+
+
 @pytest.mark.parametrize(
     ("place", "scale"), [(PLACE, 0.0), ("text_model.other.to_v", 1.0)], ids=["untrained", "no such layer"]
 )
