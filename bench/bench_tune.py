@@ -247,8 +247,10 @@ def main(argv: list[str] | None = None) -> dict:
         rounds: list[list[dict]] = []
         for number in range(args.rounds):
             folder = inputs / f"round-{number}"
-            sides = [side(args, inputs, folder, device) for side in (run_ours, run_plain)]
-            rounds.append([figures(args, side) for side in sides])
+            rounds.append([])
+            for side in (run_ours, run_plain):
+                rounds[-1].append(figures(args, side(args, inputs, folder, device)))
+                print(side.__name__, json.dumps(rounds[-1][-1]), flush=True)  # should the other side fail
             result |= compare_rounds(rounds)
             result["largest_difference_of_adapters"] = compare_adapters(
                 folder / "tuned", folder / "plain", range(args.classes)
