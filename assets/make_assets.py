@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import models
 from assets.agreement import check, training_noise
 from assets.stages import Stopped, Work, fit
-from assets.tokens import MAX_TOKENS, make_tokenizer, tokenize
+from assets.tokens import MAX_TOKENS, TokenTable, make_tokenizer
 from assets.webs import WEBS
 from runtime import cli, files, runs
 from runtime.signals import StopSignals
@@ -239,9 +239,7 @@ def train_unet(work: Work, vae, tokenizer):
     unet, text_encoder = build_denoiser(work, tokenizer)
     # Prepare the texts' tokens and the moving average.
     noise_scheduler = training_noise(scheduler)
-    captions = ["", *web.captions()]
-    row_of = {caption: row for row, caption in enumerate(captions)}
-    tokens = tokenize(tokenizer, captions).to(device)
+    tokens = TokenTable(tokenizer, ["", *web.captions()], device)
     both = nn.ModuleList([unet, text_encoder]).to(device)
     average = copy.deepcopy(both).requires_grad_(False)
     batch = sizes.unet_batch
@@ -249,8 +247,8 @@ def train_unet(work: Work, vae, tokenizer):
     def draw(_: int) -> tuple[torch.Tensor, torch.Tensor]:
         images, captions, _ = web.batch(batch)
         dropped = web.rng.random(batch) < 0.1
-        rows = [0 if drop else row_of[caption] for caption, drop in zip(captions, dropped, strict=True)]
-        return images.to(device), tokens[torch.tensor(rows, device=device)]
+        texts = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+        return images.to(device), tokens.of(texts)
 
     def loss_of(images: torch.Tensor, text_tokens: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -305,10 +303,7 @@ def train_clip(work: Work, tokenizer, out: Path) -> None:
 
     web, sizes = work.web, work.sizes
     config = clip_config(sizes, web.size, len(tokenizer))
-    # Prepare the texts' tokens: to tokenize a batch takes a GPU's step several times over.
-    captions = web.captions()
-    row_of = {caption: row for row, caption in enumerate(captions)}
-    tokens = tokenize(tokenizer, captions).to(work.device)
+    tokens = TokenTable(tokenizer, web.captions(), work.device)
     # Train it.
     model = open_clip.CLIP(**copy.deepcopy(config)).to(work.device)
 
@@ -316,11 +311,10 @@ def train_clip(work: Work, tokenizer, out: Path) -> None:
         images, captions, _ = web.batch(sizes.clip_batch, web.forms[done % len(web.forms)])
         number = {caption: i for i, caption in enumerate(captions)}
         kind = torch.tensor([number[caption] for caption in captions])
-        rows = torch.tensor([row_of[caption] for caption in captions], device=work.device)
-        return images.to(work.device), tokens[rows], kind.to(work.device)
+        return images.to(work.device), tokens.of(captions), kind.to(work.device)
 
-    def loss_of(images: torch.Tensor, tokens: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
-        image, text, scale = model(images, tokens)
+    def loss_of(images: torch.Tensor, text_tokens: torch.Tensor, kind: torch.Tensor) -> torch.Tensor:
+        image, text, scale = model(images, text_tokens)
         logits = scale * image @ text.T
         same = (kind[:, None] == kind).float()
         same = same / same.sum(1, keepdim=True)

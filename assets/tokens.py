@@ -53,3 +53,19 @@ def make_tokenizer(web):
 def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
     """Token ids, int64 (N, MAX_TOKENS)."""
     return tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt").input_ids
+
+
+class TokenTable:
+    """Token ids of texts known beforehand, on a device: to tokenize each batch takes longer than a GPU's training step.
+
+    Args:
+        texts: all that will be asked for.
+    """
+
+    def __init__(self, tokenizer, texts: list[str], device: torch.device | str):
+        self.rows = {text: row for row, text in enumerate(texts)}
+        self.tokens = tokenize(tokenizer, texts).to(device)
+
+    def of(self, texts: list[str]) -> torch.Tensor:
+        """As `tokenize` gives them, on the device; KeyError for a text that the table lacks."""
+        return self.tokens[torch.tensor([self.rows[text] for text in texts], device=self.tokens.device)]
