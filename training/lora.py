@@ -43,8 +43,10 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         parts = x.reshape(self.groups, -1, x.shape[-1])
-        low = torch.bmm(torch.bmm(parts, self.a), self.b)
-        return self.base(x) + self.scale * low.reshape(*x.shape[:-1], -1)
+        y = self.base(x)
+        # One kernel multiplies by B, scales and adds: on a GPU the launches of a step take as long as its arithmetic.
+        low = torch.bmm(parts, self.a)
+        return torch.baddbmm(y.reshape(self.groups, -1, y.shape[-1]), low, self.b, alpha=self.scale).view_as(y)
 
 
 def text_encoders(pipe) -> dict[str, nn.Module]:
@@ -156,10 +158,10 @@ def clip_gradients(layers: dict[str, GroupedLinear], norm: float) -> torch.Tenso
     """
     # SDXL reads its first text encoder one layer before the last, whose adapters have no gradient.
     gradients = [parameter.grad for parameter in parameters(layers) if parameter.grad is not None]
-    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
-    factors = (norm / (norms + 1e-6)).clamp(max=1)
-    for gradient in gradients:
-        gradient.mul_(factors[:, None, None])
+    groups = [[gradient[group] for gradient in gradients] for group in range(len(gradients[0]))]
+    norms = torch.stack([nn.utils.get_total_norm(own) for own in groups])
+    for own, factor in zip(groups, (norm / (norms + 1e-6)).clamp(max=1), strict=True):
+        torch._foreach_mul_(own, factor)
     return norms
 
 
