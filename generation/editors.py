@@ -52,7 +52,8 @@ class Editor(Generator):
         if self.pix2pix:
             if pipe.vae.config.latent_channels != 4:
                 raise UserError(f"--generator: {type(pipe).__name__} with latents of four channels is expected")
-            self.embeddings = EMBEDDINGS if "XL" in type(pipe).__name__ else EMBEDDINGS[:2]
+            self.xl = "XL" in type(pipe).__name__
+            self.embeddings = EMBEDDINGS if self.xl else EMBEDDINGS[:2]
             self.prepare_vae()
 
     def start_timestep(self, level: int, size: tuple[int, int]) -> int:
@@ -81,12 +82,12 @@ class Editor(Generator):
         # The source enters as the mode of its latent, not scaled; a channel count of four tells it from an image.
         sources = torch.stack([self.cache.get(key)[0] for key in self._source_keys(batch)])
         call = self._embeddings(texts, None)
-        if "XL" in type(self.pipe).__name__:
+        if self.xl:
             call |= {"width": batch.size[0], "height": batch.size[1]}
-        self.pipe.vae.to(self.dtype)  # SDXL's pipeline brings the sources to the type of its autoencoder
+            self.pipe.vae.to(self.dtype)  # its pipeline brings the sources to the type of its autoencoder
         try:
             latents = self.call_pipeline(
-                image=sources.to(self.pipe.device, self.dtype),
+                image=sources.to(self.device, self.dtype),
                 num_inference_steps=self.steps,
                 guidance_scale=self.text_guidance,
                 image_guidance_scale=self.image_guidance[batch.level],
@@ -96,7 +97,8 @@ class Editor(Generator):
                 **self._stop_between_steps(),
             ).images
         finally:
-            self.prepare_vae()
+            if self.xl:
+                self.prepare_vae()
         return self._decode(latents)
 
     def _stop_between_steps(self) -> dict:
@@ -122,7 +124,7 @@ class Editor(Generator):
             self.cache.put(("negative", None), (self._encode_one(""),))
 
     def _encode_one(self, text: str) -> torch.Tensor:
-        encoded = self.pipe._encode_prompt(text, self.pipe.device, 1, False)
+        encoded = self.pipe._encode_prompt(text, self.device, 1, False)
         return encoded[0].cpu().clone()
 
     def _edit_each(self, batch: Batch, texts: list[str], images: dict, generators: list) -> torch.Tensor:

@@ -114,6 +114,7 @@ class Generator:
         by_noise: bool = False,
     ):
         self.pipe, self.steps, self.text_guidance, self.pure_noise = pipe, steps, text_guidance, pure_noise
+        self.device = pipe.device  # once: diffusers looks through all modules of the pipeline for it, 10 ms each time
         self.cache = Cache(cache_mb)
         self.pixels_at_once = {"encoder": ENCODE_PIXELS, "decoder": ENCODE_PIXELS}  # less where memory was too small
         self.adapter: str | None = None
@@ -210,7 +211,7 @@ class Generator:
             return strengths[0]
         # SD3, Flux, Qwen-Image and Z-Image leave out int(steps - steps * strength): half a step less is right there.
         return next(
-            (one for one in strengths if self.pipe.get_timesteps(self.steps, one, self.pipe.device)[1] == run),
+            (one for one in strengths if self.pipe.get_timesteps(self.steps, one, self.device)[1] == run),
             strengths[0],
         )
 
@@ -345,7 +346,7 @@ class Generator:
         def encode(some: slice) -> None:
             keys = missing[some]
             pixels = self.pipe.image_processor.preprocess([images[key[1]] for key in keys])
-            pixels = pixels.to(self.pipe.device, self.encoder_dtype)
+            pixels = pixels.to(self.device, self.encoder_dtype)
             posterior = self.pipe.vae.encode(pixels[:, :, None] if is_video(self.pipe.vae) else pixels).latent_dist
             for key, mean, std in zip(keys, posterior.mean.cpu(), posterior.std.cpu(), strict=True):
                 self.cache.put(
@@ -387,7 +388,7 @@ class Generator:
         for start in range(0, len(missing), ENCODE_TEXTS):
             some = missing[start : start + ENCODE_TEXTS]
             # Z-Image writes into the list that it is given.
-            encoded = self.pipe.encode_prompt(prompt=list(some), device=self.pipe.device, **more)
+            encoded = self.pipe.encode_prompt(prompt=list(some), device=self.device, **more)
             named = list(zip(self.embeddings, encoded, strict=False))
             positive = [part for name, part in named if not name.startswith("negative")]
             if "prompt_embeds_mask" in self.embeddings:  # texts of any length: each keeps its own tokens alone
@@ -414,15 +415,15 @@ class Generator:
         parts = {False: zip(*positive, strict=True), True: ([part] * len(texts) for part in negative)}
         called = {name: next(parts[name.startswith("negative")]) for name in self.embeddings}
         if self.lists:
-            return {name: [text.to(self.pipe.device) for text in part] for name, part in called.items()}
-        return {name: torch.stack(list(part)).to(self.pipe.device) for name, part in called.items()}
+            return {name: [text.to(self.device) for text in part] for name, part in called.items()}
+        return {name: torch.stack(list(part)).to(self.device) for name, part in called.items()}
 
     def _pad_texts(self, texts: list[torch.Tensor], name: str) -> dict[str, torch.Tensor]:
         """Texts (tokens, width) of several lengths as one tensor, and the mask of the tokens that are theirs."""
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         lengths = torch.tensor([len(text) for text in texts])
         mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-        return {name: padded.to(self.pipe.device), f"{name}_mask": mask.to(self.pipe.device)}
+        return {name: padded.to(self.device), f"{name}_mask": mask.to(self.device)}
 
     def _noised_from(self, batch: Batch, generators: list[torch.Generator]) -> torch.Tensor:
         """The latents that the pipeline adds noise to, (N, C, h, w).
@@ -435,13 +436,13 @@ class Generator:
             multiple = 2 ** halvings(self.pipe.vae.config)
             shape = (1, latent_channels(self.pipe.vae), batch.size[1] // multiple, batch.size[0] // multiple)
             drawn = [randn_tensor(shape, generator=one, dtype=self.encoder_dtype) for one in generators]
-            return torch.cat(drawn).to(self.pipe.device, self.dtype)
+            return torch.cat(drawn).to(self.device, self.dtype)
         sampled = []
         for key, generator in zip(self._source_keys(batch), generators, strict=True):
             mean, std = self.cache.get(key)
             noise = randn_tensor(mean[None].shape, generator=generator, dtype=mean.dtype)
             sampled.append(mean + std * noise)
-        start = torch.cat(sampled).to(self.pipe.device)
+        start = torch.cat(sampled).to(self.device)
         config = self.pipe.vae.config
         start = start.to(self.dtype)
         if config.latents_mean is not None and config.latents_std is not None:

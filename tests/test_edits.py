@@ -280,6 +280,7 @@ def test_an_editor_without_strength_or_image_guidance_is_called_an_image_at_a_ti
     class Plain:
         """A pipeline's call as Qwen-Image-Edit has it, which gives the source back, larger."""
 
+        device = torch.device("cpu")
         calls: list = []
 
         def __call__(self, image, prompt, true_cfg_scale=4.0, negative_prompt=None, num_inference_steps=50,

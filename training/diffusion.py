@@ -47,6 +47,12 @@ class Draw(NamedTuple):
     timesteps: torch.Tensor
 
 
+def place_of(pipe) -> tuple[torch.device, torch.dtype]:
+    """Where a generator's UNet is, and its number type; a pipeline's own properties take 10 ms to find either."""
+    weight = next(pipe.unet.parameters())
+    return weight.device, weight.dtype
+
+
 def noise_scheduler(pipe):
     """The scheduler that training adds noise by: betas and prediction type of the pipeline's own.
 
@@ -92,12 +98,12 @@ def encode_images(
     vae = pipe.vae
     if vae.config.force_upcast:
         vae.to(torch.float32)
-    dtype = next(vae.encoder.parameters()).dtype
+    device, dtype = place_of(pipe)[0], next(vae.encoder.parameters()).dtype
     parts = []
     for image, name in zip(images, names, strict=True):
         generator = torch.Generator().manual_seed(digest_int("crop", seed, name))
         squares = [crop_image(image, side, generator, flip) for _ in range(crops)]
-        posterior = vae.encode(pipe.image_processor.preprocess(squares).to(pipe.device, dtype)).latent_dist
+        posterior = vae.encode(pipe.image_processor.preprocess(squares).to(device, dtype)).latent_dist
         parts.append((posterior.mean.float(), posterior.std.float()))
     mean, std = (torch.stack(some) for some in zip(*parts, strict=True))
     return Latents(mean, std)
@@ -157,15 +163,16 @@ def encode_prompts(pipe, prompts: list[list[str]]) -> tuple[torch.Tensor, ...]:
     distinct = [list(dict.fromkeys(some)) for some in prompts]
     most = max(map(len, distinct))
     texts = [text for some in distinct for text in some + some[-1:] * (most - len(some))]  # equal parts
+    device, _ = place_of(pipe)
     encoded = pipe.encode_prompt(
-        prompt=texts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        prompt=texts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
     )
     rows = [
         group * most + some.index(text)
         for group, (some, own) in enumerate(zip(distinct, prompts, strict=True))
         for text in own
     ]
-    rows = torch.tensor(rows, device=pipe.device)
+    rows = torch.tensor(rows, device=device)
     return tuple(encoded[place][rows] for place in ((0, 2) if len(encoded) > 2 else (0,)))
 
 
@@ -181,7 +188,7 @@ def conditions(pipe, embeddings: tuple[torch.Tensor, ...], side: int, negative: 
         pair = pipe._get_add_time_ids(
             size, (0, 0), size, 6.0, 2.5, size, (0, 0), size, embeddings[1].dtype, text_encoder_projection_dim=width
         )
-        ids = pair[negative].to(pipe.device).expand(len(embeddings[1]), -1)
+        ids = pair[negative].to(embeddings[1].device).expand(len(embeddings[1]), -1)
         told["added_cond_kwargs"] = {"text_embeds": embeddings[1], "time_ids": ids}
     return told
 
@@ -197,7 +204,7 @@ def denoising_loss(pipe, scheduler, z: torch.Tensor, noise: torch.Tensor, timest
         float32 (n,).
     """
     noisy = scheduler.add_noise(z, noise, timesteps)
-    predicted = pipe.unet(noisy.to(pipe.unet.dtype), timesteps, **told).sample
+    predicted = pipe.unet(noisy.to(place_of(pipe)[1]), timesteps, **told).sample
     kind = scheduler.config.prediction_type
     target = {"epsilon": noise, "v_prediction": None, "sample": z}[kind]
     if target is None:
@@ -230,15 +237,16 @@ def draw_samples(
         empty = tuple(map(torch.zeros_like, empty))
     positive, negative = conditions(pipe, embedded, side), conditions(pipe, empty, side, negative=True)
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(steps, device=pipe.device)
-    z = noise.to(pipe.device) * scheduler.init_noise_sigma
+    device, dtype = place_of(pipe)
+    scheduler.set_timesteps(steps, device=device)
+    z = noise.to(device) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         if stop.received:
             return None
-        x = scheduler.scale_model_input(z, timestep).to(pipe.unet.dtype)
+        x = scheduler.scale_model_input(z, timestep).to(dtype)
         toward, away = (pipe.unet(x, timestep, **told).sample.float() for told in (positive, negative))
         z = scheduler.step(away + guidance * (toward - away), timestep, z).prev_sample
     shift, scale = latent_scale(pipe.vae, z.device)
-    z, dtype = z / scale + shift, next(pipe.vae.decoder.parameters()).dtype
-    images = [pipe.vae.decode(some.to(dtype)).sample.float().cpu() for some in z.split(4)]
+    z, decoder_dtype = z / scale + shift, next(pipe.vae.decoder.parameters()).dtype
+    images = [pipe.vae.decode(some.to(decoder_dtype)).sample.float().cpu() for some in z.split(4)]
     return torch.cat(images).div(2).add(0.5).clamp(0, 1)

@@ -218,8 +218,8 @@ class Tuner:
 
     def autocast(self):
         """bfloat16 where the generator is: adapters stay float32, and are computed with in the generator's type."""
-        bfloat16 = self.pipe.unet.dtype == torch.bfloat16
-        return torch.autocast(self.pipe.device.type, torch.bfloat16, enabled=bfloat16)
+        device, dtype = diffusion.place_of(self.pipe)
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def loss(self, latents: list, draws: list[diffusion.Draw], prompts: list[list[str]]) -> tuple:
         """The loss of each image of the adapters' draws, float32 (N,), and its timestep."""
