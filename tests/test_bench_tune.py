@@ -7,8 +7,10 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from bench import bench_tune as bench
+from bench import count_tuning
 
 TINY = {
     "unet": bench.SMALL["unet"]
@@ -62,3 +64,27 @@ def test_sd21_has_the_published_number_of_weights():
     for name, layer in add_adapters(pipe, ["unet", "text"], 1, 16, 16).items():
         counts[name.split(".")[0]] += layer.a.numel() + layer.b.numel()
     assert counts == {"unet": 3_319_808, "text_encoder": 3_014_656}
+
+
+@pytest.mark.slow
+def test_a_steps_work_is_counted_by_shapes_alone(tmp_path, monkeypatch):
+    """Each adapted layer adds its product in one kernel; the arithmetic is that of a step that is taken, to 1 %."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from training.lora import add_adapters
+
+    monkeypatch.setitem(bench.CONFIGS, "small", TINY)
+    words = ["--model", "small", "--resolution", "64", "--batch-size", "4", "--shots", "2", "--rank", "2"]
+    count_tuning.main([*words, "--together", "1", "--out", str(tmp_path / "counted.jsonl")])
+    found = json.loads((tmp_path / "counted.jsonl").read_text())
+    pipe = bench.build_sd21(TINY)
+    for part in (pipe.unet, pipe.text_encoder):
+        part.requires_grad_(False)
+    layers = add_adapters(pipe, ["unet", "text"], 1, 2, 2.0)
+    assert found["most_frequent"]["aten.baddbmm.default"] == len(layers)
+    # One prompt, since equal ones are read once.
+    text = torch.randint(500, (1, 77))
+    with FlopCounterMode(display=False, custom_mapping=count_tuning.ATTENTION) as flops:
+        told = pipe.text_encoder(text)[0].expand(4, -1, -1)
+        pipe.unet(torch.randn(4, 4, 8, 8), 500, told).sample.square().mean().backward()
+    assert found["tflop"] == pytest.approx(flops.get_total_flops() / 1e12, rel=0.01)
