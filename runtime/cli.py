@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -290,8 +291,15 @@ def is_full_disk(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def report_thread(failed) -> None:
+    """What a thread's exception shows: nothing of a full disk, which the main thread is told of and reports."""
+    if not (isinstance(failed.exc_value, OSError) and is_full_disk(failed.exc_value)):
+        threading.__excepthook__(failed)
+
+
 def run(main: Callable[[], int]) -> None:
     """Run a script's main and leave with its exit code; bad input is one line and exit code 2."""
+    threading.excepthook = report_thread  # TensorBoard writes in one
     # Imports and tables make millions of objects that stay. Python would look for garbage after every 700 new ones,
     # which takes a fifth of a start.
     gc.set_threshold(10_000)

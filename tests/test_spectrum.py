@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import threading
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from pathlib import Path
@@ -491,6 +492,30 @@ def test_bad_input_and_ctrl_c_end_in_one_line(capsys, raised, code, message):
     error = capsys.readouterr().err
     assert caught.value.code == code
     assert error.endswith(f": {message}\n") and len(error.splitlines()) == 1
+
+
+def test_a_disk_that_tensorboard_finds_full_is_one_line_too(capsys, monkeypatch, tmp_path):
+    """It writes in a thread, whose traceback says nothing that the main thread does not; other errors keep theirs."""
+    from tensorboard.summary.writer import record_writer
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def main():
+        writer = SummaryWriter(str(tmp_path))
+        monkeypatch.setattr(record_writer.RecordWriter, "write", fail)
+        for step in range(3):
+            writer.add_scalar("loss", 1.0, step)
+            writer.flush()
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    with pytest.raises(SystemExit) as caught:
+        cli.run(main)
+    [line] = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and "error: No space left on device; free some space" in line
+    cli.report_thread(threading.ExceptHookArgs((OSError, OSError(errno.EIO, "Input/output error"), None, None)))
+    assert "Input/output error" in capsys.readouterr().err
 
 
 def test_the_exit_code_is_that_of_main():
