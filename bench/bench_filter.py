@@ -8,7 +8,7 @@ limit where the model is faster.
 Writes: OUT, a JSON with the medians of both rates in images a second, the largest difference between the scores, and
         the machine
 
-    python bench/bench_filter.py --images 32 --size 256 --out bench/results/filter_cpu.json
+    python bench/bench_filter.py --images 256 --plain-images 64 --size 256 --out bench/results/filter_cpu.json
     python bench/bench_filter.py --images 20000 --plain-images 500 --batch-size 512 --out bench/results/filter_cuda.json
 """
 
