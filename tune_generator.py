@@ -142,7 +142,7 @@ def add_training_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--together", type=cli.whole(1), default=1, metavar="G",
-        help="class adapters tuned side by side; halved where they do not fit into memory",
+        help="class adapters tuned side by side, on a GPU 4 for instance; halved where they do not fit into memory",
     )  # fmt: skip
     group.add_argument(
         "--grad-checkpointing",
