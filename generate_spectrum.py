@@ -51,6 +51,7 @@ from runtime.text import counted, parse_whole
 from spectrum import folder as spectrum_folder
 from spectrum.tables import Hard, read_hard, read_prompts, stop_on_other_names
 
+HARD, PROMPTS = Path("runs/hard.csv"), Path("runs/prompts.json")  # where neither the flags nor --tuned name them
 MOST_SIDE = 16384
 MOST_AREA = 2  # sources of more pixels than so many times a generator's native area are drawn at that area
 
@@ -70,13 +71,11 @@ def size(text: str) -> str | tuple[int, int]:
 def build_parser() -> cli.Parser:
     parser = cli.Parser(__doc__, "generate_spectrum")
     datasets.add_flags(parser)
-    parser.add_argument(
-        "--hard", type=cli.existing_file, default=Path("runs/hard.csv"), metavar="FILE", help="table of find_hard.py"
-    )
+    parser.add_argument("--hard", type=cli.existing_file, default=HARD, metavar="FILE", help="table of find_hard.py")
     parser.add_argument(
         "--prompts",
         type=cli.existing_file,
-        default=Path("runs/prompts.json"),
+        default=PROMPTS,
         metavar="FILE",
         help="file of write_prompts.py",
     )
@@ -310,9 +309,8 @@ def check_flags(args, parser) -> None:
 
 def complete_flags(args) -> None:
     """Defaults that follow from other flags: the inputs of --tuned, and what --per-class draws."""
-    defaults = build_parser()
-    for name, file in (("hard", "shots.csv"), ("prompts", "prompts.json")):
-        if args.tuned and getattr(args, name) == defaults.get_default(name):
+    for name, default, file in (("hard", HARD, "shots.csv"), ("prompts", PROMPTS, "prompts.json")):
+        if args.tuned and getattr(args, name) is default:  # and not equal to it: the same path may be typed
             setattr(args, name, args.tuned / file)
     if args.per_class:
         args.levels, args.pure_noise = [0], True
@@ -474,6 +472,8 @@ def main(argv: list[str] | None = None) -> int:
     dtype = models.generator_dtype(args.dtype, pick_device(args.device))
     generator = models.describe_generator(args.generator, args.revision)
     adapters = loras.find_asked(args, hard, generator)
+    if parser.typed("--lora-mix") and not any(name.startswith("source_") for name in adapters):
+        raise cli.UserError("--lora-mix: mixes adapters of single images; expected --tuned with those of --mode source")
     editor = models.editor_kind(args.generator, args.revision)
     image_guidance_by_level(editor, args.levels, args.image_guidance)
     check_levels(args, editor, hard)

@@ -209,7 +209,7 @@ def make_plan(args, data, dtype: str) -> dict:
              "seed")  # fmt: skip
     plan = {name: getattr(args, name) for name in named}
     plan |= models.describe_generator(args.generator, args.revision)
-    plan |= {"dtype": dtype, "parts": sorted(args.parts), "shots_digest": fewshot.shots_digest(data.train)}
+    plan |= {"dtype": dtype, "parts": sorted(set(args.parts)), "shots_digest": fewshot.shots_digest(data.train)}
     if args.captions:
         plan["captions"] = files.digest_files([args.captions])
     labels = np.unique(data.train.labels).tolist()
@@ -241,10 +241,17 @@ def check_flags(args, data) -> None:
     fewest = min(batch_and_steps(args, count)[1] for count in counts)
     if args.warmup_steps >= fewest:
         raise cli.UserError(f"--warmup-steps {args.warmup_steps}: expected fewer than the {fewest} steps of an adapter")
+    for flag, value in (("--lr", args.lr), ("--alpha", args.alpha), ("--clip-grad", args.clip_grad)):
+        if value == 0:
+            raise cli.UserError(f"{flag} 0: the adapters would change nothing; expected more than 0")
     names = [data.spoken_names[label] for label in np.flatnonzero(data.counts)]
-    doubled = next((name for name in names if names.count(name) > 1), None)
+    read = [name.lower() for name in names]  # as the tokenizers of CLIP do
+    doubled = next((name for name, text in zip(names, read, strict=True) if read.count(text) > 1), None)
     if doubled is not None:
-        raise cli.UserError(f"{data.name}: two classes are called {doubled}: one prompt for both; expected two names")
+        raise cli.UserError(
+            f"{data.name}: two classes are called {doubled}: one prompt for both, capital letters or not; expected two "
+            "names"
+        )
 
 
 def write_inputs(args, data) -> None:

@@ -208,7 +208,9 @@ class Adapters:
             if not self._copy(weights, settings):
                 self._load(None if others else path, weights, settings)
         except (OSError, ValueError, RuntimeError, KeyError, IndexError, SafetensorError) as error:
-            raise UserError(f"{path}: not a LoRA of this generator: {first_line(error)}") from error
+            lines = str(error).splitlines()  # torch names the first layer of another size in the second
+            why = lines[1].strip() if len(lines) > 1 and "Error(s) in loading" in lines[0] else first_line(error)
+            raise UserError(f"{path}: not a LoRA of this generator: {why}") from error
         drawn, read = self._look()
         wants_text = any(key.startswith(TEXT) for key in weights)
         if torch.equal(drawn, self.plain[0]) or (wants_text and torch.equal(read, self.plain[1])):
@@ -227,12 +229,14 @@ class Adapters:
 
     def _load(self, path: Path | None, weights: dict, settings: str | None) -> None:
         """Load a file, or weights that stand in none, as the resident adapter."""
+        import diffusers
         import transformers
 
         if self.settings is not None or self.slots:
             self.pipe.delete_adapters(RESIDENT)
-        before = transformers.logging.get_verbosity()
+        before, errors = transformers.logging.get_verbosity(), diffusers.logging.get_verbosity()
         transformers.logging.set_verbosity(transformers.logging.CRITICAL)  # a table of layers that are not in the file
+        diffusers.logging.set_verbosity(diffusers.logging.CRITICAL)  # a line for each layer of another size
         try:
             if path is None:
                 self.pipe.load_lora_weights(dict(weights), adapter_name=RESIDENT)
@@ -240,6 +244,7 @@ class Adapters:
                 self.pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=RESIDENT)
         finally:
             transformers.logging.set_verbosity(before)
+            diffusers.logging.set_verbosity(errors)
         self.pipe.set_adapters([RESIDENT])
         modules = [module for module in modules_of(self.pipe) if hasattr(module, "lora_A")]
         wanted = sum(any(word in key for word in DOWN) and not key.endswith("alpha") for key in weights)

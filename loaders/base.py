@@ -355,13 +355,20 @@ def stop_on_unreadable(splits: dict[str, ImageSet]) -> None:
 
 
 def name_problems(class_names: list[str]) -> list[str]:
-    """A line for each class without a name, and for each name that several classes share."""
+    """A line for each class without a name, and for each name that several classes share, capital letters or not: the
+    tokenizers of CLIP read them as small ones."""
+    names = [same_form(spoken_name(name)).strip() for name in class_names]
     by_name: dict[str, list[int]] = {}
-    for label, name in enumerate(class_names):
-        by_name.setdefault(same_form(spoken_name(name)).strip(), []).append(label)
+    for label, name in enumerate(names):
+        by_name.setdefault(name.lower(), []).append(label)
     empty = by_name.pop("", [])
     found = [f"class {label} has an empty name" for label in empty]
-    return found + [f"classes {labels} are all called {name!r}" for name, labels in by_name.items() if labels[1:]]
+    for labels in by_name.values():
+        if labels[1:]:
+            capitals = ", which CLIP reads as one name" if len({names[label] for label in labels}) > 1 else ""
+            called = " and ".join(dict.fromkeys(repr(names[label]) for label in labels))
+            found.append(f"classes {labels} are all called {called}{capitals}")
+    return found
 
 
 def is_below(name: str) -> bool:

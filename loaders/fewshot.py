@@ -27,7 +27,7 @@ from loaders.base import (
 )
 from loaders.folders import class_folders, passed_over
 from runtime.files import digest_int
-from runtime.text import MALFORMED, UserError, parse_json, read_lines, read_text
+from runtime.text import MALFORMED, UserError, counted, parse_json, read_lines, read_text
 
 
 class Split(NamedTuple):
@@ -216,7 +216,8 @@ def draw_shots(data: DataSet, shots: int, seed: int) -> DataSet:
         own = [data.train.sources[place] for place in by_label[label]]
         if len(own) < shots:
             raise UserError(
-                f"--shots {shots}: class {name} ({label}) has {len(own)} training images; expected at most that"
+                f"--shots {shots}: class {name} ({label}) has {counted(len(own), 'training image')}; "
+                "expected at most that"
             )
         if not tested[label]:
             raise UserError(

@@ -115,7 +115,9 @@ def _check_lengths(path: Path, length: int, rows: Iterator[list[str]]) -> Iterat
     for number, row in enumerate(rows, 2):
         if len(row) != length:
             quotes = '; a text that holds a comma needs "quotes"' if len(row) > length else ""
-            raise UserError(f"{path} row {number}: {len(row)} values; expected {length} values{quotes}")
+            raise UserError(
+                f"{path} row {number}: {counted(len(row), 'value')}; expected {counted(length, 'value')}{quotes}"
+            )
         yield number, row
 
 

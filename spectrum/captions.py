@@ -110,10 +110,15 @@ def read_caption_table(path: Path) -> dict[str, str]:
     """The caption of each source: captions.jsonl of describe_domains.py, or a CSV file with columns source, caption.
 
     Raises:
-        UserError: a column is missing, or a file of another form.
+        UserError: a column is missing, two captions of one source in a CSV file, or a file of another form.
     """
     if path.suffix == ".csv":
-        return {row["source"]: row["caption"].strip() for _, row in read_csv(path, ["source", "caption"])}
+        captions: dict[str, str] = {}
+        for number, row in read_csv(path, ["source", "caption"]):
+            caption = row["caption"].strip()
+            if captions.setdefault(row["source"], caption) != caption:
+                raise UserError(f"{path} row {number}: {row['source']} has another caption above; expected one of each")
+        return captions
     rows = read_captions([path])
     if not rows:
         raise UserError(f"{path}: no captions; expected a .csv with columns source,caption or captions.jsonl")

@@ -433,8 +433,8 @@ def kept_rows(folder: Path, levels: Iterable[int], filtered: bool = True, rules:
             rows.append(row)
     for level in sorted(wanted - {row["level"] for row in rows}):
         raise UserError(
-            f"--levels {level}: {folder} has no accepted image of this level (of {made[level]} made); "
-            f"expected levels with accepted images, of {sorted(made)}"
+            f"level {level}: {folder} has no accepted image of it (of {made[level]} made); expected --levels, or "
+            f"--fixed-level, of those with accepted images among {sorted(made)}"
         )
     return rows
 

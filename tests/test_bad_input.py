@@ -327,7 +327,7 @@ ROWS = [
     Row("train_lt", "batch larger than the data", "--curriculum none --batch-size 99999 --out r", "--batch-size 99999: expected at most the"),
     Row("train_lt", "crops of small images", "--curriculum none --augment resized_crop --out r", "expected crop_flip or shift"),
     Row("train_lt", "spectrum without scores", "--curriculum d2s --spectrum s --out r", "no scores.csv there", {"s": lambda path: shutil.copytree(ROAD.spectrum, path, ignore=shutil.ignore_patterns("scores.csv"))}),
-    Row("train_lt", "level that was not drawn", "--curriculum d2s --spectrum $ROAD/spectrum --levels 30 100 --out r", "--levels 30"),
+    Row("train_lt", "level that was not drawn", "--curriculum d2s --spectrum $ROAD/spectrum --levels 30 100 --out r", "level 30: "),
     Row("train_lt", "spectrum of classes beyond the data", "--curriculum d2s --spectrum s --out r", "77", spectrum() | {"s/shard-00000/metadata.jsonl": edit_first_row(label=77)}),
     Row("train_lt", "spectrum plan with classes as text", "--curriculum d2s --spectrum s --out r", "plan.json", spectrum() | {"s/plan.json": edit_plan(hard_classes="all")}),
     Row("train_lt", "no such model", "--curriculum none --model resnet9 --out r", "--model resnet9: unknown"),

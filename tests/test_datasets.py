@@ -469,6 +469,9 @@ def test_empty_and_shared_names_are_problems():
         "classes [1, 4] are all called 'caf\u00e9'",
         "classes [5, 6] are all called 'a b'",
     ]
+    assert base.name_problems(["Red Fox", "crane", "red_fox"]) == [
+        "classes [0, 2] are all called 'Red Fox' and 'red fox', which CLIP reads as one name"
+    ]
 
 
 def test_inat2018_takes_its_names_from_categories_json(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import datasets
 import generate_spectrum
@@ -225,6 +227,37 @@ def test_an_image_is_drawn_with_the_mean_of_two_adapters_as_diffusers_mixes_them
     assert distance([0.5, 0.5]) <= 1 and distance([1.0, 0.0]) > 1
     with pytest.raises(UserError, match="lora_mix is 2 there, 1 here"):
         generate(tmp_path, source, "--per-class", 2, "--lora-mix", 1)
+
+
+def test_a_lora_of_another_width_is_one_line_that_names_a_layer(cls, tmp_path):
+    """As one of Stable Diffusion 1.5 given to 2.1 is. In a process of its own, for what diffusers logs is sought."""
+    weights = load_file(cls / "3" / FILE)
+    wide = {key: weight.repeat(1, 2) if "lora_A" in key else weight for key, weight in weights.items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    script = Path(generate_spectrum.__file__)
+    flags = ["--dataset", "fewshot_digits", "--hard", cls / "shots.csv", "--prompts", cls / "prompts.json", "--lora",
+             tmp_path / "wide.safetensors", "--generator", TINY, "--steps", "3", "--out", tmp_path / "out"]  # fmt: skip
+    run = subprocess.run([sys.executable, str(script), *map(str, flags)], capture_output=True, text=True)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and "Loading" not in run.stdout
+    assert "not a LoRA of this generator: size mismatch for" in run.stderr and "[2, 192]" in run.stderr
+
+
+def test_mixing_adapters_of_classes_is_refused(cls, tmp_path):
+    with pytest.raises(UserError, match="--lora-mix: mixes adapters of single images; expected --tuned with"):
+        generate(tmp_path, cls, "--per-class", 2, "--lora-mix", 1)
+
+
+def test_inputs_that_are_typed_are_taken_where_they_have_the_default_names_too(cls, tmp_path, monkeypatch):
+    """runs/hard.csv is where find_hard.py writes: typed beside --tuned, the folder's shots.csv took its place."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    rows = [row for row in tables.read_hard(cls / "shots.csv") if row.label == 3]
+    names = {"label": 3, "class_name": digits.NAMES[3], "reason": "few", "score": ""}
+    tables.write_hard(Path("runs/hard.csv"), [{"source": row.source} | names for row in rows])
+    shutil.copyfile(cls / "prompts.json", "runs/prompts.json")
+    typed = ["--hard", "runs/hard.csv", "--prompts", "runs/prompts.json"]
+    assert generate(tmp_path / "out", cls, *typed, "--levels", 0, "--seeds", 1) == 0
+    assert {row["source"] for row in rows_of(tmp_path / "out")} == {row.source for row in rows}
 
 
 def test_a_source_without_an_adapter_is_one_line(source, tmp_path):

@@ -371,7 +371,7 @@ def test_too_many_unreadable_images_end_the_run(small, tmp_path, loss):
         (["--merge-same-class", "--loss", "ce"], "--merge-same-class: --loss ce has no captions"),
         (["--batch-size", "97"], "--batch-size 97: expected at most the 96 training images"),
         (["--clip", "/no/such"], "--clip /no/such: .*expected a folder"),
-        (["--curriculum", "e2h", "--levels", "30"], "--levels 30: .* no accepted image"),
+        (["--curriculum", "e2h", "--levels", "30"], "level 30: .* no accepted image"),
         (["--level-shares", "1", "2"], "--level-shares: --curriculum none"),
     ],
 )

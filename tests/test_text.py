@@ -17,7 +17,7 @@ MESSAGES = {
     "class,prompt\n0,an owl by night in the wood, seen from far away".encode("utf-16-le"): "is UTF-16",
     b"class,prompt\n0,caf\xe9": r"line 2: is not UTF-8 \(byte 0xe9; perhaps Windows-1252",
     b"class,prompt\n0,a dog, in the sun": r"row 2: 3 values; expected 2 values; a text that holds a comma",
-    b"class,prompt\n0,a\n\n1": "row 3: 1 values; expected 2 values",
+    b"class,prompt\n0,a\n\n1": "row 3: 1 value; expected 2 values",
     b"class,text\n0,a": "no column prompt; expected class,prompt",
     b"class,prompt,class\n0,a,1": "column 'class' is there twice",
     b"": "no column class, prompt",

@@ -278,7 +278,9 @@ def test_a_level_without_an_accepted_image_is_named(road, tmp_path):
     scores = tables.read_scores(tmp_path / "s/scores.csv")
     scores = {name: score | {"kept": "level050" not in name} for name, score in scores.items()}
     tables.write_scores(tmp_path / "s/scores.csv", scores, scores)
-    with pytest.raises(UserError, match="--levels 50: .* no accepted image of this level"):
+    with pytest.raises(
+        UserError, match="level 50: .* no accepted image of it .*expected --levels, or --fixed-level, of"
+    ):
         train_lt.main(["--spectrum", str(tmp_path / "s"), "--out", str(tmp_path / "r"), *SHORT, "--curriculum", "d2s"])
 
 
@@ -299,8 +301,8 @@ def test_a_class_without_an_accepted_image_at_a_level_is_named(road, tmp_path, m
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--curriculum", "d2s", "--levels", "20"], "--levels 20: .* no accepted image"),
-        (["--curriculum", "fixed", "--fixed-level", "30"], "--levels 30"),
+        (["--curriculum", "d2s", "--levels", "20"], "level 20: .* no accepted image"),
+        (["--curriculum", "fixed", "--fixed-level", "30"], "level 30: .* no accepted image"),
         (["--curriculum", "d2s", "--curriculum-epochs", "2"], "--curriculum-epochs 2"),
         (["--curriculum", "d2s", "--spectrum", "/no/such"], "/no/such"),
         (["--model", "vgg"], "--model vgg"),

@@ -13,6 +13,7 @@ import pytest
 import tiny_editors
 import tiny_flow
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_data import draw_cats_and_dogs
@@ -338,6 +339,43 @@ def test_two_classes_of_one_name_are_refused(tune, tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "NAMES", ["zero", "one", "crane", "crane", *digits.NAMES[4:]])
     with pytest.raises(UserError, match="two classes are called crane"):
         tune(tmp_path)
+
+
+def test_two_classes_that_differ_in_capital_letters_alone_are_refused(tune, tmp_path, monkeypatch):
+    """The tokenizer of Stable Diffusion reads both as one prompt."""
+    pipe = models.load_generator(tune_generator.build_parser().parse_args(SHORT).generator, "cpu")
+    assert pipe.tokenizer("a photo of a Three").input_ids == pipe.tokenizer("a photo of a three").input_ids
+    monkeypatch.setattr(digits, "NAMES", ["zero", "one", "Three", "three", *digits.NAMES[4:]])
+    with pytest.raises(UserError, match="two classes are called Three: one prompt for both, capital letters or not"):
+        tune(tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--lr", "--alpha", "--clip-grad"])
+def test_a_flag_with_which_nothing_is_learnt_is_refused(tune, tmp_path, flag):
+    """Generation stops at such an adapter, which is after the hours of tuning."""
+    with pytest.raises(UserError, match=f"{flag} 0: the adapters would change nothing; expected more than 0"):
+        tune(tmp_path, flag, 0)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_class_with_fewer_images_than_shots_is_counted_in_the_singular(tmp_path):
+    for part, count in (("train/a", 1), ("train/b", 3), ("test/a", 1), ("test/b", 1), ("val/a", 1)):
+        (tmp_path / part).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / part / f"{number}.png")
+    flags = ["--dataset", "imagefolder", "--data-root", str(tmp_path), "--shots", "2"]
+    with pytest.raises(UserError, match=r"--shots 2: class a \(0\) has 1 training image; expected at most that"):
+        datasets.load_shots(tune_generator.build_parser().parse_args(flags))
+
+
+def test_two_captions_of_one_image_are_refused(tune, tmp_path):
+    sources = datasets.load_shots(tune_generator.build_parser().parse_args(SHORT)).train.sources
+    captions = tmp_path / "captions.csv"
+    rows = [f"{source},on paper" for source in sources]
+    captions.write_text("\n".join(["source,caption", *rows, f"{sources[0]},in the snow"]))
+    expected = f"row {len(rows) + 2}: {sources[0]} has another caption above; expected one of each"
+    with pytest.raises(UserError, match=expected):
+        tune(tmp_path / "out", "--captions", captions)
 
 
 def test_activations_computed_twice_change_nothing(tune, tuned, tmp_path, monkeypatch):

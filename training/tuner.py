@@ -191,7 +191,8 @@ class Tuner:
         for unit, finite in zip(units, losses.isfinite().all(1).tolist(), strict=True):
             if not finite and unit.name not in state["failed"]:
                 state["failed"][unit.name] = f"the loss of step {state['step'] - 1} is not finite"
-                print(f"{unit.name}: {state['failed'][unit.name]}; it stops, the others go on", flush=True)
+                others = ", the others go on" if count > 1 else ""
+                print(f"{unit.name}: {state['failed'][unit.name]}; it stops{others}", flush=True)
 
     def encode(self, images: ImageSet, places: np.ndarray, crops: int) -> diffusion.Latents:
         """Latents of the images at `places` of a set, which are read one by one.
